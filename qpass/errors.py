@@ -1,0 +1,18 @@
+"""The one exception that qpass raises for input it cannot work with."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QpassError(Exception):
+    """Something in the input cannot be quantized as asked; the first line says what, where and what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The hint for a misspelt `word`: the closest known name, and all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(names)}"

@@ -1,0 +1,59 @@
+"""How many elements share one scale. Groups run along the last axis, which for a weight is in_features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+    def block_size(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The elements of one block: all of `shape`."""
+        return tuple(shape)
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[.., K] -> [1, .., 1]"""
+        return (1,) * len(shape)
+
+    def __str__(self) -> str:
+        return "tensor"
+
+
+@dataclass(frozen=True)
+class PerAxis:
+    """One scale per row of the last axis: per output channel of a weight, per token (and head) of an activation."""
+
+    def block_size(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[.., K] -> (1, .., K)"""
+        return (*(1,) * (len(shape) - 1), shape[-1])
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[.., K] -> [.., 1]"""
+        return (*shape[:-1], 1)
+
+    def __str__(self) -> str:
+        return "channel"
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """One scale per `group_size` consecutive elements of a row; the last group of a row may be shorter."""
+
+    group_size: int
+
+    def block_size(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[.., K] -> (1, .., group_size)"""
+        return (*(1,) * (len(shape) - 1), self.group_size)
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[.., K] -> [.., ceil(K / group_size)]"""
+        return (*shape[:-1], -(-shape[-1] // self.group_size))
+
+    def __str__(self) -> str:
+        return f"g{self.group_size}"
+
+
+Granularity = PerTensor | PerAxis | PerGroup

@@ -1,0 +1,244 @@
+"""The one definition of quantization: q = clamp(round_half_even(x / scale) + zero_point), x' = (q - zero_point) * scale.
+
+This is ONNX QuantizeLinear / DequantizeLinear. Everything else (operators, kernels, exporters) is checked against it.
+Tensors are [.., K]; scales have one entry a block along K (see granularity). Scale arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qpass.errors import QpassError
+from qpass.formats import Format
+from qpass.granularity import Granularity, PerGroup, PerTensor
+from qpass.packing import pack, unpack
+from qpass.spec import QuantSpec
+
+_E4M3_MAX = 448.0
+_E4M3_TINY = 2.0**-9  # the smallest E4M3 subnormal
+_E8M0_BIAS = 127  # OCP MX v1.0, section 5.4.1
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantized tensor as it is stored: a row range of it is a row range of each part that has rows.
+
+    data: [.., packed K]. scale: [.., blocks] or [1, .., 1], None for a direct cast. zero_point: integer, shaped like
+    `data` over the blocks (packed below 8 bits), None if symmetric. outer_scale: float32, what stored 8-bit scales are
+    multiplied by: [1, .., 1] for nvfp4, [.., 1] for double quantization, otherwise None.
+    """
+
+    data: Tensor
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    outer_scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all parts."""
+        return sum(part.nbytes for part in self.parts if part is not None)
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """(data, scale, zero_point, outer_scale): the order in which operators take them."""
+        return self.data, self.scale, self.zero_point, self.outer_scale
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Quantized:
+        """`function` applied to each part that is there."""
+        return Quantized(*(None if part is None else function(part) for part in self.parts))  # type: ignore[arg-type]
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def _blocks(x: Tensor, granularity: Granularity) -> Tensor:
+    """[.., K] -> [.., blocks, block]; the ragged end is padded with zeros, which no range depends on."""
+    if isinstance(granularity, PerGroup):
+        g = granularity.group_size
+        x = pad(x, (0, -x.shape[-1] % g))
+        return x.unflatten(-1, (x.shape[-1] // g, g))
+    return x.unsqueeze(-2)
+
+
+def _spread(per_block: Tensor, group_size: int, columns: int) -> Tensor:
+    """[.., blocks] -> [.., K], or the tensor itself where it broadcasts."""
+    if not group_size or per_block.shape[-1] == 1:
+        return per_block
+    return per_block.repeat_interleave(group_size, dim=-1)[..., :columns]
+
+
+def value_range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """[.., K] -> (lowest, highest) value of each block in float32, both including 0; shaped like the scales."""
+    if x.numel() == 0:
+        zeros = torch.zeros(granularity.scale_shape(x.shape), device=x.device)
+        return zeros, zeros
+    if isinstance(granularity, PerTensor):
+        low, high = torch.aminmax(x)
+        shape = granularity.scale_shape(x.shape)
+        low, high = low.reshape(shape), high.reshape(shape)
+    else:
+        low, high = torch.aminmax(_blocks(x, granularity), dim=-1)
+    return low.float().clamp(max=0), high.float().clamp(min=0)
+
+
+# --- scales ---------------------------------------------------------------------------------------------------------
+
+
+def _guard(scale: Tensor, amax: Tensor) -> Tensor:
+    """No stored scale is zero: 1 where the block is all zero, the smallest positive value where the scale underflowed."""
+    info = torch.finfo(scale.dtype)
+    tiny = info.smallest_normal * (info.eps if scale.dtype == torch.float16 else 1)
+    scale = torch.where(amax == 0, torch.ones_like(scale), scale.clamp(min=tiny))
+    if torch.compiler.is_compiling() or not torch.isinf(scale).any():
+        return scale
+    raise QpassError(f"a scale of up to {float(amax.max()):.3g} / qmax overflows {scale.dtype}; use scale=fp32")
+
+
+def _e8m0(amax: Tensor, fmt: Format, rounding: str) -> Tensor:
+    """The power of two for each block. floor: 2^(floor(log2 amax) - emax of the element). rceil: >= amax / max."""
+    if rounding == "rceil":
+        mantissa, exponent = torch.frexp(amax / fmt.qmax)  # amax/max = mantissa * 2^exponent, mantissa in [.5, 1)
+        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+    else:
+        exponent = torch.frexp(amax)[1] - torch.frexp(torch.tensor(fmt.qmax))[1]
+    exponent = torch.where(amax == 0, torch.zeros_like(exponent), exponent.clamp(-_E8M0_BIAS, _E8M0_BIAS))
+    return (exponent + _E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def choose_qparams(
+    x: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Round-to-nearest scales of `x` [.., K]: (scale, zero_point, outer_scale) with zero_point as integer codes, unpacked.
+
+    `tensor_range`: (lowest, highest) of the whole tensor where `x` is a part of it: what a scale per tensor and
+    nvfp4's outer scale are taken from.
+    """
+    fmt, granularity = spec.format, spec.granularity
+    if granularity is None:
+        return None, None, None
+    if tensor_range is not None and isinstance(granularity, PerTensor):
+        shape = granularity.scale_shape(x.shape)
+        low, high = (end.float().reshape(shape) for end in tensor_range)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    else:
+        low, high = value_range(x, granularity)
+    amax = torch.maximum(-low, high)
+    if fmt.scale == "e8m0":
+        return _e8m0(amax, fmt, spec.scale_rounding), None, None
+    if fmt.scale == "e4m3":
+        whole = amax.amax() if tensor_range is None else torch.maximum(-tensor_range[0], tensor_range[1]).float()
+        outer = whole / (_E4M3_MAX * fmt.qmax)
+        outer = torch.where(outer == 0, torch.ones_like(outer), outer).reshape((1,) * x.dim())
+        scale = (amax / fmt.qmax / outer).clamp(_E4M3_TINY, _E4M3_MAX)
+        return scale.to(torch.float8_e4m3fn), None, outer
+    if spec.symmetric:
+        scale = amax / fmt.symmetric_qmax
+    else:
+        scale = high / (fmt.qmax - fmt.qmin) - low / (fmt.qmax - fmt.qmin)
+    if spec.double_quantized:
+        outer = scale.amax(-1, keepdim=True) / 255
+        outer = torch.where(outer == 0, torch.ones_like(outer), outer)
+        codes = torch.round(scale / outer).clamp(1, 255)
+        stored, scale = codes.to(torch.uint8), codes * outer
+    else:
+        stored, outer = _guard(scale.to(spec.scale_dtype), amax), None
+        scale = stored.float()
+    zero_point = None if spec.symmetric else torch.round(fmt.qmin - low / scale).clamp(fmt.qmin, fmt.qmax)
+    return stored, None if zero_point is None else zero_point.to(torch.int8), outer
+
+
+def scale_values(scale: Tensor, outer_scale: Tensor | None) -> Tensor:
+    """Stored scales -> the float32 numbers that multiply the codes."""
+    return scale.float() if outer_scale is None else scale.float() * outer_scale
+
+
+# --- codes ----------------------------------------------------------------------------------------------------------
+
+
+def _nearest_code(x: Tensor, values: tuple[float, ...]) -> Tensor:
+    """Index of the nearest of ascending `values`; a tie goes to the even index (E2M1: the even mantissa)."""
+    grid = torch.tensor(values, dtype=torch.float32, device=x.device)
+    middle = (grid[1:] + grid[:-1]) / 2
+    below = torch.bucketize(x, middle, out_int32=True)
+    above = torch.bucketize(x, middle, out_int32=True, right=True)
+    return torch.where(below % 2 == 0, below, above)
+
+
+def _encode(scaled: Tensor, spec: QuantSpec, zero_point: Tensor | None) -> Tensor:
+    """x / scale -> codes: int8 for uniform formats, float8, or codebook indices."""
+    fmt = spec.format
+    if fmt.kind == "uniform":
+        codes = torch.round(scaled) if zero_point is None else torch.round(scaled) + zero_point
+        return codes.clamp(*spec.qrange).to(torch.int8)
+    if fmt.kind == "float8":
+        return scaled.clamp(fmt.qmin, fmt.qmax).to(fmt.storage)
+    assert fmt.codebook is not None
+    if fmt.codebook[0] == 0:  # sign and magnitude
+        half = len(fmt.codebook) // 2
+        sign = torch.signbit(scaled).to(torch.int32) * half
+        return (_nearest_code(scaled.abs(), fmt.codebook[:half]) + sign).to(torch.uint8)
+    return _nearest_code(scaled, fmt.codebook).to(torch.uint8)
+
+
+def _store(codes: Tensor, fmt: Format) -> Tensor:
+    """Codes -> what is kept: 8-bit codes as they are, smaller ones packed as unsigned."""
+    if fmt.bits >= 8:
+        return codes
+    return pack(codes if fmt.kind == "codebook" else codes - int(fmt.qmin), fmt.bits)
+
+
+def _load(stored: Tensor, fmt: Format, length: int) -> Tensor:
+    """Inverse of `_store`: int8 codes, float8, or codebook indices, [.., length]."""
+    if fmt.bits >= 8:
+        return stored
+    codes = unpack(stored, fmt.bits, length)
+    return codes if fmt.kind == "codebook" else codes.to(torch.int8) + int(fmt.qmin)
+
+
+def quantize(x: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None) -> Quantized:
+    """[.., K] float -> Quantized, by round to nearest. See `choose_qparams` for `tensor_range`."""
+    fmt, columns = spec.format, x.shape[-1]
+    if spec.is_identity:
+        return Quantized(x.to(fmt.storage))
+    scale, zero_point, outer = choose_qparams(x, spec, tensor_range)
+    scaled = x.float()
+    if scale is not None:
+        scaled = scaled / _spread(scale_values(scale, outer), spec.group_size, columns)
+    spread_zero = None if zero_point is None else _spread(zero_point, spec.group_size, columns)
+    data = _store(_encode(scaled, spec, spread_zero), fmt)
+    return Quantized(data, scale, None if zero_point is None else _store(zero_point, fmt), outer)
+
+
+def dequantize(q: Quantized, spec: QuantSpec, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Quantized -> [.., columns] in `dtype`; computed in float32."""
+    fmt = spec.format
+    if spec.is_identity:
+        return q.data.to(dtype)
+    codes = _load(q.data, fmt, columns)
+    if fmt.codebook is not None:
+        values = torch.tensor(fmt.codebook, dtype=torch.float32, device=codes.device)[codes.int()]
+    else:
+        values = codes.float()
+    if q.scale is None:
+        return values.to(dtype)
+    if q.zero_point is not None:
+        blocks = q.scale.shape[-1]
+        values = values - _spread(_load(q.zero_point, fmt, blocks).float(), spec.group_size, columns)
+    return (values * _spread(scale_values(q.scale, q.outer_scale), spec.group_size, columns)).to(dtype)
+
+
+def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
+    """[.., K] -> the same tensor as it comes back from storage, in x's dtype."""
+    return dequantize(quantize(x, spec), spec, x.shape[-1], x.dtype)
+
+
+def sqnr_db(x: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise, 10 log10(sum x^2 / sum (x - x')^2), in dB; inf if exact."""
+    signal = x.double().square().sum()
+    noise = (x.double() - approximation.double()).square().sum()
+    return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")

@@ -1,0 +1,165 @@
+"""The reference for every operator: dequantize, then the float operation. Exact, on every device, not fast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qpass.errors import QpassError
+from qpass.numerics import Quantized
+from qpass.numerics import dequantize as _dequantize
+from qpass.numerics import quantize as _quantize
+from qpass.ops.schemas import LIBRARY
+from qpass.packing import packed_length
+from qpass.spec import parse_spec
+
+
+def linear(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    outer_scale: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+) -> Tensor:
+    """[.., K] -> [.., N]: F.linear with the weight dequantized to x's dtype."""
+    weight = _dequantize(Quantized(data, scale, zero_point, outer_scale), parse_spec(spec), x.shape[-1], x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _linear_fake(x: Tensor, data: Tensor, *rest: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], data.shape[0]))
+
+
+def embedding(
+    indices: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    outer_scale: Tensor | None,
+    columns: int,
+    spec: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[..] -> [.., columns]: the rows named by `indices`, dequantized after they are gathered."""
+    rows = Quantized(data, scale, zero_point, outer_scale).map(
+        lambda part: _gather(part, indices) if part.shape[0] == data.shape[0] else part
+    )
+    return _dequantize(rows, parse_spec(spec), columns, dtype)
+
+
+def _gather(part: Tensor, indices: Tensor) -> Tensor:
+    if part.dtype.is_floating_point and part.dtype.itemsize == 1:  # 8-bit floats have no gather on every device
+        return F.embedding(indices, part.view(torch.uint8)).view(part.dtype)
+    return F.embedding(indices, part)
+
+
+def _embedding_fake(indices: Tensor, data: Tensor, *rest: Any) -> Tensor:
+    *_, columns, _, dtype = rest
+    return data.new_empty((*indices.shape, columns), dtype=dtype)
+
+
+def quantize(x: Tensor, spec: str) -> list[Tensor]:
+    """[.., K] -> the parts that the spec has."""
+    return [part for part in _quantize(x, parse_spec(spec)).parts if part is not None]
+
+
+def _quantize_fake(x: Tensor, spec: str) -> list[Tensor]:
+    parsed = parse_spec(spec)
+    fmt, lead = parsed.format, x.shape[:-1]
+    width = packed_length(x.shape[-1], fmt.bits) if fmt.bits < 8 else x.shape[-1]
+    parts = [x.new_empty((*lead, width), dtype=fmt.storage)]
+    if parsed.granularity is not None:
+        shape = parsed.granularity.scale_shape(x.shape)
+        stored = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}.get(fmt.scale, parsed.scale_dtype)
+        parts.append(x.new_empty(shape, dtype=torch.uint8 if parsed.double_quantized else stored))
+        if parsed.has_zero_point:
+            blocks = packed_length(shape[-1], fmt.bits) if fmt.bits < 8 else shape[-1]
+            parts.append(x.new_empty((*shape[:-1], blocks), dtype=fmt.storage))
+        if parsed.double_quantized:
+            parts.append(x.new_empty((*lead, 1), dtype=torch.float32))
+        elif fmt.scale == "e4m3":
+            parts.append(x.new_empty((1,) * x.dim(), dtype=torch.float32))
+    return parts
+
+
+def dequantize(
+    data: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    outer_scale: Tensor | None,
+    columns: int,
+    spec: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Stored parts -> [.., columns] in `dtype`."""
+    return _dequantize(Quantized(data, scale, zero_point, outer_scale), parse_spec(spec), columns, dtype)
+
+
+def _dequantize_fake(data: Tensor, *rest: Any) -> Tensor:
+    *_, columns, _, dtype = rest
+    return data.new_empty((*data.shape[:-1], columns), dtype=dtype)
+
+
+def attention(
+    q: Tensor,
+    k_data: Tensor,
+    k_scale: Tensor | None,
+    k_zero_point: Tensor | None,
+    k_outer_scale: Tensor | None,
+    k_spec: str,
+    v_data: Tensor,
+    v_scale: Tensor | None,
+    v_zero_point: Tensor | None,
+    v_outer_scale: Tensor | None,
+    v_columns: int,
+    v_spec: str,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """q [B, Hq, Q, D] against a quantized cache -> [B, Hq, Q, Dv]."""
+    key = dequantize(k_data, k_scale, k_zero_point, k_outer_scale, q.shape[-1], k_spec, q.dtype)
+    value = dequantize(v_data, v_scale, v_zero_point, v_outer_scale, v_columns, v_spec, q.dtype)
+    return F.scaled_dot_product_attention(
+        q, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != q.shape[1]
+    ).contiguous()
+
+
+def _attention_fake(q: Tensor, *rest: Any) -> Tensor:
+    *_, v_columns, _, _, _, _ = rest
+    return q.new_empty((*q.shape[:-1], v_columns))
+
+
+def cache_positions(length: Tensor, new: int, capacity: int) -> Tensor:
+    """[] int64 -> [new]: where the next `new` tokens go. Raises `QpassError` before anything is written past the end."""
+    positions = torch.arange(new, device=length.device) + length
+    if length.device.type == "cpu":
+        if int(length) + new > capacity:
+            raise QpassError(
+                f"KV cache of {capacity} tokens is too short: it holds {int(length)} and {new} more arrive; "
+                f"make it with max_cache_len={int(length) + new} or more. The cache is unchanged."
+            )
+    else:  # no host synchronization on a GPU: the device asserts
+        torch._assert_async(positions[-1] < capacity)
+    return positions
+
+
+def _cache_positions_fake(length: Tensor, new: int, capacity: int) -> Tensor:
+    return length.new_empty((new,))
+
+
+for _name, _implementation, _fake in (
+    ("linear", linear, _linear_fake),
+    ("embedding", embedding, _embedding_fake),
+    ("quantize", quantize, _quantize_fake),
+    ("dequantize", dequantize, _dequantize_fake),
+    ("attention", attention, _attention_fake),
+    ("cache_positions", cache_positions, _cache_positions_fake),
+):
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qpass::{_name}", _fake, lib=LIBRARY)

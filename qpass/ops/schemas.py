@@ -1,0 +1,29 @@
+"""Schemas of `torch.ops.qpass.*`. A weight is passed as its stored parts and the spec that says how to read them."""
+
+from __future__ import annotations
+
+import torch
+
+_PARTS = "Tensor {0}data, Tensor? {0}scale, Tensor? {0}zero_point, Tensor? {0}outer_scale"
+
+SCHEMAS = {
+    # x [.., K] @ W[N, K]^T + bias -> [.., N] in x's dtype
+    "linear": f"(Tensor x, {_PARTS.format('')}, Tensor? bias, str spec) -> Tensor",
+    # indices [..] -> [.., columns]: gathers stored rows, then dequantizes only those
+    "embedding": f"(Tensor indices, {_PARTS.format('')}, int columns, str spec, ScalarType dtype) -> Tensor",
+    # [.., K] -> the stored parts that the spec has, in the order data, scale, zero_point, outer_scale
+    "quantize": "(Tensor x, str spec) -> Tensor[]",
+    "dequantize": f"({_PARTS.format('')}, int columns, str spec, ScalarType dtype) -> Tensor",
+    # Scaled dot-product attention that reads a quantized cache. q [B, Hq, Q, D], keys [B, Hk, S, D], values [B, Hk, S, Dv]
+    # (stored parts); Hq is a multiple of Hk. mask broadcasts to [B, Hq, Q, S]: bool, or float and added.
+    "attention": (
+        f"(Tensor q, {_PARTS.format('k_')}, str k_spec, {_PARTS.format('v_')}, int v_columns, str v_spec, "
+        "Tensor? mask, bool is_causal, float? scale) -> Tensor"
+    ),
+    # Positions length .. length + new - 1 of the next tokens in a cache; refuses to run past its capacity.
+    "cache_positions": "(Tensor length, SymInt new, int capacity) -> Tensor",
+}
+
+LIBRARY = torch.library.Library("qpass", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=[torch.Tag.pt2_compliant_tag])

@@ -1,0 +1,151 @@
+"""QuantSpec: how one tensor is quantized, and the mini-language that writes it: `int4:g128:asym`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from qpass.errors import QpassError, nearest
+from qpass.formats import FORMATS, Format, get_format
+from qpass.granularity import Granularity, PerAxis, PerGroup, PerTensor
+
+SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SCALE_ROUNDINGS = ("floor", "rceil")
+ALGORITHMS = ("rtn",)
+_TOKENS = (
+    "g<group size>", "channel", "tensor", "asym", "dq", *SCALE_ROUNDINGS, *ALGORITHMS,
+    *(f"scale={name}" for name in SCALE_DTYPES),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    `granularity`: what shares a scale; None for a direct cast (identity and unscaled fp8).
+    `symmetric`: zero point 0 and the range -qmax..qmax; otherwise min..max including 0, with an integer zero point.
+    `scale_dtype`: how float scales are stored; their arithmetic is always float32.
+    `double_quantized`: the scales are themselves stored as 8-bit integers, with one float per row (QLoRA, section 3).
+    `scale_rounding`: of E8M0 scales: `floor` (OCP MX v1.0, section 6.3: may clip up to a quarter of the range) or
+    `rceil` (the next power of two at or above amax / max: never clips).
+    `dynamic`: of activations: the scale is found from each input, not by calibration.
+    """
+
+    format: Format
+    granularity: Granularity | None = None
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.float32
+    double_quantized: bool = False
+    scale_rounding: str = "floor"
+    algorithm: str = "rtn"
+    dynamic: bool = False
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the tensor stays in a float format."""
+        return self.format.kind == "identity"
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether an integer zero point is stored beside the scale."""
+        return not self.symmetric
+
+    @property
+    def group_size(self) -> int:
+        """Elements of a row that share a scale; 0 where a whole row or more does."""
+        return self.granularity.group_size if isinstance(self.granularity, PerGroup) else 0
+
+    @property
+    def qrange(self) -> tuple[float, float]:
+        """The smallest and the largest code that quantization may give."""
+        return (-self.format.symmetric_qmax if self.symmetric else self.format.qmin), self.format.qmax
+
+    def effective_bits(self, columns: int) -> float:
+        """Stored bits per element, scales and zero points included, for rows of `columns` elements."""
+        if self.granularity is None:
+            return self.format.bits
+        scales = self.granularity.scale_shape((1, columns))[-1] if not isinstance(self.granularity, PerTensor) else 0
+        scale_bits = {"e8m0": 8, "e4m3": 8}.get(self.format.scale, 8 * self.scale_dtype.itemsize)
+        if self.double_quantized:
+            scale_bits = 8
+        zero_bits = self.format.bits if self.has_zero_point else 0
+        return self.format.bits + (scales * (scale_bits + zero_bits) + 32 * self.double_quantized) / columns
+
+    def __str__(self) -> str:
+        parts = [self.format.name]
+        if self.granularity is not None and self.format.scale == "float":
+            parts.append(str(self.granularity))
+        if not self.symmetric:
+            parts.append("asym")
+        if self.double_quantized:
+            parts.append("dq")
+        if self.scale_rounding != "floor":
+            parts.append(self.scale_rounding)
+        if self.scale_dtype != torch.float32:
+            parts.append("scale=" + next(k for k, v in SCALE_DTYPES.items() if v == self.scale_dtype))
+        if self.algorithm != "rtn":
+            parts.append(self.algorithm)
+        return ":".join(parts)
+
+
+def _default(fmt: Format) -> QuantSpec:
+    """The spec that a bare format name means."""
+    if fmt.kind == "identity" or (fmt.kind == "float8" and fmt.scale == "float"):
+        return QuantSpec(fmt)
+    return QuantSpec(fmt, PerGroup(fmt.group_size) if fmt.group_size else PerAxis())
+
+
+@lru_cache(maxsize=1024)
+def parse_spec(text: str) -> QuantSpec:
+    """`<format>[:g<group>|:channel|:tensor][:asym][:dq][:rceil][:scale=fp16][:<algorithm>]` -> QuantSpec.
+
+    Raises `QpassError` for an unknown format or token (with the nearest name) and for combinations without a meaning.
+    """
+    name, *tokens = text.split(":")
+    spec = _default(get_format(name))
+    for token in tokens:
+        spec = _apply(spec, token, text)
+    return spec
+
+
+def _apply(spec: QuantSpec, token: str, text: str) -> QuantSpec:
+    fmt = spec.format
+
+    def refuse(why: str) -> QpassError:
+        return QpassError(f"spec {text!r}: {token!r} does not fit {fmt.name}: {why}")
+
+    if token in ALGORITHMS:
+        return replace(spec, algorithm=token)
+    if fmt.kind == "identity":
+        raise refuse("a float format has no scale")
+    if token in ("channel", "tensor") or (token[:1] == "g" and token[1:].isdigit()):
+        if fmt.scale != "float":
+            raise refuse(f"its blocks are fixed at {fmt.group_size}")
+        if token[0] == "g" and int(token[1:]) < 1:
+            raise refuse("a group has at least one element")
+        fixed: dict[str, Granularity] = {"channel": PerAxis(), "tensor": PerTensor()}
+        return replace(spec, granularity=fixed.get(token) or PerGroup(int(token[1:])))
+    if token == "asym":
+        if fmt.kind != "uniform":
+            raise refuse("only integer formats have a zero point")
+        return replace(spec, symmetric=False)
+    if token == "dq":
+        if fmt.scale != "float" or not isinstance(spec.granularity, PerGroup):
+            raise refuse("double quantization is of float scales per group")
+        return replace(spec, double_quantized=True)
+    if token in SCALE_ROUNDINGS:
+        if fmt.scale != "e8m0":
+            raise refuse("only E8M0 scales (mxfp8, mxfp4) have a rounding")
+        return replace(spec, scale_rounding=token)
+    if token.startswith("scale=") and token[6:] in SCALE_DTYPES:
+        if fmt.scale != "float":
+            raise refuse(f"its scales are {fmt.scale.upper()}")
+        return replace(spec, scale_dtype=SCALE_DTYPES[token[6:]])
+    raise QpassError(f"spec {text!r}: unknown part {token!r}: {nearest(token, _TOKENS)}")
+
+
+def every_format() -> list[QuantSpec]:
+    """The default spec of each format, in table order."""
+    return [_default(f) for f in FORMATS.values()]

@@ -1,0 +1,90 @@
+"""Quantizing weights: checked, in bounded memory, and with rows of several weights in one buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qpass.errors import QpassError
+from qpass.numerics import Quantized, dequantize, quantize
+from qpass.spec import QuantSpec
+
+#: Elements quantized at a time: the float temporaries of one step stay below ~64 MB.
+CHUNK_ELEMENTS = 1 << 21
+
+
+def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
+    """Raises `QpassError`, naming the weight, for what cannot be quantized: no data, NaN or inf, a group over the row."""
+    if weight.is_meta:
+        raise QpassError(f"{name}: the weight is on the meta device; load the real weights first")
+    if type(weight).__name__ == "DTensor":
+        raise QpassError(f"{name}: the weight is a DTensor; quantize each rank's local model, before sharding")
+    if not weight.is_floating_point():
+        raise QpassError(f"{name}: the weight is {weight.dtype}, not a float type; is the model already quantized?")
+    if spec.format.scale == "float" and spec.group_size > weight.shape[-1]:
+        raise QpassError(
+            f"{name}: group size {spec.group_size} is larger than the row of {weight.shape[-1]}; "
+            f"use g{weight.shape[-1]} or less, or 'channel'"
+        )
+    if weight.numel():
+        low, high = torch.aminmax(weight.detach())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            kind = "NaN" if torch.isnan(low) else "inf"
+            raise QpassError(f"{name}: the weight holds {kind}; repair the checkpoint, or leave this site in float")
+
+
+def quantize_weight(weight: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None) -> Quantized:
+    """[N, K] float -> Quantized, a chunk of rows at a time. `tensor_range` replaces the weight's own (lowest, highest)."""
+    weight = weight.detach()
+    if spec.is_identity or not weight.numel():
+        return quantize(weight, spec)
+    if tensor_range is None:
+        tensor_range = torch.aminmax(weight)
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[-1])
+    chunks = [quantize(chunk, spec, tensor_range) for chunk in weight.split(rows)]
+    return chunks[0] if len(chunks) == 1 else concat_rows(chunks, [len(c.data) for c in chunks], keep_single=True)
+
+
+def noise_power(weight: Tensor, q: Quantized, spec: QuantSpec) -> tuple[float, float]:
+    """(sum x^2, sum (x - x')^2) of a [N, K] weight in float64: what SQNR is made of."""
+    signal = noise = 0.0
+    rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[-1]))
+    for start in range(0, weight.shape[0], rows):
+        chunk = weight.detach()[start : start + rows].float()
+        back = dequantize(row_range(q, start, len(chunk), weight.shape[0]), spec, weight.shape[-1])
+        signal += float(chunk.square().sum(dtype=torch.float64))
+        noise += float((chunk - back).square().sum(dtype=torch.float64))
+    return signal, noise
+
+
+def row_range(q: Quantized, start: int, length: int, rows: int) -> Quantized:
+    """Rows [start, start + length) as views; parts with one row for all `rows` are kept whole."""
+    return q.map(lambda part: part if part.shape[0] != rows else part.narrow(0, start, length))
+
+
+def concat_rows(weights: Sequence[Quantized], rows: Sequence[int], keep_single: bool = False) -> Quantized:
+    """Stack weights of equal columns and spec into one buffer.
+
+    A part with one row (a scale per tensor) is repeated for each row, so that each weight is a row range of the result;
+    `keep_single` keeps one such row, for chunks of one weight, whose single rows are equal.
+    """
+
+    def stack(index: int) -> Tensor | None:
+        parts = [w.parts[index] for w in weights]
+        if parts[0] is None:
+            return None
+        if keep_single and all(p.shape[0] == 1 for p in parts) and any(n != 1 for n in rows):  # type: ignore[union-attr]
+            return parts[0]
+        return _cat([p.expand(n, *p.shape[1:]) for p, n in zip(parts, rows, strict=True)])  # type: ignore[union-attr]
+
+    return Quantized(*(stack(i) for i in range(4)))  # type: ignore[arg-type]
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """torch.cat for every storage type; 8-bit floats go through their bytes."""
+    dtype = parts[0].dtype
+    if dtype.is_floating_point and dtype.itemsize == 1:
+        return torch.cat([p.contiguous().view(torch.uint8) for p in parts]).view(dtype)
+    return torch.cat(list(parts))
