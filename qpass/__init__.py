@@ -1,0 +1,30 @@
+"""qpass: quantizing transformers as a compiler pass.
+
+`torch.compile(model, backend=qpass)` quantizes the weights that it finds in the captured graph; `qpass.quantize(model)`
+replaces them. The module itself is the backend.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from qpass.backend import QPass as QPass
+from qpass.backend import dynamo_backend
+from qpass.errors import QpassError as QpassError
+from qpass.qtensor import QTensor as QTensor
+from qpass.recipe import PRESETS as PRESETS
+from qpass.recipe import Recipe as Recipe
+from qpass.spec import QuantSpec as QuantSpec
+
+
+class _BackendModule(ModuleType):
+    """A module that torch.compile can call: `backend=qpass`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return dynamo_backend(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _BackendModule

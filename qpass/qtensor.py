@@ -30,6 +30,9 @@ class QTensor(Tensor):
     quantized: Quantized
     spec: QuantSpec
     transposed: bool
+    sqnr_db: float
+    #: The buffer of several weights that this one is a row range of, once an operator reads them together.
+    base: Quantized | None
 
     @staticmethod
     def __new__(
@@ -43,6 +46,7 @@ class QTensor(Tensor):
         self, quantized: Quantized, spec: QuantSpec, shape: torch.Size, dtype: torch.dtype, transposed: bool = False
     ) -> None:
         self.quantized, self.spec, self.transposed = quantized, spec, transposed
+        self.sqnr_db, self.base = float("nan"), None
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -117,7 +121,11 @@ class QTensor(Tensor):
         return out
 
     def _like(self, quantized: Quantized, dtype: torch.dtype | None = None) -> QTensor:
-        return QTensor(quantized, self.spec, self.shape, dtype or self.dtype, self.transposed)
+        like = QTensor(quantized, self.spec, self.shape, dtype or self.dtype, self.transposed)
+        like.sqnr_db = self.sqnr_db
+        if quantized is self.quantized:
+            like.base = self.base
+        return like
 
     def _write(self, source: Tensor) -> None:
         """Take over the values of `source` (float or QTensor) in place; views and users of the parts see them."""
@@ -131,6 +139,7 @@ class QTensor(Tensor):
         for mine, theirs in zip(self.quantized.parts, new.parts, strict=True):
             if mine is not None and theirs is not None:
                 mine.copy_(theirs)
+        self.sqnr_db = float("nan")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
         if id(self) not in memo:
@@ -141,7 +150,7 @@ class QTensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A row range of a larger buffer is saved by itself, not with the whole buffer behind it.
         parts = self.quantized.map(lambda p: p.clone() if p.untyped_storage().nbytes() > p.nbytes else p).parts
-        state = (parts, str(self.spec), tuple(self.shape), self.dtype, self.transposed)
+        state = (parts, str(self.spec), tuple(self.shape), self.dtype, self.transposed, self.sqnr_db)
         return _rebuild_qtensor, (*state, isinstance(self, torch.nn.Parameter))
 
 
@@ -154,9 +163,16 @@ def _as_parameter(tensor: QTensor) -> QTensor:
 
 
 def _rebuild_qtensor(
-    parts: tuple[Tensor, ...], spec: str, shape: tuple[int, ...], dtype: torch.dtype, transposed: bool, is_param: bool
+    parts: tuple[Tensor, ...],
+    spec: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    transposed: bool,
+    sqnr_db: float,
+    is_param: bool,
 ) -> QTensor:
     tensor = QTensor(Quantized(*parts), parse_spec(spec), torch.Size(shape), dtype, transposed)
+    tensor.sqnr_db = sqnr_db
     return _as_parameter(tensor) if is_param else tensor
 
 

@@ -1,0 +1,309 @@
+"""The torch.compile backend: capture -> sites -> plan -> passes -> Inductor, and what it remembers of each model."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+import qpass.ops  # noqa: F401  registers torch.ops.qpass
+from qpass.errors import QpassError, nearest
+from qpass.graph.torch_private import (
+    CaptureError,
+    WeakIdKeyDictionary,
+    check_inner,
+    compile_inner,
+    copy_captured,
+    fake_like,
+    frame_key,
+    is_graph_fragment,
+    source_name,
+)
+from qpass.graph.vocabulary import DROPOUTS, argument, op_name, value_of
+from qpass.passes import Convert, GraphInput, clean, input_sources, parameter_nodes, run_passes
+from qpass.progress import track
+from qpass.qtensor import QTensor
+from qpass.recipe import Recipe, resolve_recipe
+from qpass.sites.classify import Context
+from qpass.sites.core import Edit, Match, Plan, Site, Skip
+from qpass.sites.find import find_sites
+from qpass.sites.weight import WeightGroup, group_weights
+from qpass.spec import QuantSpec
+from qpass.store import WeightStore, anchor
+
+#: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
+BACKENDS: weakref.WeakSet[QPass] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was decided for one Parameter, once, for all graphs that use it: a spec, or the reason for none."""
+
+    site: Site
+    spec: QuantSpec | None
+    skip: Skip | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One graph that went through the pipeline: before and after, with what was found and done."""
+
+    before: Graph
+    after: Graph
+    plan: Plan
+    edits: tuple[Edit, ...]
+    fragment: bool
+    frame: str | None
+    parameters: tuple[weakref.ref[Tensor], ...] = field(repr=False, default=())
+
+    def belongs_to(self, parameters: set[int]) -> bool:
+        """Whether the graph was captured with any of these Parameters (by id), all of which are still alive."""
+        return any(p is not None and id(p) in parameters for p in (ref() for ref in self.parameters))
+
+
+class QPass:
+    """A torch.compile backend that quantizes what it captures.
+
+    `recipe`: a preset name, a spec for every weight, a mapping, a YAML file or a Recipe. `strict`: a site that stays in
+    float although the recipe gives it a format is an error. `inner`: what compiles the rest ("inductor", "aot_eager",
+    "eager"). `mode`: Inductor's mode. Raises `QpassError` for a recipe or an inner backend that does not exist.
+    """
+
+    def __init__(
+        self,
+        recipe: str | Path | Recipe | Mapping[str, Any] = "int8",
+        strict: bool = False,
+        inner: str = "inductor",
+        mode: str | None = None,
+    ) -> None:
+        self.recipe, self.strict, self.inner, self.mode = resolve_recipe(recipe), strict, inner, mode
+        check_inner(inner)
+        self.store = WeightStore()
+        self.captures: list[Capture] = []
+        self._decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._open_attention = False
+        self._lock = threading.RLock()
+        BACKENDS.add(self)
+
+    def __repr__(self) -> str:
+        return f"QPass({self.recipe.to_dict()}, inner={self.inner!r})"
+
+    # --- called by torch.compile ----------------------------------------------------------------------------------
+
+    def __call__(self, gm: GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        """Compile one captured graph. `options`: torch.compile's own `mode`."""
+        mode = options.pop("mode", None) or self.mode
+        if options:
+            raise CaptureError(f"unknown option {sorted(options)[0]!r}: set recipe, strict, inner, mode on qpass.QPass(...)")
+        try:
+            with self._lock:
+                return self._compile(gm, inputs, mode)
+        except CaptureError:
+            raise
+        except QpassError as error:
+            raise CaptureError(str(error)) from None
+
+    def plan_graph(self, gm: GraphModule, inputs: Sequence[Any]) -> Plan:
+        """Find the sites of a captured graph and decide each; nothing is rewritten. `inputs`: the real arguments."""
+        parameters = parameter_nodes(gm, inputs)
+        names = {node: source_name(node) or node.name for node in parameters}
+        fragment = is_graph_fragment(gm) or any(c.fragment for c in self.captures)
+        context = Context(fragment, *self._tables(), self._open_attention)
+        matches, skips = find_sites(gm.graph, parameters, names, context, self.recipe.k is not None)
+        decided = [self._decide(match, parameters) for match in matches]
+        specs = {m.site: d.spec for m, d in zip(matches, decided, strict=True) if d.spec is not None}
+        kept = tuple(m for m in matches if m.site in specs)
+        skips += list({d.site: d.skip for d in decided if d.skip is not None}.values())
+        for skip in skips:
+            self._remember_skip(skip, names, parameters)
+        roles = {role for m in matches for role in m.site.roles if m.weight is not None}
+        self._open_attention = fragment and bool({"q", "k", "v"} & roles) and "o" not in roles
+        plan = Plan(kept, specs, tuple(skips))
+        self._check_coverage(plan, fragment, len(parameters))
+        return plan
+
+    def _compile(self, gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
+        _refuse_training(gm, inputs)
+        original = copy_captured(gm)
+        plan = self.plan_graph(original, inputs)
+        placeholders = original.graph.find_nodes(op="placeholder")
+        order = {node.name: i for i, node in enumerate(placeholders)}
+        parameters = {node: t for node, t in zip(placeholders, inputs, strict=True) if isinstance(t, torch.nn.Parameter)}
+        lookups = {group: _Lookup(self.store, group, order) for group, _ in group_weights(plan, parameters)}
+        for lookup in track(list(lookups.values()), "qpass: quantizing"):
+            lookup(inputs)
+
+        def fake_parts(group: WeightGroup) -> list[Tensor | None]:
+            reference = value_of(placeholders[order[group.weights[0]]])
+            return [None if p is None else fake_like(reference, p) for p in lookups[group](inputs)]
+
+        before = copy_captured(original).graph
+        result = run_passes(original, plan, [Convert(parameters, fake_parts), clean])
+        after = copy_captured(result.graph_module).graph
+        sources = input_sources(result.graph_module, list(order))
+        pick = _Arguments(sources, lookups)
+        with torch.no_grad():
+            compiled = compile_inner(result.graph_module, pick(inputs), self.inner, mode)
+        self.captures = [c for c in self.captures if any(ref() is not None for ref in c.parameters) or not c.parameters]
+        refs = tuple(weakref.ref(anchor_of(p)) for p in parameters.values())
+        fragment = is_graph_fragment(gm)
+        self.captures.append(Capture(before, after, plan, result.edits, fragment, frame_key(gm), refs))
+        return partial(_run, compiled, pick)
+
+    # --- decisions ------------------------------------------------------------------------------------------------
+
+    def decision(self, param: Tensor) -> Decision | None:
+        """What was decided for a Parameter; None if no captured graph held it."""
+        return self._decisions.get(anchor(param))
+
+    def adopt(self, param: Tensor, decision: Decision) -> None:
+        """Take over a decision for a Parameter that replaces the one it was made for."""
+        self._decisions[anchor(param)] = decision
+
+    def _tables(self) -> tuple[frozenset[int], frozenset[int]]:
+        """(rows, identities) of the embedding tables of all graphs so far."""
+        known = [(p, d) for p, d in self._decisions.items() if "embedding" in d.site.roles]
+        return frozenset(d.site.shape[0] for _, d in known), frozenset(id(p) for p, _ in known)
+
+    def _decide(self, match: Match, parameters: Mapping[Node, Tensor]) -> Decision:
+        if match.weight is None:  # a cache that is quantized already: the spec is in the call
+            from qpass.spec import parse_spec
+
+            return Decision(match.site, parse_spec(match.call.k.args[5]))
+        param = parameters[match.weight]
+        known = self.decision(param)
+        if known is not None:
+            site = replace(known.site, name=match.site.name)
+            merged = tuple(dict.fromkeys(known.site.roles + match.site.roles))
+            better = replace(known, site=replace(known.site, roles=merged))
+            if known.site.kind == "linear" and match.site.kind != "linear" and known.spec is None:
+                better = self._fresh(match.site)
+            self.adopt(param, better)
+            return replace(better, site=match.site if match.site.name == site.name else site)
+        decision = self._fresh(match.site)
+        if isinstance(param, QTensor):
+            decision = Decision(match.site, param.spec)
+        self.adopt(param, decision)
+        return decision
+
+    def _fresh(self, site: Site) -> Decision:
+        kinds = [site.kind] + [r for r in ("embedding", "vocab") if r in site.roles and r != site.kind]
+        specs = [self.recipe.spec_for(kind, site.name) for kind in kinds]
+        spec = max(specs, key=lambda s: 99.0 if s is None else s.effective_bits(site.shape[-1]))
+        note = f"tied: {' and '.join(kinds)} share one table in {spec or 'float'}" if len(set(specs)) > 1 else ""
+        if spec is None:
+            reason = note or f"the recipe leaves {site.kind} in float"
+            return Decision(site, None, Skip(site, reason, expected=True), note)
+        return Decision(site, spec, None, note)
+
+    def _remember_skip(self, skip: Skip, names: Mapping[Node, str], parameters: Mapping[Node, Tensor]) -> None:
+        for node, param in parameters.items():
+            if names[node] == skip.site.name and skip.site.kind != "kv" and self.decision(param) is None:
+                self.adopt(param, Decision(skip.site, None, skip))
+
+    def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:
+        unexpected = [s for s in plan.skipped if not s.expected]
+        if self.strict and unexpected:
+            lines = "\n".join(f"  {s.site.kind} {s.site.name}: {s.reason}" for s in unexpected)
+            raise QpassError(f"{unexpected[0].site.name}: stays in float ({len(unexpected)} sites, strict=True)\n{lines}")
+        weights = [m for m in plan.matches if m.weight is not None]
+        if not fragment and not weights:
+            reasons = "".join(f"\n  {s.site.name}: {s.reason}" for s in plan.skipped)
+            raise QpassError(
+                f"nothing to quantize: no site of the captured graph ({parameters} Parameters) gets a format; "
+                f"give the recipe a format for a kind that the model has{reasons}"
+            )
+
+
+def anchor_of(param: Tensor) -> Any:
+    """What a capture refers to weakly: the contents of a QTensor, a float Parameter itself."""
+    return anchor(param)
+
+
+class _Lookup:
+    """A group's stored parts from the arguments of a call."""
+
+    def __init__(self, store: WeightStore, group: WeightGroup, order: Mapping[str, int]) -> None:
+        self.store, self.group = store, group
+        biases = [b for b in group.biases if b is not None] if group.has_bias else []
+        self.indices = [order[name] for name in (*group.weights, *biases)]
+        self.key = f"{group.spec}|{group.transposed}|{[b is not None for b in group.biases]}|{len(group.weights)}"
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        return self.store.get([args[i] for i in self.indices], self.group, self.key)
+
+
+class _Arguments:
+    """The arguments of the rewritten graph from those of the captured one."""
+
+    def __init__(self, sources: Sequence[int | GraphInput], lookups: Mapping[WeightGroup, _Lookup]) -> None:
+        self.order: list[tuple[int, int]] = []  # (-1, argument) or (lookup, part)
+        used = [group for group in lookups if any(isinstance(s, GraphInput) and s.group == group for s in sources)]
+        self.lookups = [lookups[group] for group in used]
+        for source in sources:
+            if isinstance(source, GraphInput):
+                self.order.append((used.index(source.group), source.part))
+            else:
+                self.order.append((-1, source))
+
+    def __call__(self, args: Sequence[Any]) -> list[Any]:
+        parts = [lookup(args) for lookup in self.lookups]
+        return [args[j] if i < 0 else parts[i][j] for i, j in self.order]
+
+
+def _run(compiled: Callable[..., Any], pick: _Arguments, *args: Any) -> Any:
+    """One call of a compiled graph, as inference whatever the grad mode."""
+    with torch.no_grad():
+        return compiled(*pick(args))
+
+
+def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:
+    """Raises for what only makes sense in training: active dropout, an input that asks for its gradient."""
+    for node in gm.graph.nodes:
+        if op_name(node) in DROPOUTS and argument(node, 2, "training", True) and argument(node, 1, "p", 0.5):
+            raise QpassError(f"{node.name}: active dropout; qpass compiles for inference: call model.eval() first")
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        leaf = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and value.is_leaf
+        if leaf and value.requires_grad:
+            raise QpassError(f"{node.name}: this input requires grad; qpass compiles for inference: pass input.detach()")
+
+
+# --- the module and the registered name as backends -------------------------------------------------------------------
+
+_OPTIONS = ("recipe", "strict", "inner", "mode")
+_instances: dict[tuple[Any, ...], QPass] = {}
+_instances_lock = threading.Lock()
+
+
+def backend_for(options: Mapping[str, Any] | None = None, mode: str | None = None) -> QPass:
+    """The QPass behind `backend=qpass` with these torch.compile options: one for equal options."""
+    options = dict(options or {})
+    unknown = [k for k in options if k not in _OPTIONS]
+    if unknown:
+        raise CaptureError(f"unknown option {unknown[0]!r}: {nearest(unknown[0], _OPTIONS)}")
+    if mode is not None:
+        options.setdefault("mode", mode)
+    recipe = options.get("recipe", "int8")
+    try:
+        options["recipe"] = resolve_recipe(recipe)
+        key = tuple(sorted((k, v) for k, v in options.items()))
+        with _instances_lock:
+            if key not in _instances:
+                _instances[key] = QPass(**options)
+            return _instances[key]
+    except QpassError as error:
+        raise CaptureError(str(error)) from None
+
+
+def dynamo_backend(gm: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    """The backend registered as "qpass", and what `backend=qpass` calls. Options as in design: recipe, strict, inner, mode."""
+    return backend_for(kwargs.get("options"), kwargs.get("mode"))(gm, inputs)

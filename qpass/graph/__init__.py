@@ -1,0 +1,1 @@
+"""Reading and editing captured graphs. Knows torch.fx and nothing of quantization."""

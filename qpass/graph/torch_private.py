@@ -1,0 +1,148 @@
+"""Every private name of torch that qpass relies on. The next release of torch is read against this one file.
+
+Checked with torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import ShortenTraceback
+from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary
+
+from qpass.errors import QpassError
+
+
+class CaptureError(QpassError, ShortenTraceback):
+    """A QpassError raised while Dynamo compiles: this base reaches the caller as it is, not as BackendCompilerFailed."""
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+def source_name(node: Node) -> str | None:
+    """`L['self']._modules['model']._parameters['weight']` -> "model.weight"; None for an input without such a source."""
+    source = getattr(node, "_dynamo_source", None)
+    text = getattr(source, "name", None)
+    text = text() if callable(text) else text
+    keys = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", text or "")
+    return ".".join(keys) or None
+
+
+def is_graph_fragment(gm: GraphModule) -> bool:
+    """Whether the graph ends at a graph break, or resumes after one."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is not None and reason.graph_break:
+        return True
+    stack = inspect.currentframe()
+    while stack is not None:  # the frame being compiled is a local of Dynamo's own
+        code = stack.f_locals.get("code") if stack.f_code.co_name in ("_compile", "_compile_inner") else None
+        if code is not None:
+            return str(code.co_name).startswith("torch_dynamo_resume_in")
+        stack = stack.f_back
+    return False
+
+
+def frame_key(gm: GraphModule) -> str | None:
+    """Which frame a graph was captured from; graphs of one frame are recompilations of each other."""
+    compile_id = gm.meta.get("dynamo_compile_id")
+    return None if compile_id is None else str(compile_id).split("/")[0].strip("[]")
+
+
+def recompile_limit() -> int:
+    """After this many graphs of one frame Dynamo runs it eagerly, in float."""
+    return int(torch._dynamo.config.recompile_limit)
+
+
+def copy_captured(gm: GraphModule) -> GraphModule:
+    """A copy that may be edited: Dynamo still needs its own graph, and AOTAutograd what hangs on it."""
+    copy = GraphModule(gm, torch.fx.Graph())
+    mapping: dict[Node, Node] = {}
+    graph = torch.fx.Graph()
+    output = graph.graph_copy(gm.graph, mapping)
+    graph.output(output)
+    graph.output_node().meta = dict(gm.graph.output_node().meta)
+    for old, new in mapping.items():
+        new.name = old.name
+        if old.op == "placeholder":
+            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+    copy.graph = graph
+    copy.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = gm._param_name_to_source
+    return copy
+
+
+def mark_static_input(placeholder: Node) -> None:
+    """A new placeholder whose tensor keeps its address: CUDA graphs must not copy it at every call."""
+    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def fake_like(reference: Tensor, real: Tensor) -> Tensor:
+    """`real` as a fake tensor in the fake mode of `reference` (a fake tensor, or a subclass that wraps some)."""
+    if hasattr(reference, "__tensor_flatten__"):
+        reference = getattr(reference, reference.__tensor_flatten__()[0][0])
+    mode = getattr(reference, "fake_mode", None)
+    return real if mode is None else mode.from_tensor(real, static_shapes=True)
+
+
+def compile_inner(gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str | None) -> Callable[..., Any]:
+    """Compile the rewritten graph with Inductor (and its mode), or with another backend by name."""
+    if inner == "inductor":
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(gm, list(inputs), config_patches=list_mode_options(mode) if mode else None)  # type: ignore[return-value]
+    if inner == "eager":
+        return gm.forward
+    return lookup_backend(inner)(gm, list(inputs))
+
+
+def check_inner(inner: str) -> None:
+    """Raises what torch raises for a backend that does not exist."""
+    if inner != "eager":
+        lookup_backend(inner)
+
+
+def compile_in_place(module: torch.nn.Module, backend: Callable[..., Any]) -> None:
+    """`module.compile(backend=...)`, apart from what else is compiled of the same code, where torch can keep it apart."""
+    module.compile(backend=backend, **isolated())
+
+
+def isolated() -> dict[str, Any]:
+    """torch.compile's option that counts the recompilations of this call alone (torch 2.13), if there is one."""
+    supported = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if supported else {}
+
+
+def backend_of(compiled: Any) -> Any:
+    """The backend given to torch.compile for an OptimizedModule or a module compiled in place; None for anything else."""
+    context = getattr(compiled, "dynamo_ctx", None)
+    callback = getattr(context, "callback", None)
+    if callback is None:
+        call = getattr(compiled, "_compiled_call_impl", None)
+        callback = getattr(call, "_torchdynamo_orig_backend", None) or _closure_callback(call)
+    while hasattr(callback, "_torchdynamo_orig_backend"):
+        callback = callback._torchdynamo_orig_backend
+    return callback
+
+
+def _closure_callback(function: Any) -> Any:
+    for cell in getattr(function, "__closure__", None) or ():
+        found = getattr(cell.cell_contents, "callback", None)
+        if found is not None:
+            return found
+    return None
+
+
+def original_module(compiled: Any) -> Any:
+    """The module inside torch.compile's wrapper, or the argument itself."""
+    return getattr(compiled, "_orig_mod", compiled)

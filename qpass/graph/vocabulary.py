@@ -1,0 +1,82 @@
+"""One name for each operation, whether the graph spells it as a torch function, a method or an ATen operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+#: Same values in another arrangement or float type.
+CASTS = {"to", "_to_copy", "type_as", "float", "half", "bfloat16", "type", "contiguous", "clone", "detach", "alias"}
+FLIPS = {"t", "T", "mT", "numpy_T", "transpose", "permute", "swapaxes", "swapdims", "adjoint"}
+SHAPES = {
+    "view", "reshape", "_unsafe_view", "expand", "unsqueeze", "squeeze", "flatten", "unflatten", "getitem", "slice",
+    "select", "view_as", "expand_as", "movedim", "repeat_interleave",
+}  # fmt: skip
+SPLITS = {"split", "chunk", "unbind", "tensor_split", "split_with_sizes", "unsafe_chunk"}
+MATMULS = {"matmul", "mm", "bmm", "baddbmm", "einsum"}
+ADDS = {"add", "iadd", "add_"}
+SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
+DROPOUTS = {"dropout", "native_dropout", "alpha_dropout", "feature_dropout"}
+EMBEDDINGS = {"embedding"}
+SDPA = {"scaled_dot_product_attention"}
+FLEX = {"flex_attention"}
+
+_TORCH_MODULES = ("torch", "_operator", "operator", "builtins", "math")
+
+
+def op_name(node: Node) -> str:
+    """The bare name of what `node` calls: "linear", "add", "qpass::dequantize"; "" for anything not torch's."""
+    target: Any = node.target
+    if node.op == "call_method":
+        return str(target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        namespace, _, name = str(target._qualified_op_name if _is_packet(target) else target._schema.name).partition("::")
+        return f"qpass::{name}" if namespace == "qpass" else name
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return target.name()
+    name = getattr(target, "__name__", "")
+    if name == "getattr":  # x.T, x.mT
+        return str(node.args[1])
+    module = getattr(target, "__module__", None) or "torch"
+    return name if module.split(".")[0] in _TORCH_MODULES else ""
+
+
+def _is_packet(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverloadPacket)
+
+
+def writes_to(node: Node) -> Node | None:
+    """The node whose memory `node` changes: the self of an in-place operation, the target of an item assignment."""
+    if node.op not in ("call_method", "call_function") or not node.args or not isinstance(node.args[0], Node):
+        return None
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        first = target._schema.arguments[0]
+        return node.args[0] if first.alias_info is not None and first.alias_info.is_write else None
+    name = op_name(node)
+    in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__") and not name.startswith("_"))
+    in_place = in_place or name in ("iadd", "isub", "imul", "itruediv")
+    return node.args[0] if in_place else None
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def value_of(node: Node) -> Any:
+    """The fake value that the tracer recorded: Dynamo's `example_value` or export's `val`."""
+    value = node.meta.get("example_value")
+    return node.meta.get("val") if value is None else value
+
+
+def shape_of(node: Node) -> tuple[Any, ...] | None:
+    """Shape of a tensor node, possibly symbolic; None for anything else."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None

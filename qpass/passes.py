@@ -1,0 +1,128 @@
+"""The pipeline: passes over a captured graph, as a list, and the driver that checks each one.
+
+A pass is a function `(graph_module, plan) -> PassResult`. It edits the graph it is given and reports what it did; the
+driver lints and recompiles after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qpass.graph.torch_private import mark_static_input
+from qpass.graph.vocabulary import op_name
+from qpass.sites import kv, weight
+from qpass.sites.core import Edit, Plan
+from qpass.sites.weight import WeightGroup
+
+#: Where the values of a new graph input come from: `node.meta[INPUT]` of its placeholder is a GraphInput.
+INPUT = "qpass_input"
+PART_NAMES = ("data", "scale", "zero_point", "outer_scale", "bias")
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """A placeholder that a pass added: part number `part` (see PART_NAMES) of the stored weights of `group`."""
+
+    group: WeightGroup
+    part: int
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The graph after a pass, the plan that goes with it, and the pass's own account of its edits."""
+
+    graph_module: GraphModule
+    plan: Plan
+    edits: tuple[Edit, ...] = ()
+
+
+Pass = Callable[[GraphModule, Plan], PassResult]
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Replace every matched call by a quantized operator, its weight by placeholders for the stored parts.
+
+    `parameters`: placeholders that are Parameters. `fake_parts`: a group -> fake tensors of its five parts (PART_NAMES).
+    """
+
+    parameters: Mapping[Node, Tensor]
+    fake_parts: Callable[[WeightGroup], Sequence[Tensor | None]]
+
+    def __call__(self, graph_module: GraphModule, plan: Plan) -> PassResult:
+        graph = graph_module.graph
+        inputs: dict[WeightGroup, list[Node | None]] = {}
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+
+        def parts_of(group: WeightGroup) -> Sequence[Node | None]:
+            if group not in inputs:
+                with graph.inserting_before(first):
+                    inputs[group] = [
+                        None if fake is None else _placeholder(graph_module, GraphInput(group, i), fake)
+                        for i, fake in enumerate(self.fake_parts(group))
+                    ]
+            return inputs[group]
+
+        edits: list[Edit] = []
+        for group, matches in weight.group_weights(plan, self.parameters):
+            edits += weight.rewrite(graph, group, matches, parts_of)
+        edits += [kv.rewrite(graph, match) for match in plan.matches if match.weight is None]
+        added = tuple(n.name for parts in inputs.values() for n in parts if n is not None)
+        edits.append(Edit("convert", "", (), added))
+        return PassResult(graph_module, plan, tuple(edits))
+
+
+def clean(graph_module: GraphModule, plan: Plan) -> PassResult:
+    """Drop the placeholders of float weights that nothing reads any more, and switches of the grad mode.
+
+    The graph runs as inference; a `no_grad` block inside the model would switch gradients on again at its end.
+    """
+    removed = []
+    weights = {m.weight.name for m in plan.matches if m.weight is not None}
+    biases = {b.name for m in plan.matches if (b := getattr(m.call, "bias", None)) is not None}
+    for node in list(graph_module.graph.nodes):
+        unread = node.op == "placeholder" and not node.users and node.name in weights | biases
+        if unread or op_name(node) == "_set_grad_enabled":
+            removed.append(node.name)
+            graph_module.graph.erase_node(node)
+    return PassResult(graph_module, plan, (Edit("clean", "", tuple(removed), ()),))
+
+
+def run_passes(graph_module: GraphModule, plan: Plan, passes: Sequence[Pass]) -> PassResult:
+    """Run each pass, lint and recompile after it, and collect the edits."""
+    edits: list[Edit] = []
+    for each in passes:
+        result = each(graph_module, plan)
+        result.graph_module.graph.lint()
+        result.graph_module.recompile()
+        graph_module, plan = result.graph_module, result.plan
+        edits += result.edits
+    return PassResult(graph_module, plan, tuple(edits))
+
+
+def _placeholder(graph_module: GraphModule, source: GraphInput, fake: Tensor) -> Node:
+    name = f"q_{source.group.weights[0]}_{PART_NAMES[source.part]}"
+    node = graph_module.graph.placeholder(name)
+    node.meta["example_value"] = fake
+    node.meta[INPUT] = source
+    mark_static_input(node)
+    return node
+
+
+def input_sources(graph_module: GraphModule, original: Sequence[str]) -> list[int | GraphInput]:
+    """For each placeholder of a rewritten graph: the index of the original argument, or the GraphInput it comes from."""
+    index = {name: i for i, name in enumerate(original)}
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    return [node.meta[INPUT] if INPUT in node.meta else index[node.name] for node in placeholders]
+
+
+def parameter_nodes(graph_module: GraphModule, inputs: Sequence[object]) -> dict[Node, Tensor]:
+    """The placeholders whose real argument is a Parameter."""
+    placeholders = graph_module.graph.find_nodes(op="placeholder")
+    pairs = zip(placeholders, inputs, strict=True)
+    return {node: value for node, value in pairs if isinstance(value, torch.nn.Parameter)}  # type: ignore[misc]

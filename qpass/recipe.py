@@ -1,0 +1,137 @@
+"""Recipes: which format each kind of site gets. Presets, keyword sites, YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from qpass.errors import QpassError, nearest
+from qpass.formats import FORMATS
+from qpass.spec import QuantSpec, parse_spec
+
+SpecLike = str | QuantSpec | None
+#: Sites whose format is that of a weight.
+WEIGHT_KINDS = ("embedding", "qkv", "attn_out", "ffn", "vocab", "linear")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The format of each kind of site; None leaves it in float (and the report says so).
+
+    Specs are given as text (`"int4:g128:asym"`) or as QuantSpec. `kv` sets both halves of the cache, `k` and `v` one each.
+    `overrides`: (name glob, spec) pairs that win over the kinds, the first match first:
+    `{"*.layers.0.*": "int8", "lm_head.*": None}`.
+    """
+
+    embedding: SpecLike = None
+    qkv: SpecLike = None
+    attn_out: SpecLike = None
+    ffn: SpecLike = None
+    vocab: SpecLike = None
+    linear: SpecLike = None
+    kv: SpecLike = None
+    k: SpecLike = None
+    v: SpecLike = None
+    overrides: Any = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.name != "overrides":
+                object.__setattr__(self, field.name, _spec(getattr(self, field.name), field.name))
+        pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
+        object.__setattr__(self, "overrides", tuple((glob, _spec(spec, glob)) for glob, spec in pairs))
+        object.__setattr__(self, "k", self.k or self.kv)
+        object.__setattr__(self, "v", self.v or self.kv)
+        if (self.k is None) != (self.v is None):
+            raise QpassError("recipe: k and v are one cache; set both, or kv")
+        for half in (self.k, self.v):
+            if isinstance(half, QuantSpec) and str(half.granularity) == "tensor":
+                raise QpassError(f"recipe: kv={half} needs calibrated scales; use one scale per token and head: {half.format.name}")
+
+    @classmethod
+    def uniform(cls, spec: SpecLike, **others: Any) -> Recipe:
+        """One spec at every weight site; `others` as in the constructor."""
+        return cls(**{kind: spec for kind in WEIGHT_KINDS} | others)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """A recipe from a YAML mapping with the constructor's names. Raises `QpassError` for an unknown name."""
+        import yaml
+
+        content = yaml.safe_load(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise QpassError(f"{path}: a recipe is a mapping of sites to specs, not {type(content).__name__}")
+        return _from_mapping(content, str(path))
+
+    def spec_for(self, kind: str, name: str) -> QuantSpec | None:
+        """The spec of a weight site, or None if it stays in float."""
+        for glob, spec in self.overrides:
+            if fnmatchcase(name, glob):
+                return spec  # type: ignore[no-any-return]
+        return getattr(self, kind, None)
+
+    @property
+    def kv_specs(self) -> tuple[QuantSpec, QuantSpec] | None:
+        """(K's spec, V's spec), or None for a float cache."""
+        return None if self.k is None else (self.k, self.v)  # type: ignore[return-value]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data: what `from_yaml` reads."""
+        sites = {f: getattr(self, f) for f in (*WEIGHT_KINDS, "k", "v")}
+        data: dict[str, Any] = {name: str(spec) for name, spec in sites.items() if spec is not None}
+        if self.overrides:
+            data["overrides"] = {glob: None if spec is None else str(spec) for glob, spec in self.overrides}
+        return data
+
+
+def _spec(value: SpecLike, where: str) -> QuantSpec | None:
+    if value is None or isinstance(value, QuantSpec):
+        return value
+    if not isinstance(value, str):
+        raise QpassError(f"recipe: {where}={value!r} is no spec; write a format such as 'int8' or 'int4:g128'")
+    try:
+        return parse_spec(value)
+    except QpassError as error:
+        raise QpassError(f"recipe: {where}: {error}") from None
+
+
+#: The 4-bit preset keeps the tables at 8 bits and takes small asymmetric groups: on a small real model (SmolLM2-135M)
+#: int4:g128 on every matrix has a KL of .80, this .27 (docs of each figure: benchmarks/accuracy.py).
+PRESETS: dict[str, Recipe] = {
+    "int8": Recipe.uniform("int8"),
+    "fp8": Recipe.uniform("fp8_e4m3"),
+    "nf4": Recipe.uniform("nf4", embedding="int8:g32", vocab="int8:g32"),
+    "int4": Recipe.uniform("int4:g32:asym", embedding="int8:g32", vocab="int8:g32"),
+}
+
+
+def resolve_recipe(recipe: str | Path | Recipe | Mapping[str, Any]) -> Recipe:
+    """A Recipe from what a user gives: a preset name, one spec for every weight, a mapping, a YAML file, or a Recipe.
+
+    Raises `QpassError` with the nearest name for what is none of these.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return _from_mapping(recipe, "recipe")
+    text = str(recipe)
+    if text in PRESETS:
+        return PRESETS[text]
+    if text.endswith((".yaml", ".yml")):
+        if not Path(text).is_file():
+            raise QpassError(f"recipe file {text} does not exist")
+        return Recipe.from_yaml(text)
+    if text.split(":")[0] not in FORMATS:
+        raise QpassError(f"unknown recipe {text!r}: {nearest(text.split(':')[0], [*PRESETS, *FORMATS])}")
+    return Recipe.uniform(text)
+
+
+def _from_mapping(content: Mapping[str, Any], where: str) -> Recipe:
+    known = [f.name for f in fields(Recipe)]
+    unknown = [k for k in content if k not in known]
+    if unknown:
+        raise QpassError(f"{where}: unknown site {unknown[0]!r}: {nearest(str(unknown[0]), known)}")
+    return Recipe(**content)

@@ -1,0 +1,130 @@
+"""Rewriting what computes with a Parameter: linears (several of one input as one operation) and embeddings."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from qpass.graph.calls import EmbeddingCall, LinearCall
+from qpass.graph.vocabulary import shape_of, value_of
+from qpass.sites.core import Edit, Match, Plan
+from qpass.spec import QuantSpec
+
+#: Kinds whose linears of one input become one operation: q, k, v; gate, up.
+FUSED_KINDS = ("qkv", "ffn")
+
+
+@dataclass(frozen=True)
+class WeightGroup:
+    """Parameters that are quantized to one spec and stored as one: rows of `weights` below each other, in order.
+
+    `weights`, `biases`: names of the placeholders; `names`: display names; `transposed`: which are [in, out].
+    """
+
+    weights: tuple[str, ...]
+    names: tuple[str, ...]
+    transposed: tuple[bool, ...]
+    biases: tuple[str | None, ...]
+    spec: QuantSpec
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the biases are stored as one with the group (a lone linear keeps its own)."""
+        return len(self.weights) > 1 and any(b is not None for b in self.biases)
+
+
+#: A group -> its stored parts as placeholders (data, scale, zero_point, outer_scale, bias), absent ones None.
+PartsOf = Callable[[WeightGroup], Sequence[Node | None]]
+
+
+def group_weights(plan: Plan, parameters: Mapping[Node, object]) -> list[tuple[WeightGroup, list[Match]]]:
+    """The plan's weight matches as groups: linears of one input, kind and spec together, everything else by itself.
+
+    A Parameter is in one group only: where its uses would be grouped in different ways, they stay by themselves.
+    """
+    together: dict[object, list[Match]] = {}
+    for match in plan.matches:
+        if match.weight is None:
+            continue
+        call, spec = match.call, plan.specs[match.site]
+        key: object = match.node
+        if match.site.kind in FUSED_KINDS and isinstance(call, LinearCall) and _bias_is_parameter(call, parameters):
+            key = (call.x, match.site.kind, spec)
+        together.setdefault(key, []).append(match)
+    partners: dict[Node, set[tuple[str, ...]]] = {}
+    for group in together.values():
+        for match in group:
+            partners.setdefault(match.weight, set()).add(tuple(m.weight.name for m in group))  # type: ignore[union-attr, arg-type]
+    grouped: list[tuple[WeightGroup, list[Match]]] = []
+    for group in together.values():
+        weights = [m.weight for m in group]
+        if len(set(weights)) == len(weights) and all(len(partners[w]) == 1 for w in weights):  # type: ignore[index]
+            grouped.append((_as_group(group, plan), group))
+        else:
+            grouped += [(_as_group([m], plan), [m]) for m in group]
+    return grouped
+
+
+def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], parts_of: PartsOf) -> list[Edit]:
+    """Replace the matched calls of one group by one operator of the group's stored parts."""
+    *parts, bias = parts_of(group)
+    call = matches[0].call
+    if isinstance(call, EmbeddingCall):
+        dtype = value_of(call.node).dtype
+        columns = matches[0].site.shape[1]
+        with graph.inserting_before(call.node):
+            args = (call.indices, *parts, columns, str(group.spec), dtype)
+            new = graph.call_function(torch.ops.qpass.embedding.default, args)
+        new.meta = dict(call.node.meta)
+        return [_replace(graph, matches[0], [new], new)]
+    with graph.inserting_before(call.node):  # the first of the group in graph order
+        args = (call.x, *parts, call.bias if len(matches) == 1 else bias, str(group.spec))
+        fused = graph.call_function(torch.ops.qpass.linear.default, args)
+        fused.meta = dict(call.node.meta)
+        if len(matches) == 1:
+            return [_replace(graph, matches[0], [fused], fused)]
+        rows = [m.site.shape[1 if t else 0] for m, t in zip(matches, group.transposed, strict=True)]
+        value = value_of(call.node)
+        fused.meta["example_value"] = value.new_empty((*shape_of(call.node)[:-1], sum(rows)))  # type: ignore[index]
+        pieces = graph.call_function(torch.split, (fused, rows), {"dim": -1})
+        outputs = [graph.call_function(operator.getitem, (pieces, i)) for i in range(len(matches))]
+    edits = []
+    for i, (match, output) in enumerate(zip(matches, outputs, strict=True)):
+        output.meta = dict(match.node.meta)
+        edits.append(_replace(graph, match, [fused, pieces, output] if i == 0 else [output], output))
+    return edits
+
+
+def _as_group(matches: Sequence[Match], plan: Plan) -> WeightGroup:
+    calls = [m.call for m in matches]
+    return WeightGroup(
+        tuple(m.weight.name for m in matches),  # type: ignore[union-attr]
+        tuple(m.site.name for m in matches),
+        tuple(isinstance(c, LinearCall) and c.transposed for c in calls),
+        tuple(c.bias.name if isinstance(c, LinearCall) and c.bias is not None else None for c in calls),
+        plan.specs[matches[0].site],
+    )
+
+
+def _bias_is_parameter(call: LinearCall, parameters: Mapping[Node, object]) -> bool:
+    return call.bias is None or call.bias in parameters
+
+
+def _replace(graph: Graph, match: Match, added: Sequence[Node], output: Node) -> Edit:
+    """Redirect the users of the matched node, then erase it and the casts and transpositions of its weight."""
+    call = match.call
+    match.node.replace_all_uses_with(output)
+    activations = {call.indices if isinstance(call, EmbeddingCall) else call.x, getattr(call, "bias", None)}
+    removed, dead = [], [match.node]
+    while dead:
+        node = dead.pop()
+        if node.users or node.op == "placeholder":
+            continue
+        dead += [n for n in node.all_input_nodes if n not in activations]
+        removed.append(node.name)
+        graph.erase_node(node)
+    return Edit("convert", match.site.name, tuple(removed), tuple(n.name for n in added))

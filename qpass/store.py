@@ -1,0 +1,170 @@
+"""Quantized weights, looked up at each call from the Parameters that the graph receives.
+
+By identity and version, never by name: two models of one class, one block compiled once for all layers, and weights
+loaded or edited after compiling all get the weights that belong to them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.graph.torch_private import WeakIdKeyDictionary
+from qpass.numerics import Quantized
+from qpass.qtensor import QTensor
+from qpass.sites.weight import WeightGroup
+from qpass.spec import QuantSpec
+from qpass.weights import check_weight, concat_rows, noise_power, quantize_weight, row_range
+
+#: data, scale, zero_point, outer_scale, bias
+Parts = tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class WeightStats:
+    """What quantizing one Parameter gave: stored bytes, and the signal to noise ratio in dB."""
+
+    nbytes: int
+    sqnr_db: float
+
+
+class _Entry:
+    """The parts of a group and what they were made from."""
+
+    def __init__(self, params: Sequence[Tensor], parts: Parts, on_death: Callable[[Any], None]) -> None:
+        self.parts = parts
+        self.refs = [weakref.ref(anchor(p), on_death) for p in params]
+        self.states = [_state(p) for p in params]
+
+    def is_of(self, params: Sequence[Tensor]) -> bool:
+        for p, ref, state in zip(params, self.refs, self.states, strict=True):
+            if ref() is not anchor(p) or _state(p) != state:
+                return False
+        return True
+
+
+class WeightStore:
+    """Groups of Parameters -> stored parts; quantized when first seen and again when a Parameter has changed."""
+
+    def __init__(self) -> None:
+        self._entries: dict[tuple[int, str], _Entry] = {}
+        self._lock = threading.Lock()
+        self._stats: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def get(self, params: Sequence[Tensor], group: WeightGroup, key: str) -> Parts:
+        """The parts for `params` (the group's weights, then its stored biases). `key`: a name of the group's layout."""
+        entry = self._entries.get((id(anchor(params[0])), key))
+        if entry is not None and entry.is_of(params):
+            return entry.parts
+        with self._lock:
+            slot = (id(anchor(params[0])), key)
+            parts = self._make(params, group)
+            self._entries[(id(anchor(params[0])), key)] = _Entry(
+                params, parts, lambda _, slot=slot: self._entries.pop(slot, None)
+            )
+            return parts
+
+    def stats(self, param: Tensor) -> WeightStats | None:
+        """What quantizing `param` gave, if it was done here or the Parameter is a QTensor."""
+        if isinstance(param, QTensor):
+            return WeightStats(param.stored_nbytes, param.sqnr_db)
+        return self._stats.get(param)
+
+    def _make(self, params: Sequence[Tensor], group: WeightGroup) -> Parts:
+        n = len(group.weights)
+        weights, biases = params[:n], list(params[n:])
+        if all(isinstance(w, QTensor) for w in weights):
+            quantized = fuse(weights)  # type: ignore[arg-type]
+        else:
+            quantized = self._quantize(weights, group)
+        if not group.has_bias:
+            return (*quantized.parts, None)
+        rows = [w.shape[1 if t else 0] for w, t in zip(weights, group.transposed, strict=True)]
+        reference = biases[0]
+        pieces = [reference.new_zeros(r) if b is None else biases.pop(0) for r, b in zip(rows, group.biases, strict=True)]
+        return (*quantized.parts, torch.cat([p.detach() for p in pieces]))
+
+    def _quantize(self, weights: Sequence[Tensor], group: WeightGroup) -> Quantized:
+        stored = []
+        for weight, flipped, name in zip(weights, group.transposed, group.names, strict=True):
+            value = weight.dequantize() if isinstance(weight, QTensor) else weight.detach()
+            stored.append(value.t() if flipped else value)
+            check_weight(stored[-1], group.spec, name)
+        done = quantize_group(stored, group.spec)
+        for weight, value, (quantized, sqnr) in zip(weights, stored, done, strict=True):
+            if not isinstance(weight, QTensor):
+                self._stats[weight] = WeightStats(quantized.nbytes, sqnr)
+            del value
+        if len(done) == 1:
+            return done[0][0]
+        return concat_rows([q for q, _ in done], [s.shape[0] for s in stored])
+
+
+def anchor(param: Tensor) -> Any:
+    """The object whose identity stands for the values of `param`; of a QTensor its contents, which `.to()` exchanges."""
+    return param.quantized if isinstance(param, QTensor) else param
+
+
+def _state(param: Tensor) -> tuple[int, int]:
+    """Changes when a Parameter is edited in place or given other memory. A QTensor's parts are themselves edited in place."""
+    if isinstance(param, QTensor):
+        return 0, 0
+    return 0 if param.is_inference() else param._version, param.data_ptr()
+
+
+def quantize_group(weights: Sequence[Tensor], spec: QuantSpec) -> list[tuple[Quantized, float]]:
+    """[N_i, K] weights that one operator will read -> (Quantized, SQNR in dB) of each.
+
+    In nvfp4 the weights of a group share the float that multiplies their scales, so that one kernel can run them all.
+    """
+    shared = None
+    if spec.format.scale == "e4m3" and len(weights) > 1:
+        ranges = [torch.aminmax(w.detach()) for w in weights]
+        shared = (torch.stack([r[0] for r in ranges]).amin(), torch.stack([r[1] for r in ranges]).amax())
+    done = []
+    for weight in weights:
+        quantized = quantize_weight(weight, spec, shared)
+        done.append((quantized, sqnr(weight, quantized, spec)))
+    return done
+
+
+def sqnr(weight: Tensor, quantized: Quantized, spec: QuantSpec) -> float:
+    """Signal to quantization noise ratio of a weight in dB; inf if nothing was lost."""
+    signal, noise = noise_power(weight, quantized, spec)
+    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if noise > 0 else float("inf")
+
+
+def fuse(weights: Sequence[QTensor]) -> Quantized:
+    """One buffer for QTensors that one operator reads; they become row ranges of it, so that nothing is stored twice."""
+    rows = [w.quantized.data.shape[0] for w in weights]
+    if len(weights) == 1:
+        return weights[0].quantized
+    base = _common_base(weights, rows)
+    if base is not None:
+        return base
+    base = concat_rows([w.quantized for w in weights], rows)
+    start = 0
+    for weight, n in zip(weights, rows, strict=True):
+        weight.quantized = row_range(base, start, n, sum(rows))
+        weight.base = base
+        start += n
+    return base
+
+
+def _common_base(weights: Sequence[QTensor], rows: Sequence[int]) -> Quantized | None:
+    """The buffer that the weights already are consecutive rows of, if they are."""
+    base = getattr(weights[0], "base", None)
+    if base is None or base.data.shape[0] != sum(rows):
+        return None
+    start = 0
+    for weight, n in zip(weights, rows, strict=True):
+        if weight.base is not base or weight.quantized.data.data_ptr() != base.data[start:].data_ptr():
+            return None
+        start += n
+    return base  # type: ignore[no-any-return]
