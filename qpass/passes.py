@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from qpass.graph.torch_private import mark_static_input
 from qpass.graph.vocabulary import op_name
@@ -56,21 +56,16 @@ class Convert:
 
     def __call__(self, graph_module: GraphModule, plan: Plan) -> PassResult:
         graph = graph_module.graph
-        inputs: dict[WeightGroup, list[Node | None]] = {}
+        groups = weight.group_weights(plan, self.parameters)
         first = next(n for n in graph.nodes if n.op != "placeholder")
-
-        def parts_of(group: WeightGroup) -> Sequence[Node | None]:
-            if group not in inputs:
-                with graph.inserting_before(first):
-                    inputs[group] = [
-                        None if fake is None else _placeholder(graph_module, GraphInput(group, i), fake)
-                        for i, fake in enumerate(self.fake_parts(group))
-                    ]
-            return inputs[group]
-
+        inputs: dict[WeightGroup, list[Node | None]] = {}
+        with graph.inserting_before(first):
+            for group in dict.fromkeys(group for group, _ in groups):
+                parts = enumerate(self.fake_parts(group))
+                inputs[group] = [None if t is None else _placeholder(graph, GraphInput(group, i), t) for i, t in parts]
         edits: list[Edit] = []
-        for group, matches in weight.group_weights(plan, self.parameters):
-            edits += weight.rewrite(graph, group, matches, parts_of)
+        for group, matches in groups:
+            edits += weight.rewrite(graph, group, matches, inputs[group])
         edits += [kv.rewrite(graph, match) for match in plan.matches if match.weight is None]
         added = tuple(n.name for parts in inputs.values() for n in parts if n is not None)
         edits.append(Edit("convert", "", (), added))
@@ -105,9 +100,8 @@ def run_passes(graph_module: GraphModule, plan: Plan, passes: Sequence[Pass]) ->
     return PassResult(graph_module, plan, tuple(edits))
 
 
-def _placeholder(graph_module: GraphModule, source: GraphInput, fake: Tensor) -> Node:
-    name = f"q_{source.group.weights[0]}_{PART_NAMES[source.part]}"
-    node = graph_module.graph.placeholder(name)
+def _placeholder(graph: Graph, source: GraphInput, fake: Tensor) -> Node:
+    node = graph.placeholder(f"q_{source.group.weights[0]}_{PART_NAMES[source.part]}")
     node.meta["example_value"] = fake
     node.meta[INPUT] = source
     mark_static_input(node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +37,6 @@ class WeightGroup:
         return len(self.weights) > 1 and any(b is not None for b in self.biases)
 
 
-#: A group -> its stored parts as placeholders (data, scale, zero_point, outer_scale, bias), absent ones None.
-PartsOf = Callable[[WeightGroup], Sequence[Node | None]]
-
-
 def group_weights(plan: Plan, parameters: Mapping[Node, object]) -> list[tuple[WeightGroup, list[Match]]]:
     """The plan's weight matches as groups: linears of one input, kind and spec together, everything else by itself.
 
@@ -69,9 +65,9 @@ def group_weights(plan: Plan, parameters: Mapping[Node, object]) -> list[tuple[W
     return grouped
 
 
-def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], parts_of: PartsOf) -> list[Edit]:
-    """Replace the matched calls of one group by one operator of the group's stored parts."""
-    *parts, bias = parts_of(group)
+def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: Sequence[Node | None]) -> list[Edit]:
+    """Replace the matched calls of one group by one operator. `inputs`: the placeholders of its five stored parts."""
+    *parts, bias = inputs
     call = matches[0].call
     if isinstance(call, EmbeddingCall):
         dtype = value_of(call.node).dtype
