@@ -11,12 +11,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from qpass.api import diff as diff
+from qpass.api import quantize as quantize
 from qpass.backend import QPass as QPass
 from qpass.backend import dynamo_backend
 from qpass.errors import QpassError as QpassError
+from qpass.evaluate import evaluate as evaluate
 from qpass.qtensor import QTensor as QTensor
 from qpass.recipe import PRESETS as PRESETS
 from qpass.recipe import Recipe as Recipe
+from qpass.report import report as report
 from qpass.spec import QuantSpec as QuantSpec
 
 
@@ -25,6 +29,14 @@ class _BackendModule(ModuleType):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         return dynamo_backend(*args, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "KVCache":  # the one part that needs transformers
+        from qpass.cache import KVCache
+
+        return KVCache
+    raise AttributeError(f"module 'qpass' has no attribute {name!r}")
 
 
 sys.modules[__name__].__class__ = _BackendModule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +20,14 @@ from qpass.errors import QpassError, nearest
 from qpass.graph.torch_private import (
     CaptureError,
     WeakIdKeyDictionary,
+    backend_of,
     check_inner,
     compile_inner,
     copy_captured,
     fake_like,
     frame_key,
     is_graph_fragment,
+    original_module,
     source_name,
 )
 from qpass.graph.vocabulary import DROPOUTS, argument, op_name, value_of
@@ -36,11 +39,12 @@ from qpass.sites.classify import Context
 from qpass.sites.core import Edit, Match, Plan, Site, Skip
 from qpass.sites.find import find_sites
 from qpass.sites.weight import WeightGroup, group_weights
-from qpass.spec import QuantSpec
+from qpass.spec import QuantSpec, parse_spec
 from qpass.store import WeightStore, anchor
 
 #: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
 BACKENDS: weakref.WeakSet[QPass] = weakref.WeakSet()
+_clock = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,8 @@ class Capture:
     after: Graph
     plan: Plan
     edits: tuple[Edit, ...]
-    fragment: bool
     frame: str | None
-    parameters: tuple[weakref.ref[Tensor], ...] = field(repr=False, default=())
-
-    def belongs_to(self, parameters: set[int]) -> bool:
-        """Whether the graph was captured with any of these Parameters (by id), all of which are still alive."""
-        return any(p is not None and id(p) in parameters for p in (ref() for ref in self.parameters))
+    parameters: tuple[weakref.ref[Any], ...] = field(repr=False, default=())
 
 
 class QPass:
@@ -90,6 +89,8 @@ class QPass:
         self.store = WeightStore()
         self.captures: list[Capture] = []
         self._decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.last_used = 0
+        self._in_fragments = False
         self._open_attention = False
         self._lock = threading.RLock()
         BACKENDS.add(self)
@@ -114,9 +115,10 @@ class QPass:
 
     def plan_graph(self, gm: GraphModule, inputs: Sequence[Any]) -> Plan:
         """Find the sites of a captured graph and decide each; nothing is rewritten. `inputs`: the real arguments."""
+        self.last_used = next(_clock)
         parameters = parameter_nodes(gm, inputs)
         names = {node: source_name(node) or node.name for node in parameters}
-        fragment = is_graph_fragment(gm) or any(c.fragment for c in self.captures)
+        fragment = self._in_fragments = self._in_fragments or is_graph_fragment(gm)
         context = Context(fragment, *self._tables(), self._open_attention)
         matches, skips = find_sites(gm.graph, parameters, names, context, self.recipe.k is not None)
         decided = [self._decide(match, parameters) for match in matches]
@@ -154,9 +156,8 @@ class QPass:
         with torch.no_grad():
             compiled = compile_inner(result.graph_module, pick(inputs), self.inner, mode)
         self.captures = [c for c in self.captures if any(ref() is not None for ref in c.parameters) or not c.parameters]
-        refs = tuple(weakref.ref(anchor_of(p)) for p in parameters.values())
-        fragment = is_graph_fragment(gm)
-        self.captures.append(Capture(before, after, plan, result.edits, fragment, frame_key(gm), refs))
+        refs = tuple(weakref.ref(anchor(p)) for p in parameters.values())
+        self.captures.append(Capture(before, after, plan, result.edits, frame_key(gm), refs))
         return partial(_run, compiled, pick)
 
     # --- decisions ------------------------------------------------------------------------------------------------
@@ -164,6 +165,14 @@ class QPass:
     def decision(self, param: Tensor) -> Decision | None:
         """What was decided for a Parameter; None if no captured graph held it."""
         return self._decisions.get(anchor(param))
+
+    def known_parameters(self) -> list[tuple[Any, Decision]]:
+        """(Parameter, or the contents of a QTensor; what was decided) for all that are alive."""
+        return list(self._decisions.items())
+
+    def end_of_capture(self) -> None:
+        """Forget what one graph tells the next: the next graph is of a new call."""
+        self._open_attention = False
 
     def adopt(self, param: Tensor, decision: Decision) -> None:
         """Take over a decision for a Parameter that replaces the one it was made for."""
@@ -176,8 +185,6 @@ class QPass:
 
     def _decide(self, match: Match, parameters: Mapping[Node, Tensor]) -> Decision:
         if match.weight is None:  # a cache that is quantized already: the spec is in the call
-            from qpass.spec import parse_spec
-
             return Decision(match.site, parse_spec(match.call.k.args[5]))
         param = parameters[match.weight]
         known = self.decision(param)
@@ -222,11 +229,6 @@ class QPass:
                 f"nothing to quantize: no site of the captured graph ({parameters} Parameters) gets a format; "
                 f"give the recipe a format for a kind that the model has{reasons}"
             )
-
-
-def anchor_of(param: Tensor) -> Any:
-    """What a capture refers to weakly: the contents of a QTensor, a float Parameter itself."""
-    return anchor(param)
 
 
 class _Lookup:
@@ -307,3 +309,24 @@ def backend_for(options: Mapping[str, Any] | None = None, mode: str | None = Non
 def dynamo_backend(gm: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
     """The backend registered as "qpass", and what `backend=qpass` calls. Options as in design: recipe, strict, inner, mode."""
     return backend_for(kwargs.get("options"), kwargs.get("mode"))(gm, inputs)
+
+
+def captured(x: Any, asker: str) -> QPass:
+    """The backend behind a QPass, a compiled model or a plain one; the one used last, if several saw the model.
+
+    Raises `QpassError`, in the name of `asker`, if none has captured anything.
+    """
+    given = getattr(backend_of(x), "compiler_fn", backend_of(x))
+    model = original_module(x)
+    if isinstance(x, QPass) or isinstance(given, QPass):
+        found = [x if isinstance(x, QPass) else given]
+    else:
+        params = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+        found = [b for b in BACKENDS if any(b.decision(p) is not None for p in params)]
+    found = sorted((b for b in found if b.captures or len(b._decisions)), key=lambda b: b.last_used)
+    if found:
+        return found[-1]
+    raise QpassError(
+        f"{asker}: nothing was captured yet: call the compiled model once. Was .generate called on torch.compile's wrapper? "
+        "That runs the plain module: use model.compile(backend=qpass) or qpass.quantize(model) instead"
+    )

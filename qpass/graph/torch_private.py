@@ -75,8 +75,9 @@ def copy_captured(gm: GraphModule) -> GraphModule:
             new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
     copy.graph = graph
     copy.meta = dict(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        copy._param_name_to_source = gm._param_name_to_source
+    for name in ("_param_name_to_source", "compile_subgraph_reason"):
+        if hasattr(gm, name):
+            setattr(copy, name, getattr(gm, name))
     return copy
 
 

@@ -21,7 +21,7 @@ SCHEMAS = {
         "Tensor? mask, bool is_causal, float? scale) -> Tensor"
     ),
     # Positions length .. length + new - 1 of the next tokens in a cache; refuses to run past its capacity.
-    "cache_positions": "(Tensor length, SymInt new, int capacity) -> Tensor",
+    "cache_positions": "(Tensor length, SymInt new, SymInt capacity) -> Tensor",
 }
 
 LIBRARY = torch.library.Library("qpass", "DEF")

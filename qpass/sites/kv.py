@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from qpass.graph.flow import Flow, memory_behind
-from qpass.graph.vocabulary import CASTS, SDPA, argument, op_name, shape_of
+from qpass.graph.vocabulary import CASTS, SDPA, argument, op_name, shape_of, value_of
 from qpass.sites.core import Edit, Match, Site, Skip
 
 _ONE_LINE = "pass past_key_values=qpass.KVCache(model.config, max_cache_len=...), or use qpass.quantize with a recipe that has kv"
@@ -23,6 +24,19 @@ class CacheRead:
     attention: Node
     k: Node
     v: Node
+
+    def sizes(self) -> tuple[int, int]:
+        """(bytes in the attention's float type, bytes stored) of the whole cache; 0 where the shape is symbolic."""
+        floats = stored = 0
+        for read in (self.k, self.v):
+            floats += _nbytes(read)
+            stored += sum(_nbytes(part) for part in read.args[:4] if isinstance(part, Node))
+        return floats, stored
+
+
+def _nbytes(node: Node) -> int:
+    shape = shape_of(node) or ()
+    return math.prod(shape) * value_of(node).dtype.itemsize if all(isinstance(n, int) for n in shape) else 0
 
 
 def find(flow: Flow, names: dict[Node, str], wanted: bool) -> tuple[list[Match], list[Skip]]:

@@ -1,0 +1,185 @@
+"""qpass.quantize: replace the float weights of a model by QTensors and compile it in place. qpass.diff: see what it did."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from qpass.backend import Decision, QPass, captured
+from qpass.diff import Diff, diff_graphs
+from qpass.errors import QpassError
+from qpass.graph.torch_private import compile_in_place, isolated, original_module
+from qpass.passes import parameter_nodes
+from qpass.progress import track
+from qpass.qtensor import QTensor
+from qpass.recipe import Recipe
+from qpass.sites.weight import WeightGroup, group_weights
+from qpass.store import fuse, quantize_group
+from qpass.weights import check_weight
+
+#: Tokens of the run that captures the graph when no inputs are given.
+_CAPTURE_TOKENS = 8
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Path | Recipe | Mapping[str, Any] = "int8",
+    *,
+    inputs: Any = None,
+    strict: bool = False,
+    inner: str = "inductor",
+    mode: str | None = None,
+) -> nn.Module:
+    """Quantize `model` in place: Parameters become QTensors, the float weights are freed, calls are compiled.
+
+    The graph is captured by one short float run; `inputs` (a tensor, a tuple or a dict of arguments) is what it is run
+    on, by default a few token ids. A recipe with kv makes `generate(ids)` use a KVCache of that format.
+    The other arguments are those of `QPass`. Returns `model`. Raises `QpassError`, the model unchanged, for what cannot
+    be quantized: a weight with NaN, on the meta device, already quantized, a group larger than a row, no site at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise QpassError(f"qpass.quantize: takes a torch.nn.Module, got {type(model).__name__}")
+    model = original_module(model)
+    backend = QPass(recipe, strict=strict, inner=inner, mode=mode)
+    _refuse_unready(model)
+    groups = _discover(model, backend, inputs)
+    for group, params in groups:
+        for name, flipped, param in zip(group.names, group.transposed, params, strict=True):
+            check_weight(param.t() if flipped else param, group.spec, name)
+    owners = _owners(model)
+    for i in track(range(len(groups)), "qpass: quantizing"):
+        group, params = groups[i]
+        groups[i] = None  # type: ignore[call-overload]  # the float weights of a group are freed before the next
+        _convert(group, params, owners, backend)
+        del params
+    _return_freed_memory()
+    compile_in_place(model, backend)
+    _prepare_generate(model, backend.recipe)
+    return model
+
+
+def diff(x: Any) -> Diff:
+    """The captured graphs of a model (or of torch.compile's result, or of a QPass), before against after.
+
+    Raises `QpassError` if nothing was captured yet.
+    """
+    seen = captured(x, "qpass.diff")
+    return Diff(tuple(diff_graphs(capture.before, capture.after) for capture in seen.captures))
+
+
+def _refuse_unready(model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if isinstance(param, QTensor):
+            raise QpassError(f"{name}: the model is already quantized ({param.spec}); start from its float checkpoint")
+        if param.is_meta:
+            raise QpassError(f"{name}: the weight is on the meta device; load the real weights first")
+        if type(param).__name__ == "DTensor" or type(param.data).__name__ == "DTensor":
+            raise QpassError(f"{name}: the weight is a DTensor; quantize each rank's local model, before sharding")
+
+
+def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[WeightGroup, list[Tensor]]]:
+    """Run the model once in float and plan every graph that is captured: what will be quantized, in which groups."""
+    groups: list[tuple[WeightGroup, list[Tensor]]] = []
+    seen: set[int] = set()
+
+    def capture(gm: GraphModule, args: Sequence[Any]) -> Any:
+        plan = backend.plan_graph(gm, args)
+        parameters = parameter_nodes(gm, args)
+        by_name = {node.name: tensor for node, tensor in parameters.items()}
+        for group, _ in group_weights(plan, parameters):
+            params = [by_name[name] for name in group.weights]
+            if not seen & {id(p) for p in params}:
+                groups.append((group, params))
+                seen.update(id(p) for p in params)
+        return gm.forward
+
+    previous, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        with torch.no_grad():
+            _call(torch.compile(model, backend=capture, **isolated()), model, inputs)
+    finally:
+        model._compiled_call_impl = previous
+        backend.end_of_capture()
+    if not groups:
+        raise QpassError("nothing to quantize: no site of the model gets a format; give the recipe a format for a kind it has")
+    return groups
+
+
+def _call(compiled: Any, model: nn.Module, inputs: Any) -> None:
+    if isinstance(inputs, Mapping):
+        compiled(**inputs)
+    elif isinstance(inputs, tuple | list):
+        compiled(*inputs)
+    elif inputs is not None:
+        compiled(inputs)
+    elif getattr(model, "dummy_inputs", None):  # transformers models know theirs
+        device = next(model.parameters()).device
+        compiled(**{k: v.to(device) for k, v in model.dummy_inputs.items()})  # type: ignore[operator, union-attr]
+    else:
+        ids = torch.zeros((1, _CAPTURE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
+        try:
+            compiled(ids)
+        except QpassError:
+            raise
+        except Exception as error:
+            raise QpassError(
+                f"{type(model).__name__} does not run on token ids of shape [1, {_CAPTURE_TOKENS}]; "
+                f"pass inputs=... (a tensor, tuple or dict of its arguments)\n{error}"
+            ) from error
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """id of a Parameter -> every place that holds it: tied weights have several."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                owners.setdefault(id(param), []).append((module, name))
+    return owners
+
+
+def _convert(
+    group: WeightGroup, params: list[Tensor], owners: Mapping[int, list[tuple[nn.Module, str]]], backend: QPass
+) -> None:
+    """Put QTensors in the place of one group of float Parameters, as row ranges of one buffer."""
+    stored = [p.t() if flipped else p for p, flipped in zip(params, group.transposed, strict=True)]
+    replacements = []
+    for param, flipped, (quantized, sqnr_db) in zip(params, group.transposed, quantize_group(stored, group.spec), strict=True):
+        replacement = QTensor(quantized, group.spec, param.shape, param.dtype, flipped)
+        replacement.sqnr_db = sqnr_db
+        replacements.append(replacement)
+    fuse(replacements)
+    for param, replacement in zip(params, replacements, strict=True):
+        decision = backend.decision(param)
+        assert isinstance(decision, Decision)
+        installed = nn.Parameter(replacement, requires_grad=False)
+        for module, name in owners[id(param)]:
+            module._parameters[name] = installed
+        backend.adopt(installed, decision)
+
+
+def _prepare_generate(model: nn.Module, recipe: Recipe) -> None:
+    """transformers' generate: our compiled call is not to be compiled again around it, and kv makes its own cache."""
+    config = getattr(model, "generation_config", None)
+    if config is None or not hasattr(model, "_prepare_cache_for_generation"):
+        return
+    config.disable_compile = True
+    if recipe.kv_specs is not None:
+        from qpass.cache import CacheForGenerate
+
+        model._prepare_cache_for_generation = CacheForGenerate(model, *recipe.kv_specs)
+
+
+def _return_freed_memory() -> None:
+    """Give freed heap pages back to the system (glibc keeps them otherwise)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

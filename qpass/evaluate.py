@@ -1,0 +1,90 @@
+"""qpass.evaluate: what quantization costs, against the float model, on real text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.errors import QpassError
+from qpass.progress import track
+
+#: Positions whose logits are compared at a time: bounds the float32 temporaries at a large vocabulary.
+_POSITIONS = 512
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Next-token statistics over all predicted positions.
+
+    `kl`: mean KL(reference || model) per token in nats, `kl_standard_error` over the windows. `perplexity`,
+    `reference_perplexity`: exp of the mean negative log-likelihood. `top1`: share of positions with the same argmax.
+    """
+
+    kl: float
+    kl_standard_error: float
+    perplexity: float
+    reference_perplexity: float
+    top1: float
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:.5f} +- {self.kl_standard_error:.5f}, perplexity {self.perplexity:.3f} "
+            f"(reference {self.reference_perplexity:.3f}), top-1 {self.top1:.4f}, {self.tokens} tokens"
+        )
+
+
+@torch.no_grad()
+def evaluate(model: Any, reference: Any, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Evaluation:
+    """Compare `model` with `reference` on `batches` of token ids [B, S] (or dicts with input_ids and attention_mask).
+
+    Both are called with the same batch and return logits [B, S, V] (or an object with `.logits`). Each row is a window of
+    its own. Raises `QpassError` if there is no batch, or a row has no next token.
+    """
+    windows: list[tuple[float, int]] = []  # (summed KL, tokens)
+    nll = torch.zeros(2, dtype=torch.float64)
+    same = tokens = 0
+    for batch in track(batches, "qpass: evaluating"):
+        ids, mask = _ids_and_mask(batch)
+        ours, theirs = (_logits(m, batch)[:, :-1] for m in (model, reference))
+        targets, valid = ids[:, 1:], mask[:, 1:] & mask[:, :-1]
+        kl = torch.zeros(targets.shape, dtype=torch.float64)
+        for start in range(0, targets.shape[1], _POSITIONS):
+            at = slice(start, start + _POSITIONS)
+            q, p = (x[:, at].float().log_softmax(-1) for x in (ours, theirs))
+            kl[:, at] = (p.exp() * (p - q)).sum(-1).double()
+            for i, logs in enumerate((q, p)):
+                picked = logs.gather(-1, targets[:, at, None])[..., 0]
+                nll[i] -= picked[valid[:, at]].double().sum()
+            same += int((q.argmax(-1) == p.argmax(-1))[valid[:, at]].sum())
+        tokens += int(valid.sum())
+        windows += [(float(row[v].sum()), int(v.sum())) for row, v in zip(kl, valid, strict=True) if v.any()]
+    if not tokens:
+        raise QpassError("qpass.evaluate: no batch with at least two tokens; pass token ids of shape [batch, sequence]")
+    means = torch.tensor([total / n for total, n in windows], dtype=torch.float64)
+    error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
+    ppl = (nll / tokens).exp()
+    return Evaluation(sum(total for total, _ in windows) / tokens, error, float(ppl[0]), float(ppl[1]), same / tokens, tokens)
+
+
+def _ids_and_mask(batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _logits(model: Any, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
+    out = model(**batch) if isinstance(batch, Mapping) else model(batch)
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise QpassError("qpass.evaluate: the model returns no logits of shape [batch, sequence, vocabulary]")
+    return logits

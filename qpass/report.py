@@ -1,0 +1,160 @@
+"""qpass.report: every site, what became of it, what it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from qpass.backend import QPass, captured
+from qpass.graph.torch_private import original_module, recompile_limit
+from qpass.qtensor import QTensor
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site: bytes of the float weight and of what is stored, SQNR in dB, or why it stays in float."""
+
+    kind: str
+    name: str
+    format: str | None
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float | None
+    skipped: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sites of a model. `print(report)` shows a table, `to_json()` gives plain data.
+
+    `resident_float`, `resident_quantized`: bytes of weights in memory now, both kinds.
+    """
+
+    sites: tuple[SiteReport, ...]
+    resident_float: int
+    resident_quantized: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all sites in float."""
+        return sum(s.bytes_before for s in self.sites)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all sites as stored."""
+        return sum(s.bytes_after for s in self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        """{"sites": [...], "bytes_before", "bytes_after", ...} as plain data for json.dumps."""
+        return {
+            "sites": [asdict(s) for s in self.sites],
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "resident_float": self.resident_float,
+            "resident_quantized": self.resident_quantized,
+            "notes": list(self.notes),
+        }
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table("kind", "name", "format", "bytes before", "after", "SQNR dB", box=None, pad_edge=False)
+        for column in table.columns[3:]:
+            column.justify = "right"
+        for s in self.sites:
+            sqnr = "" if s.sqnr_db is None else f"{s.sqnr_db:.1f}"
+            format_or_reason = s.format if s.skipped is None else f"float: {s.skipped}"
+            before, after = (f"{b:,}" if b else "" for b in (s.bytes_before, s.bytes_after))
+            table.add_row(s.kind, s.name, format_or_reason, before, after, sqnr)
+        return Group(table, *self._summary())
+
+    def _summary(self) -> list[str]:
+        ratio = self.bytes_before / max(1, self.bytes_after)
+        lines = [
+            f"{len(self.sites)} sites, {self.bytes_before:,} -> {self.bytes_after:,} bytes ({ratio:.2f}x smaller)",
+            f"in memory now: {self.resident_float:,} bytes of float weights, {self.resident_quantized:,} quantized",
+        ]
+        return lines + list(self.notes)
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        out = StringIO()
+        Console(file=out, width=200).print(self.__rich__(), highlight=False, markup=False)
+        return out.getvalue().rstrip()
+
+
+def report(x: Any) -> Report:
+    """Report on a model, on what torch.compile made of it, or on a QPass backend.
+
+    Raises `QpassError` if nothing was captured yet.
+    """
+    backend = captured(x, "qpass.report")
+    params = _parameters(x, backend)
+    rows = [row for name, p in params for row in _weight_rows(name, p, backend)]
+    rows += _cache_rows(backend)
+    float_bytes = sum(p.nbytes for _, p in params if not isinstance(p, QTensor))
+    stored = [s.nbytes for _, p in params if (s := backend.store.stats(p)) is not None]
+    return Report(tuple(rows), float_bytes, sum(stored), tuple(_notes(backend, params, bool(stored))))
+
+
+def _parameters(x: Any, backend: QPass) -> list[tuple[str, Tensor]]:
+    """(name, Parameter) of the model; of a backend alone, of all it has seen."""
+    model = original_module(x)
+    if hasattr(model, "named_parameters"):
+        return list(model.named_parameters())
+    return [(d.site.name, p) for p, d in backend.known_parameters()]
+
+
+def _weight_rows(name: str, param: Tensor, backend: QPass) -> list[SiteReport]:
+    decision = backend.decision(param)
+    if decision is None:
+        return []
+    site, stats = decision.site, backend.store.stats(param)
+    before = math.prod(site.shape) * param.dtype.itemsize
+    if decision.spec is None:
+        reason = decision.skip.reason if decision.skip is not None else "stays in float"
+        return [SiteReport(site.kind, name, None, before, before, None, reason)]
+    after = stats.nbytes if stats is not None else before
+    sqnr = stats.sqnr_db if stats is not None and math.isfinite(stats.sqnr_db) else None
+    kind = "+".join(dict.fromkeys((site.kind, *(r for r in site.roles if r in ("embedding", "vocab")))))
+    return [SiteReport(kind, name, str(decision.spec), before, after, sqnr, None)]
+
+
+def _cache_rows(backend: QPass) -> list[SiteReport]:
+    """Caches of the graphs captured last win: a prefill without a cache, then a decode with one."""
+    rows: dict[str, SiteReport] = {}
+    for capture in backend.captures:
+        for skip in capture.plan.skipped:
+            if skip.site.kind == "kv":
+                rows.setdefault(skip.site.name, SiteReport("kv", skip.site.name, None, 0, 0, None, skip.reason))
+        for match in capture.plan.matches:
+            if match.weight is None:
+                before, after = match.call.sizes()
+                spec = f"k={match.call.k.args[5]}, v={match.call.v.args[5]}"
+                rows[match.site.name] = SiteReport("kv", match.site.name, spec, before, after, None, None)
+    return list(rows.values())
+
+
+def _notes(backend: QPass, params: list[tuple[str, Tensor]], quantized: bool) -> list[str]:
+    decisions = [d for _, p in params if (d := backend.decision(p)) is not None]
+    notes = [f"{d.site.name}: {d.note}" for d in decisions if d.note]
+    found = {d.site.kind for d in decisions} | {r for d in decisions for r in d.site.roles}
+    named = [k for k in ("embedding", "qkv", "attn_out", "ffn", "vocab") if getattr(backend.recipe, k) and k not in found]
+    notes += [f"the recipe names {kind}; the model has none" for kind in named]
+    if any(not isinstance(p, QTensor) and backend.store.stats(p) is not None for _, p in params):
+        notes.append('the float weights stay in memory beside the quantized ones; model = qpass.quantize(model, "...") frees them')
+    frames: dict[str, int] = {}
+    for capture in backend.captures:
+        if capture.frame is not None:
+            frames[capture.frame] = frames.get(capture.frame, 0) + 1
+    if frames and max(frames.values()) >= recompile_limit():
+        notes.append(f"{max(frames.values())} graphs of one function: at this limit torch runs further shapes in float, eagerly")
+    return notes
