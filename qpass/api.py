@@ -61,6 +61,7 @@ def quantize(
         del params
     _return_freed_memory()
     compile_in_place(model, backend)
+    model._apply = _ApplyToFreshParameters(model)  # type: ignore[method-assign, assignment]
     _prepare_generate(model, backend.recipe)
     return model
 
@@ -175,6 +176,24 @@ def _prepare_generate(model: nn.Module, recipe: Recipe) -> None:
         from qpass.cache import CacheForGenerate
 
         model._prepare_cache_for_generation = CacheForGenerate(model, *recipe.kv_specs)
+
+
+class _ApplyToFreshParameters:
+    """Stands in for `model._apply`, which `.to()` calls: torch exchanges the contents of a tensor subclass, and refuses
+    where a weak reference to it exists; Dynamo holds one to every Parameter it guards. New Parameters have none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
+        fresh: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, param in module._parameters.items():
+                if isinstance(param, QTensor):
+                    if id(param) not in fresh:
+                        fresh[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
+                    module._parameters[name] = fresh[id(param)]
+        return type(self.model)._apply(self.model, fn, recurse)
 
 
 def _return_freed_memory() -> None:

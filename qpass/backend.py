@@ -185,7 +185,7 @@ class QPass:
 
     def _decide(self, match: Match, parameters: Mapping[Node, Tensor]) -> Decision:
         if match.weight is None:  # a cache that is quantized already: the spec is in the call
-            return Decision(match.site, parse_spec(match.call.k.args[5]))
+            return Decision(match.site, parse_spec(match.call.specs[0]))
         param = parameters[match.weight]
         known = self.decision(param)
         if known is not None:

@@ -115,6 +115,6 @@ def _text(node: Node) -> str:
     shape = shape_of(node)
     where = "" if shape is None else f" -> [{', '.join(map(str, shape))}]"
     if node.op == "placeholder":
-        return f"input {node.name}{where}" if "nn_module_stack" not in node.meta else f"input{where}"
+        return f"input {node.meta.get('label', 'weight' if _module(node) else node.name)}{where}"
     specs = [a for a in node.args if isinstance(a, str) and op_name(node).startswith("qpass::")]
     return f"{op_name(node) or node.op}{'(' + ', '.join(specs) + ')' if specs else ''}{where}"

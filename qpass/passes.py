@@ -58,11 +58,12 @@ class Convert:
         graph = graph_module.graph
         groups = weight.group_weights(plan, self.parameters)
         first = next(n for n in graph.nodes if n.op != "placeholder")
+        stacks = {n.name: n.meta.get("nn_module_stack") for n in self.parameters}
         inputs: dict[WeightGroup, list[Node | None]] = {}
         with graph.inserting_before(first):
             for group in dict.fromkeys(group for group, _ in groups):
                 parts = enumerate(self.fake_parts(group))
-                inputs[group] = [None if t is None else _placeholder(graph, GraphInput(group, i), t) for i, t in parts]
+                inputs[group] = [None if t is None else _placeholder(graph, GraphInput(group, i), t, stacks) for i, t in parts]
         edits: list[Edit] = []
         for group, matches in groups:
             edits += weight.rewrite(graph, group, matches, inputs[group])
@@ -100,10 +101,10 @@ def run_passes(graph_module: GraphModule, plan: Plan, passes: Sequence[Pass]) ->
     return PassResult(graph_module, plan, tuple(edits))
 
 
-def _placeholder(graph: Graph, source: GraphInput, fake: Tensor) -> Node:
-    node = graph.placeholder(f"q_{source.group.weights[0]}_{PART_NAMES[source.part]}")
-    node.meta["example_value"] = fake
-    node.meta[INPUT] = source
+def _placeholder(graph: Graph, source: GraphInput, fake: Tensor, stacks: Mapping[str, object]) -> Node:
+    part, first = PART_NAMES[source.part], source.group.weights[0]
+    node = graph.placeholder(f"q_{first}_{part}")
+    node.meta = {"example_value": fake, INPUT: source, "nn_module_stack": stacks[first], "label": part}
     mark_static_input(node)
     return node
 

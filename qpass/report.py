@@ -137,9 +137,10 @@ def _cache_rows(backend: QPass) -> list[SiteReport]:
                 rows.setdefault(skip.site.name, SiteReport("kv", skip.site.name, None, 0, 0, None, skip.reason))
         for match in capture.plan.matches:
             if match.weight is None:
-                before, after = match.call.sizes()
-                spec = f"k={match.call.k.args[5]}, v={match.call.v.args[5]}"
-                rows[match.site.name] = SiteReport("kv", match.site.name, spec, before, after, None, None)
+                call = match.call
+                spec = call.specs[0] if len(set(call.specs)) == 1 else "k={}, v={}".format(*call.specs)
+                row = SiteReport("kv", match.site.name, spec, call.bytes_float, call.bytes_stored, None, None)
+                rows[match.site.name] = row
     return list(rows.values())
 
 

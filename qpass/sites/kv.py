@@ -24,14 +24,16 @@ class CacheRead:
     attention: Node
     k: Node
     v: Node
+    specs: tuple[str, str]
+    bytes_float: int
+    bytes_stored: int
 
-    def sizes(self) -> tuple[int, int]:
-        """(bytes in the attention's float type, bytes stored) of the whole cache; 0 where the shape is symbolic."""
-        floats = stored = 0
-        for read in (self.k, self.v):
-            floats += _nbytes(read)
-            stored += sum(_nbytes(part) for part in read.args[:4] if isinstance(part, Node))
-        return floats, stored
+
+def _read(attention: Node, k: Node, v: Node) -> CacheRead:
+    """Sizes are of the whole cache, in the attention's float type and as stored; 0 where a shape is symbolic."""
+    stored = [part for read in (k, v) for part in read.args[:4] if isinstance(part, Node)]
+    specs = (str(k.args[5]), str(v.args[5]))
+    return CacheRead(attention, k, v, specs, _nbytes(k) + _nbytes(v), sum(map(_nbytes, stored)))
 
 
 def _nbytes(node: Node) -> int:
@@ -49,7 +51,7 @@ def find(flow: Flow, names: dict[Node, str], wanted: bool) -> tuple[list[Match],
         if k is not None and v is not None:
             site = Site("kv", name, ("k", "v"), tuple(int(s) for s in shape_of(k.args[0]) or () if isinstance(s, int)))
             if op_name(node) in SDPA and not argument(node, 4, "dropout_p", 0.0):
-                matches.append(Match(site, node, None, CacheRead(node, k, v)))
+                matches.append(Match(site, node, None, _read(node, k, v)))
             else:
                 skips.append(Skip(site, "the cache is quantized, but its attention is not F.scaled_dot_product_attention; "
                                   "load the model with attn_implementation='sdpa'"))
@@ -67,8 +69,8 @@ def rewrite(graph: Graph, match: Match) -> Edit:
     mask, is_causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
     scale = argument(node, 6, "scale")
     k_parts, v_parts = call.k.args[:4], call.v.args[:4]
-    args = (node.args[0] if node.args else node.kwargs["query"], *k_parts, call.k.args[5],
-            *v_parts, call.v.args[4], call.v.args[5], mask, is_causal, scale)  # fmt: skip
+    args = (node.args[0] if node.args else node.kwargs["query"], *k_parts, call.specs[0],
+            *v_parts, call.v.args[4], call.specs[1], mask, is_causal, scale)  # fmt: skip
     with graph.inserting_before(node):
         new = graph.call_function(torch.ops.qpass.attention.default, args)
     new.meta = dict(node.meta)

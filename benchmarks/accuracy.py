@@ -1,0 +1,63 @@
+"""What each format costs a model: KL, perplexity and top-1 on validation windows, and bytes.
+
+    python benchmarks/accuracy.py MODEL_DIR [--text FILE | --tokens FILE.npy] [--recipes int8,int4,...] [--json OUT]
+
+`--text`: documents separated by lines of <|endoftext|>; the first `--window` tokens of each of the first `--windows`.
+`--tokens`: a uint16 array, cut into windows. The weights are quantized once; arithmetic is fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qpass
+
+DEFAULT = "int8,fp8_e4m3,int4:g128,int4:g128:asym,int4:g64:asym,int4:g32,nf4,int4"
+
+
+def read_windows(args: argparse.Namespace) -> torch.Tensor:
+    """[windows, window] token ids."""
+    if args.tokens:
+        ids = torch.from_numpy(np.load(args.tokens)[: args.windows * args.window].astype(np.int64))
+        return ids.view(-1, args.window)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    documents = Path(args.text).read_text().split("<|endoftext|>\n")
+    rows = [tokenizer(d, add_special_tokens=False).input_ids[: args.window] for d in documents if d.strip()]
+    return torch.tensor(rows[: args.windows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text")
+    parser.add_argument("--tokens")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--recipes", default=DEFAULT)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    batches = read_windows(args).split(args.batch)
+    reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = {batch.data_ptr(): reference(batch).logits for batch in batches}
+    results = {}
+    for recipe in args.recipes.split(","):
+        model = qpass.quantize(copy.deepcopy(reference), recipe, inner="eager")
+        found = qpass.evaluate(model, lambda batch: logits[batch.data_ptr()], batches)
+        size = qpass.report(model).resident_quantized + qpass.report(model).resident_float
+        results[recipe] = found.to_json() | {"bytes": size}
+        print(f"{recipe:18} {size / 1e6:7.1f} MB  {found}", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
