@@ -107,7 +107,7 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[Weigh
             _call(torch.compile(model, backend=capture, **isolated()), model, inputs)
     finally:
         model._compiled_call_impl = previous
-        backend.end_of_capture()
+    groups = backend.whole_groups(model) or groups
     if not groups:
         raise QpassError("nothing to quantize: no site of the model gets a format; give the recipe a format for a kind it has")
     return groups

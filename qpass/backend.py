@@ -23,6 +23,7 @@ from qpass.graph.torch_private import (
     backend_of,
     check_inner,
     compile_inner,
+    compiled_call,
     copy_captured,
     fake_like,
     frame_key,
@@ -31,6 +32,7 @@ from qpass.graph.torch_private import (
     source_name,
 )
 from qpass.graph.vocabulary import DROPOUTS, argument, op_name, value_of
+from qpass.graph.whole import trace_whole
 from qpass.passes import Convert, GraphInput, clean, input_sources, parameter_nodes, run_passes
 from qpass.progress import track
 from qpass.qtensor import QTensor
@@ -90,8 +92,8 @@ class QPass:
         self.captures: list[Capture] = []
         self._decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.last_used = 0
-        self._in_fragments = False
-        self._open_attention = False
+        #: Models that were captured in fragments -> the plan of the whole, if it could be traced.
+        self._whole: weakref.WeakKeyDictionary[torch.nn.Module, Plan | None] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
         BACKENDS.add(self)
 
@@ -114,24 +116,50 @@ class QPass:
             raise CaptureError(str(error)) from None
 
     def plan_graph(self, gm: GraphModule, inputs: Sequence[Any]) -> Plan:
-        """Find the sites of a captured graph and decide each; nothing is rewritten. `inputs`: the real arguments."""
+        """Find the sites of a captured graph and decide each; nothing is rewritten. `inputs`: the real arguments.
+
+        A fragment between graph breaks is read in the light of the whole model, where that can be traced.
+        """
         self.last_used = next(_clock)
+        fragment = is_graph_fragment(gm)
+        if fragment:
+            self._see_whole()
         parameters = parameter_nodes(gm, inputs)
-        names = {node: source_name(node) or node.name for node in parameters}
-        fragment = self._in_fragments = self._in_fragments or is_graph_fragment(gm)
-        context = Context(fragment, *self._tables(), self._open_attention)
-        matches, skips = find_sites(gm.graph, parameters, names, context, self.recipe.k is not None)
+        names = {node: self._name(param) or source_name(node) or node.name for node, param in parameters.items()}
+        plan = self._plan(gm.graph, parameters, names)
+        self._check_coverage(plan, fragment, len(parameters))
+        return plan
+
+    def _plan(self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str]) -> Plan:
+        matches, skips = find_sites(graph, parameters, names, Context(*self._tables()), self.recipe.k is not None)
         decided = [self._decide(match, parameters) for match in matches]
-        specs = {m.site: d.spec for m, d in zip(matches, decided, strict=True) if d.spec is not None}
-        kept = tuple(m for m in matches if m.site in specs)
+        matches = [replace(m, site=d.site) for m, d in zip(matches, decided, strict=True)]
+        specs = {d.site: d.spec for d in decided if d.spec is not None}
         skips += list({d.site: d.skip for d in decided if d.skip is not None}.values())
         for skip in skips:
             self._remember_skip(skip, names, parameters)
-        roles = {role for m in matches for role in m.site.roles if m.weight is not None}
-        self._open_attention = fragment and bool({"q", "k", "v"} & roles) and "o" not in roles
-        plan = Plan(kept, specs, tuple(skips))
-        self._check_coverage(plan, fragment, len(parameters))
-        return plan
+        return Plan(tuple(m for m in matches if m.site in specs), specs, tuple(skips))
+
+    def _see_whole(self) -> None:
+        """Decide every site of the module being compiled from its whole graph, once, before its first fragment."""
+        call = compiled_call()
+        if call is None or call[0] in self._whole:
+            return
+        model, args, kwargs = call
+        whole = trace_whole(model, args, kwargs)
+        if whole is None and getattr(model, "dummy_inputs", None):
+            whole = trace_whole(model, (), {**model.dummy_inputs, "use_cache": False})  # type: ignore[dict-item]
+        self._whole[model] = None if whole is None else self._plan(whole.graph, whole.parameters, whole.names)
+
+    def whole_groups(self, model: torch.nn.Module) -> list[tuple[WeightGroup, list[Tensor]]]:
+        """The weight groups of a model seen as a whole because of graph breaks; nothing otherwise."""
+        whole = self._whole.get(model)
+        if whole is None:
+            return []
+        params = dict(model.named_parameters(remove_duplicate=False))
+        weights = {m.weight: params[m.site.name] for m in whole.matches if m.weight is not None}
+        groups = group_weights(whole, weights)
+        return [(group, [params[name] for name in group.names]) for group, _ in groups]
 
     def _compile(self, gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
         _refuse_training(gm, inputs)
@@ -140,7 +168,8 @@ class QPass:
         placeholders = original.graph.find_nodes(op="placeholder")
         order = {node.name: i for i, node in enumerate(placeholders)}
         parameters = {node: t for node, t in zip(placeholders, inputs, strict=True) if isinstance(t, torch.nn.Parameter)}
-        lookups = {group: _Lookup(self.store, group, order) for group, _ in group_weights(plan, parameters)}
+        groups = [group for group, _ in group_weights(plan, parameters)]
+        lookups = {g: _Lookup(self.store, g, order, partial(self.learn, plan=plan, group=g)) for g in groups}
         for lookup in track(list(lookups.values()), "qpass: quantizing"):
             lookup(inputs)
 
@@ -170,9 +199,16 @@ class QPass:
         """(Parameter, or the contents of a QTensor; what was decided) for all that are alive."""
         return list(self._decisions.items())
 
-    def end_of_capture(self) -> None:
-        """Forget what one graph tells the next: the next graph is of a new call."""
-        self._open_attention = False
+    def learn(self, params: Sequence[Tensor], plan: Plan, group: WeightGroup) -> None:
+        """Parameters that a compiled graph meets for the first time (one block's graph serves all blocks of its class)."""
+        sites = {m.weight.name: m.site for m in plan.matches if m.weight is not None}
+        for param, name in zip(params, group.weights, strict=False):
+            if self.decision(param) is None:
+                self.adopt(param, Decision(sites[name], group.spec))
+
+    def _name(self, param: Tensor) -> str | None:
+        known = self.decision(param)
+        return None if known is None else known.site.name
 
     def adopt(self, param: Tensor, decision: Decision) -> None:
         """Take over a decision for a Parameter that replaces the one it was made for."""
@@ -188,19 +224,14 @@ class QPass:
             return Decision(match.site, parse_spec(match.call.specs[0]))
         param = parameters[match.weight]
         known = self.decision(param)
-        if known is not None:
-            site = replace(known.site, name=match.site.name)
-            merged = tuple(dict.fromkeys(known.site.roles + match.site.roles))
-            better = replace(known, site=replace(known.site, roles=merged))
-            if known.site.kind == "linear" and match.site.kind != "linear" and known.spec is None:
-                better = self._fresh(match.site)
-            self.adopt(param, better)
-            return replace(better, site=match.site if match.site.name == site.name else site)
-        decision = self._fresh(match.site)
-        if isinstance(param, QTensor):
-            decision = Decision(match.site, param.spec)
-        self.adopt(param, decision)
-        return decision
+        if known is None:
+            known = Decision(match.site, param.spec) if isinstance(param, QTensor) else self._fresh(match.site)
+        elif known.site.kind == "linear" and match.site.kind != "linear" and known.spec is None:
+            known = self._fresh(match.site)
+        roles = tuple(dict.fromkeys(known.site.roles + match.site.roles))
+        known = replace(known, site=replace(known.site, roles=roles))
+        self.adopt(param, known)
+        return known
 
     def _fresh(self, site: Site) -> Decision:
         kinds = [site.kind] + [r for r in ("embedding", "vocab") if r in site.roles and r != site.kind]
@@ -234,14 +265,16 @@ class QPass:
 class _Lookup:
     """A group's stored parts from the arguments of a call."""
 
-    def __init__(self, store: WeightStore, group: WeightGroup, order: Mapping[str, int]) -> None:
-        self.store, self.group = store, group
+    def __init__(
+        self, store: WeightStore, group: WeightGroup, order: Mapping[str, int], on_new: Callable[[Sequence[Tensor]], None]
+    ) -> None:
+        self.store, self.group, self.on_new = store, group, on_new
         biases = [b for b in group.biases if b is not None] if group.has_bias else []
         self.indices = [order[name] for name in (*group.weights, *biases)]
         self.key = f"{group.spec}|{group.transposed}|{[b is not None for b in group.biases]}|{len(group.weights)}"
 
     def __call__(self, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        return self.store.get([args[i] for i in self.indices], self.group, self.key)
+        return self.store.get([args[i] for i in self.indices], self.group, self.key, self.on_new)
 
 
 class _Arguments:

@@ -17,6 +17,12 @@ from qpass.spec import QuantSpec, parse_spec
 from qpass.weights import check_weight, quantize_weight
 
 _PARTS = ("data_part", "scale_part", "zero_point_part", "outer_scale_part")
+
+
+class Token:
+    """An identity that can be referred to weakly without touching the tensor: torch moves no tensor that has weak references."""
+
+
 _KEEPING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
@@ -31,6 +37,7 @@ class QTensor(Tensor):
     spec: QuantSpec
     transposed: bool
     sqnr_db: float
+    token: Token
     #: The buffer of several weights that this one is a row range of, once an operator reads them together.
     base: Quantized | None
 
@@ -46,7 +53,7 @@ class QTensor(Tensor):
         self, quantized: Quantized, spec: QuantSpec, shape: torch.Size, dtype: torch.dtype, transposed: bool = False
     ) -> None:
         self.quantized, self.spec, self.transposed = quantized, spec, transposed
-        self.sqnr_db, self.base = float("nan"), None
+        self.sqnr_db, self.base, self.token = float("nan"), None, Token()
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

@@ -115,17 +115,21 @@ def _parameters(x: Any, backend: QPass) -> list[tuple[str, Tensor]]:
 
 def _weight_rows(name: str, param: Tensor, backend: QPass) -> list[SiteReport]:
     decision = backend.decision(param)
+    before = math.prod(param.shape) * param.dtype.itemsize
     if decision is None:
-        return []
+        reason = "in no captured graph: after a graph break in a loop torch runs it eagerly, in float; see qpass.quantize"
+        return [SiteReport("other", name, None, before, before, None, reason)] if param.dim() > 1 else []
     site, stats = decision.site, backend.store.stats(param)
-    before = math.prod(site.shape) * param.dtype.itemsize
+    if decision.spec is not None and stats is None:
+        reason = "not quantized yet: no captured graph has used it; after a graph break in a loop torch runs it eagerly, in float"
+        return [SiteReport(site.kind, name, None, before, before, None, reason)]
     if decision.spec is None:
         reason = decision.skip.reason if decision.skip is not None else "stays in float"
         return [SiteReport(site.kind, name, None, before, before, None, reason)]
-    after = stats.nbytes if stats is not None else before
-    sqnr = stats.sqnr_db if stats is not None and math.isfinite(stats.sqnr_db) else None
+    assert stats is not None
+    sqnr = stats.sqnr_db if math.isfinite(stats.sqnr_db) else None
     kind = "+".join(dict.fromkeys((site.kind, *(r for r in site.roles if r in ("embedding", "vocab")))))
-    return [SiteReport(kind, name, str(decision.spec), before, after, sqnr, None)]
+    return [SiteReport(kind, name, str(decision.spec), before, stats.nbytes, sqnr, None)]
 
 
 def _cache_rows(backend: QPass) -> list[SiteReport]:

@@ -57,18 +57,24 @@ class WeightStore:
         self._lock = threading.Lock()
         self._stats: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
-    def get(self, params: Sequence[Tensor], group: WeightGroup, key: str) -> Parts:
-        """The parts for `params` (the group's weights, then its stored biases). `key`: a name of the group's layout."""
+    def get(
+        self, params: Sequence[Tensor], group: WeightGroup, key: str, on_new: Callable[[Sequence[Tensor]], None]
+    ) -> Parts:
+        """The parts for `params` (the group's weights, then its stored biases). `key`: a name of the group's layout.
+
+        `on_new` is told of Parameters that were quantized just now.
+        """
         entry = self._entries.get((id(anchor(params[0])), key))
         if entry is not None and entry.is_of(params):
             return entry.parts
         with self._lock:
             slot = (id(anchor(params[0])), key)
             parts = self._make(params, group)
-            self._entries[(id(anchor(params[0])), key)] = _Entry(
+            self._entries[slot] = _Entry(
                 params, parts, lambda _, slot=slot: self._entries.pop(slot, None)
             )
-            return parts
+        on_new(params)
+        return parts
 
     def stats(self, param: Tensor) -> WeightStats | None:
         """What quantizing `param` gave, if it was done here or the Parameter is a QTensor."""
@@ -107,14 +113,14 @@ class WeightStore:
 
 
 def anchor(param: Tensor) -> Any:
-    """The object whose identity stands for the values of `param`; of a QTensor its contents, which `.to()` exchanges."""
-    return param.quantized if isinstance(param, QTensor) else param
+    """The object whose identity stands for `param`: of a QTensor its token, which `.to()` exchanges with its contents."""
+    return param.token if isinstance(param, QTensor) else param
 
 
-def _state(param: Tensor) -> tuple[int, int]:
-    """Changes when a Parameter is edited in place or given other memory. A QTensor's parts are themselves edited in place."""
+def _state(param: Tensor) -> tuple[Any, ...]:
+    """Changes when a Parameter is edited in place or given other memory. A QTensor's parts are edited where they are."""
     if isinstance(param, QTensor):
-        return 0, 0
+        return (param.quantized,)
     return 0 if param.is_inference() else param._version, param.data_ptr()
 
 

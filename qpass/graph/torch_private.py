@@ -37,17 +37,46 @@ def source_name(node: Node) -> str | None:
 
 
 def is_graph_fragment(gm: GraphModule) -> bool:
-    """Whether the graph ends at a graph break, or resumes after one."""
+    """Whether the graph is a part of what was compiled: it ends at a graph break, or its frame was called by one that did."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         return True
-    stack = inspect.currentframe()
-    while stack is not None:  # the frame being compiled is a local of Dynamo's own
-        code = stack.f_locals.get("code") if stack.f_code.co_name in ("_compile", "_compile_inner") else None
-        if code is not None:
-            return str(code.co_name).startswith("torch_dynamo_resume_in")
-        stack = stack.f_back
-    return False
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name not in ("_compile", "_compile_inner"):
+        frame = frame.f_back
+    # Out of Dynamo's compiler, past the calling conventions of modules: the compiled function itself, or a caller in it.
+    while frame is not None and frame.f_code.co_filename.endswith(_CALLING_FILES):
+        if frame.f_code.co_name == "compile_wrapper":
+            return False
+        frame = frame.f_back
+    return frame is not None
+
+
+_CALLING_FILES = tuple(
+    f"torch/{name}.py"
+    for name in (
+        "_dynamo/convert_frame", "_dynamo/eval_frame", "_dynamo/external_utils", "_utils_internal", "nn/modules/module",
+        "_compile", "_dynamo/utils",
+    )
+)  # fmt: skip
+
+
+def compiled_call() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+    """The module, and the arguments of the call, that is being compiled right now; None for a plain function."""
+    frame, outermost = inspect.currentframe(), None
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and "fn" in frame.f_locals:
+            outermost = frame.f_locals
+        frame = frame.f_back
+    owner = getattr(outermost["fn"], "__self__", None) if outermost else None
+    if outermost is None or not isinstance(owner, torch.nn.Module):
+        return None
+    return owner, outermost["args"], outermost["kwargs"]
+
+
+def outside_of_capture() -> Any:
+    """A context in which something else may be traced while Dynamo compiles."""
+    return torch._guards.tracing(None)
 
 
 def frame_key(gm: GraphModule) -> str | None:

@@ -22,7 +22,7 @@ FUSED_KINDS = ("qkv", "ffn")
 class WeightGroup:
     """Parameters that are quantized to one spec and stored as one: rows of `weights` below each other, in order.
 
-    `weights`, `biases`: names of the placeholders; `names`: display names; `transposed`: which are [in, out].
+    `weights`, `biases`: names of the placeholders (a lone linear keeps its bias for itself: None); `names`: display names; `transposed`: which are [in, out].
     """
 
     weights: tuple[str, ...]
@@ -33,8 +33,8 @@ class WeightGroup:
 
     @property
     def has_bias(self) -> bool:
-        """Whether the biases are stored as one with the group (a lone linear keeps its own)."""
-        return len(self.weights) > 1 and any(b is not None for b in self.biases)
+        """Whether the biases are stored as one with the group."""
+        return any(b is not None for b in self.biases)
 
 
 def group_weights(plan: Plan, parameters: Mapping[Node, object]) -> list[tuple[WeightGroup, list[Match]]]:
@@ -101,7 +101,7 @@ def _as_group(matches: Sequence[Match], plan: Plan) -> WeightGroup:
         tuple(m.weight.name for m in matches),  # type: ignore[union-attr]
         tuple(m.site.name for m in matches),
         tuple(isinstance(c, LinearCall) and c.transposed for c in calls),
-        tuple(c.bias.name if isinstance(c, LinearCall) and c.bias is not None else None for c in calls),
+        tuple(c.bias.name if len(calls) > 1 and c.bias is not None else None for c in calls),
         plan.specs[matches[0].site],
     )
 
