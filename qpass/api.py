@@ -61,7 +61,7 @@ def quantize(
         del params
     _return_freed_memory()
     compile_in_place(model, backend)
-    model._apply = _ApplyToFreshParameters(model)  # type: ignore[method-assign, assignment]
+    model._apply = _ApplyToFreshParameters(model)  # type: ignore[method-assign]
     _prepare_generate(model, backend.recipe)
     return model
 
@@ -109,7 +109,9 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[Weigh
         model._compiled_call_impl = previous
     groups = backend.whole_groups(model) or groups
     if not groups:
-        raise QpassError("nothing to quantize: no site of the model gets a format; give the recipe a format for a kind it has")
+        raise QpassError(
+            "nothing to quantize: no site of the model gets a format; give the recipe a format for a kind it has"
+        )
     return groups
 
 
@@ -152,7 +154,9 @@ def _convert(
     """Put QTensors in the place of one group of float Parameters, as row ranges of one buffer."""
     stored = [p.t() if flipped else p for p, flipped in zip(params, group.transposed, strict=True)]
     replacements = []
-    for param, flipped, (quantized, sqnr_db) in zip(params, group.transposed, quantize_group(stored, group.spec), strict=True):
+    for param, flipped, (quantized, sqnr_db) in zip(
+        params, group.transposed, quantize_group(stored, group.spec), strict=True
+    ):
         replacement = QTensor(quantized, group.spec, param.shape, param.dtype, flipped)
         replacement.sqnr_db = sqnr_db
         replacements.append(replacement)
@@ -175,7 +179,7 @@ def _prepare_generate(model: nn.Module, recipe: Recipe) -> None:
     if recipe.kv_specs is not None:
         from qpass.cache import CacheForGenerate
 
-        model._prepare_cache_for_generation = CacheForGenerate(model, *recipe.kv_specs)
+        model.__dict__["_prepare_cache_for_generation"] = CacheForGenerate(model, *recipe.kv_specs)
 
 
 class _ApplyToFreshParameters:

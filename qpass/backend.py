@@ -106,7 +106,9 @@ class QPass:
         """Compile one captured graph. `options`: torch.compile's own `mode`."""
         mode = options.pop("mode", None) or self.mode
         if options:
-            raise CaptureError(f"unknown option {sorted(options)[0]!r}: set recipe, strict, inner, mode on qpass.QPass(...)")
+            raise CaptureError(
+                f"unknown option {sorted(options)[0]!r}: set recipe, strict, inner, mode on qpass.QPass(...)"
+            )
         try:
             with self._lock:
                 return self._compile(gm, inputs, mode)
@@ -167,7 +169,9 @@ class QPass:
         plan = self.plan_graph(original, inputs)
         placeholders = original.graph.find_nodes(op="placeholder")
         order = {node.name: i for i, node in enumerate(placeholders)}
-        parameters = {node: t for node, t in zip(placeholders, inputs, strict=True) if isinstance(t, torch.nn.Parameter)}
+        parameters = {
+            node: t for node, t in zip(placeholders, inputs, strict=True) if isinstance(t, torch.nn.Parameter)
+        }
         groups = [group for group, _ in group_weights(plan, parameters)]
         lookups = {g: _Lookup(self.store, g, order, partial(self.learn, plan=plan, group=g)) for g in groups}
         for lookup in track(list(lookups.values()), "qpass: quantizing"):
@@ -252,7 +256,9 @@ class QPass:
         unexpected = [s for s in plan.skipped if not s.expected]
         if self.strict and unexpected:
             lines = "\n".join(f"  {s.site.kind} {s.site.name}: {s.reason}" for s in unexpected)
-            raise QpassError(f"{unexpected[0].site.name}: stays in float ({len(unexpected)} sites, strict=True)\n{lines}")
+            raise QpassError(
+                f"{unexpected[0].site.name}: stays in float ({len(unexpected)} sites, strict=True)\n{lines}"
+            )
         weights = [m for m in plan.matches if m.weight is not None]
         if not fragment and not weights:
             reasons = "".join(f"\n  {s.site.name}: {s.reason}" for s in plan.skipped)
@@ -266,7 +272,11 @@ class _Lookup:
     """A group's stored parts from the arguments of a call."""
 
     def __init__(
-        self, store: WeightStore, group: WeightGroup, order: Mapping[str, int], on_new: Callable[[Sequence[Tensor]], None]
+        self,
+        store: WeightStore,
+        group: WeightGroup,
+        order: Mapping[str, int],
+        on_new: Callable[[Sequence[Tensor]], None],
     ) -> None:
         self.store, self.group, self.on_new = store, group, on_new
         biases = [b for b in group.biases if b is not None] if group.has_bias else []
@@ -309,7 +319,9 @@ def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         leaf = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and value.is_leaf
         if leaf and value.requires_grad:
-            raise QpassError(f"{node.name}: this input requires grad; qpass compiles for inference: pass input.detach()")
+            raise QpassError(
+                f"{node.name}: this input requires grad; qpass compiles for inference: pass input.detach()"
+            )
 
 
 # --- the module and the registered name as backends -------------------------------------------------------------------

@@ -23,6 +23,7 @@ class QuantizedLayer(StaticLayer):
 
     def __init__(self, max_cache_len: int, k_spec: QuantSpec, v_spec: QuantSpec) -> None:
         super().__init__(max_cache_len)
+        self.cumulative_length: Tensor
         self.k_text, self.v_text = str(k_spec), str(v_spec)
         self.k_slots, self.v_slots = _slots(k_spec), _slots(v_spec)
 
@@ -67,7 +68,7 @@ class QuantizedLayer(StaticLayer):
         for slot, buffer, part in zip(slots, stored, new, strict=True):
             buffer.index_copy_(2, positions, _plain(part))
             parts[slot] = buffer if buffer.dtype == part.dtype else buffer.view(part.dtype)
-        return torch.ops.qpass.dequantize(*parts, states.shape[-1], text, states.dtype)  # type: ignore[no-any-return]
+        return torch.ops.qpass.dequantize(*parts, states.shape[-1], text, states.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -152,7 +153,9 @@ def _cache_spec(value: SpecLike) -> QuantSpec | None:
         return None
     spec = parse_spec(value) if isinstance(value, str) else value
     if spec.format.scale == "e4m3" or str(spec.granularity) == "tensor":
-        raise QpassError(f"KVCache: {spec} has one scale for the whole tensor; a token's scale must be its own: int8, mxfp8, ...")
+        raise QpassError(
+            f"KVCache: {spec} has one scale for the whole tensor; a token's scale must be its own: int8, mxfp8, ..."
+        )
     return spec
 
 
@@ -166,7 +169,12 @@ class CacheForGenerate:
         self.model, self.k, self.v = model, k, v
 
     def __call__(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> Any:
         given = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
         if not given and generation_config.use_cache is not False:

@@ -73,7 +73,9 @@ def evaluate(model: Any, reference: Any, batches: Iterable[Tensor | Mapping[str,
     means = torch.tensor([total / n for total, n in windows], dtype=torch.float64)
     error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
     ppl = (nll / tokens).exp()
-    return Evaluation(sum(total for total, _ in windows) / tokens, error, float(ppl[0]), float(ppl[1]), same / tokens, tokens)
+    return Evaluation(
+        sum(total for total, _ in windows) / tokens, error, float(ppl[0]), float(ppl[1]), same / tokens, tokens
+    )
 
 
 def _ids_and_mask(batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

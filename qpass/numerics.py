@@ -140,16 +140,17 @@ def choose_qparams(
         scale = amax / fmt.symmetric_qmax
     else:
         scale = high / (fmt.qmax - fmt.qmin) - low / (fmt.qmax - fmt.qmin)
+    row_scale = None
     if spec.double_quantized:
-        outer = scale.amax(-1, keepdim=True) / 255
-        outer = torch.where(outer == 0, torch.ones_like(outer), outer)
-        codes = torch.round(scale / outer).clamp(1, 255)
-        stored, scale = codes.to(torch.uint8), codes * outer
+        row_scale = scale.amax(-1, keepdim=True) / 255
+        row_scale = torch.where(row_scale == 0, torch.ones_like(row_scale), row_scale)
+        stored = torch.round(scale / row_scale).clamp(1, 255).to(torch.uint8)
     else:
-        stored, outer = _guard(scale.to(spec.scale_dtype), amax), None
-        scale = stored.float()
-    zero_point = None if spec.symmetric else torch.round(fmt.qmin - low / scale).clamp(fmt.qmin, fmt.qmax)
-    return stored, None if zero_point is None else zero_point.to(torch.int8), outer
+        stored = _guard(scale.to(spec.scale_dtype), amax)
+    if spec.symmetric:
+        return stored, None, row_scale
+    zero_point = torch.round(fmt.qmin - low / scale_values(stored, row_scale)).clamp(fmt.qmin, fmt.qmax)
+    return stored, zero_point.to(torch.int8), row_scale
 
 
 def scale_values(scale: Tensor, outer_scale: Tensor | None) -> Tensor:

@@ -63,7 +63,9 @@ class Convert:
         with graph.inserting_before(first):
             for group in dict.fromkeys(group for group, _ in groups):
                 parts = enumerate(self.fake_parts(group))
-                inputs[group] = [None if t is None else _placeholder(graph, GraphInput(group, i), t, stacks) for i, t in parts]
+                inputs[group] = [
+                    None if t is None else _placeholder(graph, GraphInput(group, i), t, stacks) for i, t in parts
+                ]
         edits: list[Edit] = []
         for group, matches in groups:
             edits += weight.rewrite(graph, group, matches, inputs[group])
@@ -120,4 +122,4 @@ def parameter_nodes(graph_module: GraphModule, inputs: Sequence[object]) -> dict
     """The placeholders whose real argument is a Parameter."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     pairs = zip(placeholders, inputs, strict=True)
-    return {node: value for node, value in pairs if isinstance(value, torch.nn.Parameter)}  # type: ignore[misc]
+    return {node: value for node, value in pairs if isinstance(value, torch.nn.Parameter)}

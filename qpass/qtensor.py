@@ -45,9 +45,7 @@ class QTensor(Tensor):
     def __new__(
         cls, quantized: Quantized, spec: QuantSpec, shape: torch.Size, dtype: torch.dtype, transposed: bool = False
     ) -> QTensor:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
-            cls, shape, dtype=dtype, device=quantized.data.device, requires_grad=False
-        )
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=quantized.data.device, requires_grad=False)
 
     def __init__(
         self, quantized: Quantized, spec: QuantSpec, shape: torch.Size, dtype: torch.dtype, transposed: bool = False
@@ -55,7 +53,7 @@ class QTensor(Tensor):
         self.quantized, self.spec, self.transposed = quantized, spec, transposed
         self.sqnr_db, self.base, self.token = float("nan"), None, Token()
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def from_float(cls, weight: Tensor, spec: QuantSpec, transposed: bool = False, name: str = "weight") -> QTensor:
@@ -66,7 +64,7 @@ class QTensor(Tensor):
 
     # --- what it is -----------------------------------------------------------------------------------------------
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight, in its logical shape and (unless given) its own dtype."""
         columns = self.shape[0] if self.transposed else self.shape[1]
         weight = dequantize(self.quantized, self.spec, columns, dtype or self.dtype)
@@ -77,7 +75,7 @@ class QTensor(Tensor):
         """Bytes of codes, scales and zero points."""
         return self.quantized.nbytes
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QTensor({list(self.shape)}, {self.spec}, dtype={self.dtype}, device={self.device})"
 
     # --- what torch asks of a subclass ----------------------------------------------------------------------------
@@ -98,9 +96,11 @@ class QTensor(Tensor):
         return QTensor(quantized, parse_spec(spec), outer_size, dtype, transposed)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if func in _KEEPING:
             return first._like(first.quantized)
         if func is torch.ops.aten.clone.default:

@@ -49,12 +49,14 @@ class Recipe:
             raise QpassError("recipe: k and v are one cache; set both, or kv")
         for half in (self.k, self.v):
             if isinstance(half, QuantSpec) and str(half.granularity) == "tensor":
-                raise QpassError(f"recipe: kv={half} needs calibrated scales; use one scale per token and head: {half.format.name}")
+                raise QpassError(
+                    f"recipe: kv={half} needs calibrated scales; use one scale per token and head: {half.format.name}"
+                )
 
     @classmethod
     def uniform(cls, spec: SpecLike, **others: Any) -> Recipe:
         """One spec at every weight site; `others` as in the constructor."""
-        return cls(**{kind: spec for kind in WEIGHT_KINDS} | others)
+        return cls(**dict.fromkeys(WEIGHT_KINDS, spec) | others)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
@@ -70,7 +72,7 @@ class Recipe:
         """The spec of a weight site, or None if it stays in float."""
         for glob, spec in self.overrides:
             if fnmatchcase(name, glob):
-                return spec  # type: ignore[no-any-return]
+                return spec
         return getattr(self, kind, None)
 
     @property

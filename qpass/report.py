@@ -117,7 +117,9 @@ def _weight_rows(name: str, param: Tensor, backend: QPass) -> list[SiteReport]:
     decision = backend.decision(param)
     before = math.prod(param.shape) * param.dtype.itemsize
     if decision is None:
-        reason = "in no captured graph: after a graph break in a loop torch runs it eagerly, in float; see qpass.quantize"
+        reason = (
+            "in no captured graph: after a graph break in a loop torch runs it eagerly, in float; see qpass.quantize"
+        )
         return [SiteReport("other", name, None, before, before, None, reason)] if param.dim() > 1 else []
     site, stats = decision.site, backend.store.stats(param)
     if decision.spec is not None and stats is None:
@@ -152,14 +154,20 @@ def _notes(backend: QPass, params: list[tuple[str, Tensor]], quantized: bool) ->
     decisions = [d for _, p in params if (d := backend.decision(p)) is not None]
     notes = [f"{d.site.name}: {d.note}" for d in decisions if d.note]
     found = {d.site.kind for d in decisions} | {r for d in decisions for r in d.site.roles}
-    named = [k for k in ("embedding", "qkv", "attn_out", "ffn", "vocab") if getattr(backend.recipe, k) and k not in found]
+    named = [
+        k for k in ("embedding", "qkv", "attn_out", "ffn", "vocab") if getattr(backend.recipe, k) and k not in found
+    ]
     notes += [f"the recipe names {kind}; the model has none" for kind in named]
     if any(not isinstance(p, QTensor) and backend.store.stats(p) is not None for _, p in params):
-        notes.append('the float weights stay in memory beside the quantized ones; model = qpass.quantize(model, "...") frees them')
+        notes.append(
+            'the float weights stay in memory beside the quantized ones; model = qpass.quantize(model, "...") frees them'
+        )
     frames: dict[str, int] = {}
     for capture in backend.captures:
         if capture.frame is not None:
             frames[capture.frame] = frames.get(capture.frame, 0) + 1
     if frames and max(frames.values()) >= recompile_limit():
-        notes.append(f"{max(frames.values())} graphs of one function: at this limit torch runs further shapes in float, eagerly")
+        notes.append(
+            f"{max(frames.values())} graphs of one function: at this limit torch runs further shapes in float, eagerly"
+        )
     return notes

@@ -37,7 +37,7 @@ class WeightStats:
 class _Entry:
     """The parts of a group and what they were made from."""
 
-    def __init__(self, params: Sequence[Tensor], parts: Parts, on_death: Callable[[Any], None]) -> None:
+    def __init__(self, params: Sequence[Tensor], parts: Parts, on_death: Callable[[Any], object]) -> None:
         self.parts = parts
         self.refs = [weakref.ref(anchor(p), on_death) for p in params]
         self.states = [_state(p) for p in params]
@@ -70,9 +70,7 @@ class WeightStore:
         with self._lock:
             slot = (id(anchor(params[0])), key)
             parts = self._make(params, group)
-            self._entries[slot] = _Entry(
-                params, parts, lambda _, slot=slot: self._entries.pop(slot, None)
-            )
+            self._entries[slot] = _Entry(params, parts, lambda _: self._entries.pop(slot, None))
         on_new(params)
         return parts
 
@@ -93,7 +91,9 @@ class WeightStore:
             return (*quantized.parts, None)
         rows = [w.shape[1 if t else 0] for w, t in zip(weights, group.transposed, strict=True)]
         reference = biases[0]
-        pieces = [reference.new_zeros(r) if b is None else biases.pop(0) for r, b in zip(rows, group.biases, strict=True)]
+        pieces = [
+            reference.new_zeros(r) if b is None else biases.pop(0) for r, b in zip(rows, group.biases, strict=True)
+        ]
         return (*quantized.parts, torch.cat([p.detach() for p in pieces]))
 
     def _quantize(self, weights: Sequence[Tensor], group: WeightGroup) -> Quantized:
@@ -165,7 +165,7 @@ def fuse(weights: Sequence[QTensor]) -> Quantized:
 
 def _common_base(weights: Sequence[QTensor], rows: Sequence[int]) -> Quantized | None:
     """The buffer that the weights already are consecutive rows of, if they are."""
-    base = getattr(weights[0], "base", None)
+    base = weights[0].base
     if base is None or base.data.shape[0] != sum(rows):
         return None
     start = 0
@@ -173,4 +173,4 @@ def _common_base(weights: Sequence[QTensor], rows: Sequence[int]) -> Quantized |
         if weight.base is not base or weight.quantized.data.data_ptr() != base.data[start:].data_ptr():
             return None
         start += n
-    return base  # type: ignore[no-any-return]
+    return base

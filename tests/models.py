@@ -188,11 +188,17 @@ def dequantized_copy(model: nn.Module, spec_of: Callable[[str], str | None]) -> 
 
     reference = copy.deepcopy(model)
     conv1d = {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
-    flat = {n for n, _ in model.named_parameters() if n in ("p.last", *(f"p.n{i}{k}" for i in range(BLOCKS) for k in "ab"))}
+    flat = {
+        n for n, _ in model.named_parameters() if n in ("p.last", *(f"p.n{i}{k}" for i in range(BLOCKS) for k in "ab"))
+    }
     with torch.no_grad():
         for name, param in reference.named_parameters():
             text = spec_of(name) if param.dim() == 2 else None
             if text is not None:
                 rows = param.t() if name in conv1d | flat else param
-                param.copy_(fake_quantize(rows, parse_spec(text)).t() if rows is not param else fake_quantize(rows, parse_spec(text)))
+                param.copy_(
+                    fake_quantize(rows, parse_spec(text)).t()
+                    if rows is not param
+                    else fake_quantize(rows, parse_spec(text))
+                )
     return reference

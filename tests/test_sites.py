@@ -33,7 +33,9 @@ def capture(model: nn.Module, *args: Any) -> list[tuple[torch.fx.GraphModule, li
     return graphs
 
 
-def kinds_of(graph: torch.fx.Graph, parameters: dict[torch.fx.Node, torch.Tensor]) -> dict[int, tuple[str, tuple[str, ...]]]:
+def kinds_of(
+    graph: torch.fx.Graph, parameters: dict[torch.fx.Node, torch.Tensor]
+) -> dict[int, tuple[str, tuple[str, ...]]]:
     """id of each Parameter -> (kind, roles)."""
     names = {node: f"p{i}" for i, node in enumerate(parameters)}
     matches, skips = find_sites(graph, parameters, names, Context())
@@ -71,7 +73,9 @@ def test_names_and_modules_do_not_matter(family: str) -> None:
 def test_atens_spelling_gives_the_same_sites(family: str) -> None:
     """torch.export spells every operation in ATen: view, t, mm, _to_copy."""
     model = build(family)
-    exported = torch.export.export(model, (tokens(),), {"use_cache": False} if hasattr(model, "config") else {}, strict=False)
+    exported = torch.export.export(
+        model, (tokens(),), {"use_cache": False} if hasattr(model, "config") else {}, strict=False
+    )
     targets = exported.graph_signature.inputs_to_parameters
     params = dict(model.named_parameters(remove_duplicate=False))
     placeholders = {n.name: n for n in exported.graph.find_nodes(op="placeholder")}
@@ -82,7 +86,10 @@ def test_atens_spelling_gives_the_same_sites(family: str) -> None:
 # --- graph breaks: the same sites, formats and logits as the unbroken model -------------------------------------------
 
 MIXED = qpass.Recipe(embedding="int8", qkv="int4:g16", attn_out="int8", ffn="nf4:g16", vocab="int8", linear="int3:g16")
-MODULES = {"llama": ("self_attn.v_proj", "self_attn.o_proj", "lm_head", LlamaDecoderLayer), "nanogpt": ("c_attn", "c_proj", "head", FusedBlock)}
+MODULES = {
+    "llama": ("self_attn.v_proj", "self_attn.o_proj", "lm_head", LlamaDecoderLayer),
+    "nanogpt": ("c_attn", "c_proj", "head", FusedBlock),
+}
 
 
 def add_breaks(model: nn.Module, family: str, where: str) -> None:
@@ -95,9 +102,11 @@ def add_breaks(model: nn.Module, family: str, where: str) -> None:
     for name, module in model.named_modules():
         if where == "after v" and name.endswith(projection):
             module.register_forward_hook(cut)
-        elif (where == "after attention" and name.endswith(output)) or (where == "before the head" and name == head):
-            module.register_forward_pre_hook(cut)
-        elif where == "each block" and isinstance(module, block):
+        elif (
+            (where == "after attention" and name.endswith(output))
+            or (where == "before the head" and name == head)
+            or (where == "each block" and isinstance(module, block))
+        ):
             module.register_forward_pre_hook(cut)
 
 
@@ -145,7 +154,14 @@ def test_what_torch_runs_eagerly_is_reported() -> None:
 @families
 def test_logits_equal_a_model_with_dequantized_weights(family: str, dtype: torch.dtype) -> None:
     model = build(family).to(dtype)
-    specs = {"embedding": "int8", "qkv": "int4:g16", "attn_out": "int8", "ffn": "nf4:g16", "vocab": "int8", "linear": "int3:g16"}
+    specs = {
+        "embedding": "int8",
+        "qkv": "int4:g16",
+        "attn_out": "int8",
+        "ffn": "nf4:g16",
+        "vocab": "int8",
+        "linear": "int3:g16",
+    }
     kinds = FAMILIES[family].expected(model)
     reference = dequantized_copy(model, lambda name: specs[kinds[name][0]])
     backend = qpass.QPass(MIXED, strict=True, inner="eager")

@@ -101,7 +101,7 @@ def copy_captured(gm: GraphModule) -> GraphModule:
     for old, new in mapping.items():
         new.name = old.name
         if old.op == "placeholder":
-            new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+            new._dynamo_source = getattr(old, "_dynamo_source", None)
     copy.graph = graph
     copy.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "compile_subgraph_reason"):
@@ -112,7 +112,7 @@ def copy_captured(gm: GraphModule) -> GraphModule:
 
 def mark_static_input(placeholder: Node) -> None:
     """A new placeholder whose tensor keeps its address: CUDA graphs must not copy it at every call."""
-    placeholder._dynamo_source = None  # type: ignore[attr-defined]
+    placeholder._dynamo_source = None
     placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 

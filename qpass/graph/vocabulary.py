@@ -34,7 +34,8 @@ def op_name(node: Node) -> str:
     if node.op != "call_function":
         return ""
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        namespace, _, name = str(target._qualified_op_name if _is_packet(target) else target._schema.name).partition("::")
+        qualified = target._schema.name if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+        namespace, _, name = qualified.partition("::")
         return f"qpass::{name}" if namespace == "qpass" else name
     if isinstance(target, torch._ops.HigherOrderOperator):
         return target.name()
@@ -43,10 +44,6 @@ def op_name(node: Node) -> str:
         return str(node.args[1])
     module = getattr(target, "__module__", None) or "torch"
     return name if module.split(".")[0] in _TORCH_MODULES else ""
-
-
-def _is_packet(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverloadPacket)
 
 
 def writes_to(node: Node) -> Node | None:

@@ -47,10 +47,9 @@ def trace_whole(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         return None
     finally:
         model._compiled_call_impl = compiled
-    params = dict(model.named_parameters(remove_duplicate=False))
+    params: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    first_name = {id(p): name for name, p in model.named_parameters()}  # a tied Parameter has several
     placeholders = {n.name: n for n in program.graph.find_nodes(op="placeholder")}
-    names = {
-        placeholders[name]: target.removeprefix("model.")
-        for name, target in program.graph_signature.inputs_to_parameters.items()
-    }
-    return WholeGraph(program.graph, {node: params[name] for node, name in names.items()}, names)
+    inputs = program.graph_signature.inputs_to_parameters.items()
+    parameters = {placeholders[name]: params[target.removeprefix("model.")] for name, target in inputs}
+    return WholeGraph(program.graph, parameters, {node: first_name[id(p)] for node, p in parameters.items()})

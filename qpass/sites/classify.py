@@ -85,5 +85,5 @@ def classify(flow: Flow, context: Context) -> Kinds:
     kinds: Kinds = {}
     for rule in RULES:
         kinds |= {node: kind for node, kind in rule(flow, context, kinds).items() if node not in kinds}
-    kinds |= {node: ("adapter", ()) for node in flow.adapters}
+    kinds |= dict.fromkeys(flow.adapters, ("adapter", ()))
     return {node: kinds.get(node, ("linear", ())) for node in flow.linears}

@@ -49,15 +49,24 @@ def find(flow: Flow, names: dict[Node, str], wanted: bool) -> tuple[list[Match],
         name = names[flow.linears[producers[0]].weight] if producers else f"cache of {node.name}"
         k, v = (_dequantize_behind(x) for x in (attention.k, attention.v))
         if k is not None and v is not None:
-            site = Site("kv", name, ("k", "v"), tuple(int(s) for s in shape_of(k.args[0]) or () if isinstance(s, int)))
+            site = Site("kv", name, ("k", "v"), tuple(int(s) for s in shape_of(k) or () if isinstance(s, int)))
             if op_name(node) in SDPA and not argument(node, 4, "dropout_p", 0.0):
                 matches.append(Match(site, node, None, _read(node, k, v)))
             else:
-                skips.append(Skip(site, "the cache is quantized, but its attention is not F.scaled_dot_product_attention; "
-                                  "load the model with attn_implementation='sdpa'"))
+                skips.append(
+                    Skip(
+                        site,
+                        "the cache is quantized, but its attention is not F.scaled_dot_product_attention; "
+                        "load the model with attn_implementation='sdpa'",
+                    )
+                )
         elif _has_float_cache(flow, attention.k):
             site = Site("kv", name, ("k", "v"))
-            reason = f"the caller owns a float cache: {_ONE_LINE}" if wanted else f"the recipe leaves kv in float; {_ONE_LINE}"
+            reason = (
+                f"the caller owns a float cache: {_ONE_LINE}"
+                if wanted
+                else f"the recipe leaves kv in float; {_ONE_LINE}"
+            )
             skips.append(Skip(site, reason, expected=not wanted))
     return matches, skips
 
