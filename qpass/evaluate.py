@@ -14,7 +14,7 @@ from qpass.errors import QpassError
 from qpass.progress import track
 
 #: Positions whose logits are compared at a time: bounds the float32 temporaries at a large vocabulary.
-_POSITIONS = 512
+_POSITIONS = 256
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,19 @@ def evaluate(model: Any, reference: Any, batches: Iterable[Tensor | Mapping[str,
     same = tokens = 0
     for batch in track(batches, "qpass: evaluating"):
         ids, mask = _ids_and_mask(batch)
-        ours, theirs = (_logits(m, batch)[:, :-1] for m in (model, reference))
-        targets, valid = ids[:, 1:], mask[:, 1:] & mask[:, :-1]
-        kl = torch.zeros(targets.shape, dtype=torch.float64)
-        for start in range(0, targets.shape[1], _POSITIONS):
+        valid = mask[:, 1:] & mask[:, :-1]
+        ours, theirs = (_logits(m, batch)[:, :-1][valid] for m in (model, reference))
+        targets = ids[:, 1:][valid]
+        kl = torch.empty(len(targets), dtype=torch.float64)
+        for start in range(0, len(targets), _POSITIONS):
             at = slice(start, start + _POSITIONS)
-            q, p = (x[:, at].float().log_softmax(-1) for x in (ours, theirs))
-            kl[:, at] = (p.exp() * (p - q)).sum(-1).double()
-            for i, logs in enumerate((q, p)):
-                picked = logs.gather(-1, targets[:, at, None])[..., 0]
-                nll[i] -= picked[valid[:, at]].double().sum()
-            same += int((q.argmax(-1) == p.argmax(-1))[valid[:, at]].sum())
-        tokens += int(valid.sum())
-        windows += [(float(row[v].sum()), int(v.sum())) for row, v in zip(kl, valid, strict=True) if v.any()]
+            q, p = (x[at].float().log_softmax(-1) for x in (ours, theirs))
+            nll -= torch.stack([x.gather(-1, targets[at, None]).sum(dtype=torch.float64) for x in (q, p)]).cpu()
+            same += int((q.argmax(-1) == p.argmax(-1)).sum())
+            kl[at] = (p.exp() * (p - q)).sum(-1).double().cpu()
+        counts = valid.sum(-1).tolist()
+        windows += [(float(row.sum()), n) for row, n in zip(kl.split(counts), counts, strict=True) if n]
+        tokens += len(targets)
     if not tokens:
         raise QpassError("qpass.evaluate: no batch with at least two tokens; pass token ids of shape [batch, sequence]")
     means = torch.tensor([total / n for total, n in windows], dtype=torch.float64)

@@ -30,7 +30,8 @@ def track(items: Iterable[T], label: str) -> Iterator[T]:
                 bar.start()
                 shown = True
     finally:
-        bar.stop()
+        if shown:
+            bar.stop()
     seconds = time.monotonic() - start
     if seconds > PATIENCE and not shown:
         print(f"{label}: done in {seconds:.1f} s", file=sys.stderr)

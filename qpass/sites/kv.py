@@ -45,7 +45,7 @@ def find(flow: Flow, names: dict[Node, str], wanted: bool) -> tuple[list[Match],
     """Caches of the graph: quantized ones as matches; float ones as skips. `wanted`: the recipe has a kv format."""
     matches, skips = [], []
     for node, attention in flow.attentions.items():
-        producers = [n for n in flow.linears_behind(attention.k)]
+        producers = flow.linears_behind(attention.k)
         name = names[flow.linears[producers[0]].weight] if producers else f"cache of {node.name}"
         k, v = (_dequantize_behind(x) for x in (attention.k, attention.v))
         if k is not None and v is not None:

@@ -22,7 +22,8 @@ FUSED_KINDS = ("qkv", "ffn")
 class WeightGroup:
     """Parameters that are quantized to one spec and stored as one: rows of `weights` below each other, in order.
 
-    `weights`, `biases`: names of the placeholders (a lone linear keeps its bias for itself: None); `names`: display names; `transposed`: which are [in, out].
+    `weights`, `biases`: names of the placeholders (a lone linear keeps its bias for itself: None). `names`: display names.
+    `transposed`: which are [in, out].
     """
 
     weights: tuple[str, ...]
