@@ -26,6 +26,7 @@ from qpass.graph.torch_private import (
     compiled_call,
     copy_captured,
     fake_like,
+    fake_static,
     frame_key,
     is_graph_fragment,
     original_module,
@@ -186,8 +187,12 @@ class QPass:
         after = copy_captured(result.graph_module).graph
         sources = input_sources(result.graph_module, list(order))
         pick = _Arguments(sources, lookups)
+        examples = [
+            fake_static(value) if isinstance(source, GraphInput) else value
+            for value, source in zip(pick(inputs), sources, strict=True)
+        ]
         with torch.no_grad():
-            compiled = compile_inner(result.graph_module, pick(inputs), self.inner, mode)
+            compiled = compile_inner(result.graph_module, examples, self.inner, mode)
         self.captures = [c for c in self.captures if any(ref() is not None for ref in c.parameters) or not c.parameters]
         refs = tuple(weakref.ref(anchor(p)) for p in parameters.values())
         self.captures.append(Capture(before, after, plan, result.edits, frame_key(gm), refs))

@@ -124,6 +124,17 @@ def fake_like(reference: Tensor, real: Tensor) -> Tensor:
     return real if mode is None else mode.from_tensor(real, static_shapes=True)
 
 
+def fake_static(tensor: Tensor) -> Tensor:
+    """A stand-in for an input that Dynamo has not seen, in AOTAutograd's own fake mode.
+
+    Its sizes are constants; given the real tensor, AOTAutograd would make them symbols that no guard has a source for.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return tensor
+    return context.fake_mode.from_tensor(tensor, static_shapes=True)
+
+
 def compile_inner(gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str | None) -> Callable[..., Any]:
     """Compile the rewritten graph with Inductor (and its mode), or with another backend by name."""
     if inner == "inductor":

@@ -74,12 +74,12 @@ def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: 
         dtype = value_of(call.node).dtype
         columns = matches[0].site.shape[1]
         with graph.inserting_before(call.node):
-            args = (call.indices, *parts, columns, str(group.spec), dtype)
+            args = (_current(call.indices), *parts, columns, str(group.spec), dtype)
             new = graph.call_function(torch.ops.qpass.embedding.default, args)
         new.meta = dict(call.node.meta)
         return [_replace(graph, matches[0], [new], new)]
     with graph.inserting_before(call.node):  # the first of the group in graph order
-        args = (call.x, *parts, call.bias if len(matches) == 1 else bias, str(group.spec))
+        args = (_current(call.x), *parts, call.bias if len(matches) == 1 else bias, str(group.spec))
         fused = graph.call_function(torch.ops.qpass.linear.default, args)
         fused.meta = dict(call.node.meta)
         if len(matches) == 1:
@@ -94,6 +94,16 @@ def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: 
         output.meta = dict(match.node.meta)
         edits.append(_replace(graph, match, [fused, pieces, output] if i == 0 else [output], output))
     return edits
+
+
+_REPLACED = "qpass_replaced_by"
+
+
+def _current(node: Node) -> Node:
+    """What stands in the graph for a node that was matched: an earlier rewrite may have replaced it."""
+    while _REPLACED in node.meta:
+        node = node.meta[_REPLACED]
+    return node
 
 
 def _as_group(matches: Sequence[Match], plan: Plan) -> WeightGroup:
@@ -115,7 +125,8 @@ def _replace(graph: Graph, match: Match, added: Sequence[Node], output: Node) ->
     """Redirect the users of the matched node, then erase it and the casts and transpositions of its weight."""
     call = match.call
     match.node.replace_all_uses_with(output)
-    activations = {call.indices if isinstance(call, EmbeddingCall) else call.x, getattr(call, "bias", None)}
+    match.node.meta[_REPLACED] = output
+    activations = {_current(call.indices if isinstance(call, EmbeddingCall) else call.x), getattr(call, "bias", None)}
     removed, dead = [], [match.node]
     while dead:
         node = dead.pop()
