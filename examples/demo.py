@@ -1,6 +1,6 @@
 """What each format costs a small trained model, in bytes, accuracy and speed; then two models write the same function.
 
-    python examples/demo.py
+python examples/demo.py
 """
 
 from __future__ import annotations
@@ -94,7 +94,14 @@ def main() -> None:
             qpass.quantize(model, recipe, inner="eager")
         found = qpass.evaluate(with_cache(model, recipe), lambda batch: known[batch.data_ptr()], batches)
         speed = tokens_per_second(model, prompt)
-        table.add_row(name, f"{weight_bytes(model):,}", f"{found.perplexity:.3f}", f"{found.kl:.5f}", f"{found.top1:.4f}", f"{speed:.0f}")
+        numbers = (
+            f"{weight_bytes(model):,}",
+            f"{found.perplexity:.3f}",
+            f"{found.kl:.5f}",
+            f"{found.top1:.4f}",
+            f"{speed:.0f}",
+        )
+        table.add_row(name, *numbers)
     console.print(table)
     console.print(
         "Speed is that of the reference operators (dequantize, then the float product) without Inductor.\n", style="dim"

@@ -165,6 +165,7 @@ def _nearest_code(x: Tensor, values: tuple[float, ...]) -> Tensor:
     """Index of the nearest of ascending `values`; a tie goes to the even index (E2M1: the even mantissa)."""
     grid = torch.tensor(values, dtype=torch.float32, device=x.device)
     middle = (grid[1:] + grid[:-1]) / 2
+    x = x.contiguous()
     below = torch.bucketize(x, middle, out_int32=True)
     above = torch.bucketize(x, middle, out_int32=True, right=True)
     return torch.where(below % 2 == 0, below, above)

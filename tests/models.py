@@ -102,9 +102,9 @@ Expected = dict[str, tuple[str, tuple[str, ...]]]
 
 EMBED, VOCABULARY = ("embedding", ("embedding",)), ("vocab", ("vocab",))
 TIED = ("embedding", ("embedding", "vocab"))
-Q, K, V, O = ("qkv", ("q",)), ("qkv", ("k",)), ("qkv", ("v",)), ("attn_out", ("o",))
+Q, K, V, OUT = ("qkv", ("q",)), ("qkv", ("k",)), ("qkv", ("v",)), ("attn_out", ("o",))
 GATE, UP, DOWN = ("ffn", ("gate",)), ("ffn", ("up",)), ("ffn", ("down",))
-_LLAMA = {"q_proj": Q, "k_proj": K, "v_proj": V, "o_proj": O, "gate_proj": GATE, "up_proj": UP, "down_proj": DOWN}
+_LLAMA = {"q_proj": Q, "k_proj": K, "v_proj": V, "o_proj": OUT, "gate_proj": GATE, "up_proj": UP, "down_proj": DOWN}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ FAMILIES = {
     ),
     "gpt2": Family(
         lambda: _hf("GPT2LMHeadModel", n_embd=WIDTH, n_head=HEADS, n_layer=BLOCKS, n_positions=256),
-        {"wte": TIED, "wpe": EMBED, "c_attn": ("qkv", ("q", "k", "v")), "attn.c_proj": O, "c_fc": UP, "mlp.c_proj": DOWN},
+        {"wte": TIED, "wpe": EMBED, "c_attn": ("qkv", ("q", "k", "v")), "attn.c_proj": OUT, "c_fc": UP, "mlp.c_proj": DOWN},
     ),
     "qwen2": Family(
         lambda: _hf("Qwen2ForCausalLM", num_key_value_heads=2), _LLAMA | {"embed_tokens": EMBED, "lm_head": VOCABULARY}
@@ -145,17 +145,17 @@ FAMILIES = {
     "bert": Family(
         lambda: _hf("BertForMaskedLM"),
         {"embeddings.word": TIED, "embeddings.position": EMBED, "embeddings.token_type": EMBED, "self.query": Q,
-         "self.key": K, "self.value": V, "attention.output": O, "intermediate": UP, "r.0.output": DOWN, "r.1.output": DOWN,
+         "self.key": K, "self.value": V, "attention.output": OUT, "intermediate": UP, "r.0.output": DOWN, "r.1.output": DOWN,
          "transform": ("linear", ())},
     ),
     "nanogpt": Family(
         NanoGPT,
-        {"wte": TIED, "wpe": EMBED, "c_attn": ("qkv", ("q", "k", "v")), "c_proj": O, ".fc": UP, ".out": DOWN},
+        {"wte": TIED, "wpe": EMBED, "c_attn": ("qkv", ("q", "k", "v")), "c_proj": OUT, ".fc": UP, ".out": DOWN},
     ),
     "flat": Family(
         FlatExplicit,
         {"table": EMBED, "last": VOCABULARY}
-        | {f"n{i}{k}": s for i in range(BLOCKS) for k, s in zip("abcdefg", (Q, K, V, O, GATE, UP, DOWN), strict=True)},
+        | {f"n{i}{k}": s for i in range(BLOCKS) for k, s in zip("abcdefg", (Q, K, V, OUT, GATE, UP, DOWN), strict=True)},
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +15,42 @@ from qpass.graph.vocabulary import CASTS, SDPA, argument, op_name, shape_of, val
 from qpass.sites.core import Edit, Match, Site, Skip
 
 _ONE_LINE = "pass past_key_values=qpass.KVCache(model.config, max_cache_len=...), or use qpass.quantize with a recipe that has kv"
+_NOT_SDPA = (
+    "the cache is quantized, but its attention is not F.scaled_dot_product_attention and reads it dequantized; "
+    "load the model with attn_implementation='sdpa'"
+)
 _REPEATS = {"getitem", "unsqueeze", "expand", "reshape", "view", "repeat_interleave"} | CASTS
 
 
 @dataclass(frozen=True)
+class StoredRead:
+    """One operand of an attention, read from storage: a qpass::dequantize node, and the slice of its tokens, if not all."""
+
+    node: Node
+    tokens: slice | None
+
+    @property
+    def spec(self) -> str:
+        """The format that the storage is in."""
+        return str(self.node.args[5])
+
+
+@dataclass(frozen=True)
 class CacheRead:
-    """An attention over a quantized cache: `k` and `v` are the qpass::dequantize nodes that it reads through."""
+    """An attention over a quantized cache. Sizes: of the whole cache in floats and as stored; 0 if a shape is symbolic."""
 
     attention: Node
-    k: Node
-    v: Node
+    k: StoredRead
+    v: StoredRead
     specs: tuple[str, str]
     bytes_float: int
     bytes_stored: int
 
 
-def _read(attention: Node, k: Node, v: Node) -> CacheRead:
-    """Sizes are of the whole cache, in the attention's float type and as stored; 0 where a shape is symbolic."""
-    stored = [part for read in (k, v) for part in read.args[:4] if isinstance(part, Node)]
-    specs = (str(k.args[5]), str(v.args[5]))
-    return CacheRead(attention, k, v, specs, _nbytes(k) + _nbytes(v), sum(map(_nbytes, stored)))
+def _cache_read(attention: Node, k: StoredRead, v: StoredRead) -> CacheRead:
+    stored = [part for read in (k, v) for part in read.node.args[:4] if isinstance(part, Node)]
+    floats = _nbytes(k.node) + _nbytes(v.node)
+    return CacheRead(attention, k, v, (k.spec, v.spec), floats, sum(map(_nbytes, stored)))
 
 
 def _nbytes(node: Node) -> int:
@@ -47,72 +64,81 @@ def find(flow: Flow, names: dict[Node, str], wanted: bool) -> tuple[list[Match],
     for node, attention in flow.attentions.items():
         producers = flow.linears_behind(attention.k)
         name = names[flow.linears[producers[0]].weight] if producers else f"cache of {node.name}"
-        k, v = (_dequantize_behind(x) for x in (attention.k, attention.v))
+        k, v = _stored_behind(attention.k), _stored_behind(attention.v)
         if k is not None and v is not None:
-            site = Site("kv", name, ("k", "v"), tuple(int(s) for s in shape_of(k) or () if isinstance(s, int)))
-            if op_name(node) in SDPA and not argument(node, 4, "dropout_p", 0.0):
-                matches.append(Match(site, node, None, _read(node, k, v)))
-            else:
-                skips.append(
-                    Skip(
-                        site,
-                        "the cache is quantized, but its attention is not F.scaled_dot_product_attention; "
-                        "load the model with attn_implementation='sdpa'",
-                    )
-                )
-        elif _has_float_cache(flow, attention.k):
             site = Site("kv", name, ("k", "v"))
-            reason = (
-                f"the caller owns a float cache: {_ONE_LINE}"
-                if wanted
-                else f"the recipe leaves kv in float; {_ONE_LINE}"
-            )
-            skips.append(Skip(site, reason, expected=not wanted))
+            if op_name(node) in SDPA and not argument(node, 4, "dropout_p", 0.0):
+                matches.append(Match(site, node, None, _cache_read(node, k, v)))
+            else:
+                skips.append(Skip(site, _NOT_SDPA))
+        elif _has_float_cache(flow, attention.k):
+            why = "the caller owns a float cache" if wanted else "the recipe leaves kv in float"
+            skips.append(Skip(Site("kv", name, ("k", "v")), f"{why}: {_ONE_LINE}", expected=not wanted))
     return matches, skips
 
 
 def rewrite(graph: Graph, match: Match) -> Edit:
-    """dequantize, repeat for grouped heads, attention -> one qpass::attention that reads the stored parts."""
+    """dequantize, slice of tokens, repeat for grouped heads, attention -> one qpass::attention of the stored parts."""
     call: CacheRead = match.call
     node = call.attention
-    mask, is_causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
-    scale = argument(node, 6, "scale")
-    k_parts, v_parts = call.k.args[:4], call.v.args[:4]
-    args = (node.args[0] if node.args else node.kwargs["query"], *k_parts, call.specs[0],
-            *v_parts, call.v.args[4], call.specs[1], mask, is_causal, scale)  # fmt: skip
+    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
     with graph.inserting_before(node):
+        k, v = (_parts(graph, read) for read in (call.k, call.v))
+        v_columns = call.v.node.args[4]
+        rest = (argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False), argument(node, 6, "scale"))
+        args = (query, *k, call.specs[0], *v, v_columns, call.specs[1], *rest)
         new = graph.call_function(torch.ops.qpass.attention.default, args)
     new.meta = dict(node.meta)
-    operands = [argument(node, 1, "key"), argument(node, 2, "value")]
     node.replace_all_uses_with(new)
-    removed = [node.name]
     graph.erase_node(node)
-    for operand in operands:
-        while isinstance(operand, Node) and not operand.users and operand.op != "placeholder":
+    removed = [node.name]
+    for operand, read in ((key, call.k), (value, call.v)):
+        while not operand.users:
             parent = operand.args[0]
             removed.append(operand.name)
             graph.erase_node(operand)
-            if op_name(operand) == "qpass::dequantize":
+            if operand is read.node:
                 break
             operand = parent
-    return Edit("convert", match.site.name, tuple(removed), (new.name,))
+    slices = [
+        n.name for n in (*k, *v) if isinstance(n, Node) and n.op == "call_function" and n.target is operator.getitem
+    ]
+    return Edit("convert", match.site.name, tuple(removed), (*slices, new.name))
 
 
-def _dequantize_behind(value: Any) -> Node | None:
-    """The qpass::dequantize that `value` is, or repeats along the heads (dimension 1) for grouped queries."""
-    node = value
+def _parts(graph: Graph, read: StoredRead) -> list[Any]:
+    """The stored parts [B, H, S, *], cut to the tokens that are read."""
+    if read.tokens is None:
+        return list(read.node.args[:4])
+    cut = (slice(None), slice(None), read.tokens)
+    return [None if p is None else graph.call_function(operator.getitem, (p, cut)) for p in read.node.args[:4]]
+
+
+def _stored_behind(value: Any) -> StoredRead | None:
+    """The stored tensor that `value` [B, Hq, S, D] is, but for a slice of tokens and repeated heads (grouped queries)."""
+    node, tokens = value, None
     while isinstance(node, Node) and op_name(node) in _REPEATS:
         shape = shape_of(node)
         if shape is None or len(shape) not in (4, 5):
             return None
+        if op_name(node) == "getitem":
+            cut = [i for i in _indices(node) if i not in (None, slice(None))]
+            if cut and (tokens is not None or _indices(node)[2] != cut[0] or len(cut) > 1):
+                return None
+            tokens = cut[0] if cut else tokens
         node = node.args[0]
     if not isinstance(node, Node) or op_name(node) != "qpass::dequantize":
         return None
     stored, seen = shape_of(node), shape_of(value)
     if stored is None or seen is None or len(stored) != 4 or len(seen) != 4:
         return None
-    same = stored[0] == seen[0] and stored[2] == seen[2] and stored[3] == seen[3]
-    return node if same and seen[1] % stored[1] == 0 else None
+    same = stored[0] == seen[0] and (tokens is not None or stored[2] == seen[2]) and stored[3] == seen[3]
+    return StoredRead(node, tokens) if same and seen[1] % stored[1] == 0 else None
+
+
+def _indices(node: Node) -> list[Any]:
+    index: Any = node.args[1]
+    return list(index) if isinstance(index, tuple | list) else [index]
 
 
 def _has_float_cache(flow: Flow, key: Any) -> bool:

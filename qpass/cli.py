@@ -1,0 +1,116 @@
+"""The command `qpass`: look at recipes, and at what one does to a transformers model on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qpass.errors import QpassError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+Model = Annotated[Path, typer.Argument(help="Folder of a transformers model")]
+RecipeOption = Annotated[str, typer.Option(help="Preset, spec for every weight, or YAML file")]
+Json = Annotated[bool, typer.Option("--json", help="Plain data instead of a table")]
+
+
+def _show(result: Any, as_json: bool) -> None:
+    from rich.console import Console
+
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        Console().print(
+            result.__rich__() if hasattr(result, "__rich__") else str(result), highlight=False, markup=False
+        )
+
+
+def _load(model: Path) -> tuple[Any, Any]:
+    """(model in fp32, tokenizer). Raises `QpassError` if the folder holds none, or transformers is missing."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise QpassError("transformers is not installed: pip install 'qpass-torch[hf]'") from None
+    if not (model / "config.json").is_file():
+        raise QpassError(f"{model}: no transformers model there (config.json is missing)")
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(model)
+
+
+def _quantized(model: Path, recipe: str) -> Any:
+    import qpass
+
+    quantized, _ = _load(model)
+    inputs = quantized.dummy_inputs
+    quantized = qpass.quantize(quantized, recipe, inner="eager")
+    quantized(**inputs)  # captured once: the report and the diff are of real graphs
+    return quantized
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """Each preset: the format of each site, and its stored bits per element in rows of 4096."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from qpass.recipe import PRESETS, WEIGHT_KINDS
+
+    if as_json:
+        print(json.dumps({name: recipe.to_dict() for name, recipe in PRESETS.items()}, indent=1))
+        return
+    table = Table("preset", *WEIGHT_KINDS, "kv", box=None)
+    for name, recipe in PRESETS.items():
+        specs = [getattr(recipe, kind) for kind in (*WEIGHT_KINDS, "k")]
+        table.add_row(name, *("float" if s is None else f"{s} ({s.effective_bits(4096):.2f})" for s in specs))
+    Console().print(table)
+
+
+@app.command()
+def report(model: Model, recipe: RecipeOption = "int8", as_json: Json = False) -> None:
+    """Every site of a model under a recipe: format, bytes, SQNR, or why it stays in float."""
+    import qpass
+
+    _show(qpass.report(_quantized(model, recipe)), as_json)
+
+
+@app.command()
+def diff(model: Model, recipe: RecipeOption = "int8", as_json: Json = False) -> None:
+    """The captured graph before and after, repeated blocks folded."""
+    import qpass
+
+    _show(qpass.diff(_quantized(model, recipe)), as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Text; documents apart by lines of <|endoftext|>")],
+    recipe: RecipeOption = "int8",
+    window: Annotated[int, typer.Option(help="Tokens taken of each document")] = 1024,
+    windows: Annotated[int, typer.Option(help="Documents taken")] = 8,
+    as_json: Json = False,
+) -> None:
+    """KL, perplexity and top-1 agreement of the quantized model with the float one."""
+    import torch
+
+    import qpass
+
+    if not data.is_file():
+        raise QpassError(f"{data}: no such file")
+    reference, tokenizer = _load(model)
+    documents = [d for d in data.read_text().split("<|endoftext|>") if d.strip()]
+    rows = [tokenizer(d.lstrip("\n"), add_special_tokens=False).input_ids[:window] for d in documents[:windows]]
+    batches = [torch.tensor([row]) for row in rows if len(row) > 1]
+    _show(qpass.evaluate(qpass.quantize(_load(model)[0], recipe, inner="eager"), reference, batches), as_json)
+
+
+def main() -> None:
+    """The entry point: errors in one line on stderr, exit status 2."""
+    try:
+        app()
+    except QpassError as error:
+        typer.echo(f"qpass: {error}", err=True)
+        raise SystemExit(2) from None
