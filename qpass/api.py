@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from qpass.backend import Decision, QPass, captured
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
 from qpass.graph.torch_private import compile_in_place, isolated, original_module
+from qpass.memory import drop_mapped_pages, own_memory, return_freed_heap
 from qpass.passes import parameter_nodes
 from qpass.progress import track
 from qpass.qtensor import QTensor
@@ -59,7 +58,8 @@ def quantize(
         groups[i] = None  # type: ignore[call-overload]  # the float weights of a group are freed before the next
         _convert(group, params, owners, backend)
         del params
-    _return_freed_memory()
+    own_memory(model)
+    return_freed_heap()
     compile_in_place(model, backend)
     model._apply = _ApplyToFreshParameters(model)  # type: ignore[method-assign]
     _prepare_generate(model, backend.recipe)
@@ -168,6 +168,7 @@ def _convert(
         for module, name in owners[id(param)]:
             module._parameters[name] = installed
         backend.adopt(installed, decision)
+        drop_mapped_pages(param)
 
 
 def _prepare_generate(model: nn.Module, recipe: Recipe) -> None:
@@ -198,11 +199,3 @@ class _ApplyToFreshParameters:
                         fresh[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
                     module._parameters[name] = fresh[id(param)]
         return type(self.model)._apply(self.model, fn, recurse)
-
-
-def _return_freed_memory() -> None:
-    """Give freed heap pages back to the system (glibc keeps them otherwise)."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
