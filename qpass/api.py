@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qpass.backend import Decision, QPass, captured
+from qpass.backend import Decision, QPass, captured, captures_of
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
 from qpass.graph.torch_private import compile_in_place, isolated, original_module
@@ -71,8 +71,8 @@ def diff(x: Any) -> Diff:
 
     Raises `QpassError` if nothing was captured yet.
     """
-    seen = captured(x, "qpass.diff")
-    return Diff(tuple(diff_graphs(capture.before, capture.after) for capture in seen.captures))
+    captures = captures_of(x, captured(x, "qpass.diff"))
+    return Diff(tuple(diff_graphs(capture.before, capture.after) for capture in captures))
 
 
 def _refuse_unready(model: nn.Module) -> None:

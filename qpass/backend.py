@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ class QPass:
             )
         try:
             with self._lock:
-                return self._compile(gm, inputs, mode)
+                return self._convert(gm, inputs, mode)
         except CaptureError:
             raise
         except QpassError as error:
@@ -164,7 +165,7 @@ class QPass:
         groups = group_weights(whole, weights)
         return [(group, [params[name] for name in group.names]) for group, _ in groups]
 
-    def _compile(self, gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
+    def _convert(self, gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
         _refuse_training(gm, inputs)
         original = copy_captured(gm)
         plan = self.plan_graph(original, inputs)
@@ -264,6 +265,10 @@ class QPass:
             raise QpassError(
                 f"{unexpected[0].site.name}: stays in float ({len(unexpected)} sites, strict=True)\n{lines}"
             )
+        names = [s.name for s in (*plan.specs, *(skip.site for skip in plan.skipped))]
+        for glob, _ in self.recipe.overrides:
+            if not fragment and not any(fnmatchcase(name, glob) for name in names):
+                raise QpassError(f"recipe: override {glob!r}: no site has such a name; {nearest(glob, names)}")
         weights = [m for m in plan.matches if m.weight is not None]
         if not fragment and not weights:
             reasons = "".join(f"\n  {s.site.name}: {s.reason}" for s in plan.skipped)
@@ -380,3 +385,12 @@ def captured(x: Any, asker: str) -> QPass:
         f"{asker}: nothing was captured yet: call the compiled model once. Was .generate called on torch.compile's wrapper? "
         "That runs the plain module: use model.compile(backend=qpass) or qpass.quantize(model) instead"
     )
+
+
+def captures_of(x: Any, backend: QPass) -> list[Capture]:
+    """The captures of `backend` in which Parameters of the model `x` take part; all of them if `x` is no model."""
+    model = original_module(x)
+    if not isinstance(model, torch.nn.Module):
+        return backend.captures
+    anchors = {id(anchor(p)) for p in model.parameters()}
+    return [c for c in backend.captures if any(id(ref()) in anchors for ref in c.parameters)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from qpass.backend import QPass, captured
+from qpass.backend import Capture, QPass, captured, captures_of
 from qpass.graph.torch_private import original_module, recompile_limit
 from qpass.qtensor import QTensor
 
@@ -99,7 +100,8 @@ def report(x: Any) -> Report:
     backend = captured(x, "qpass.report")
     params = _parameters(x, backend)
     rows = [row for name, p in params for row in _weight_rows(name, p, backend)]
-    rows += _cache_rows(backend)
+    captures = captures_of(x, backend)
+    rows += _cache_rows(captures)
     float_bytes = sum(p.nbytes for _, p in params if not isinstance(p, QTensor))
     stored = [s.nbytes for _, p in params if (s := backend.store.stats(p)) is not None]
     return Report(tuple(rows), float_bytes, sum(stored), tuple(_notes(backend, params, bool(stored))))
@@ -134,10 +136,10 @@ def _weight_rows(name: str, param: Tensor, backend: QPass) -> list[SiteReport]:
     return [SiteReport(kind, name, str(decision.spec), before, stats.nbytes, sqnr, None)]
 
 
-def _cache_rows(backend: QPass) -> list[SiteReport]:
+def _cache_rows(captures: Sequence[Capture]) -> list[SiteReport]:
     """Caches of the graphs captured last win: a prefill without a cache, then a decode with one."""
     rows: dict[str, SiteReport] = {}
-    for capture in backend.captures:
+    for capture in captures:
         for skip in capture.plan.skipped:
             if skip.site.kind == "kv":
                 rows.setdefault(skip.site.name, SiteReport("kv", skip.site.name, None, 0, 0, None, skip.reason))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -27,6 +29,17 @@ class CaptureError(QpassError, ShortenTraceback):
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
 
 
+@contextmanager
+def errors_through_dynamo() -> Iterator[None]:
+    """QpassErrors raised inside reach the caller of the compiled model as they are."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except QpassError as error:
+        raise CaptureError(str(error)) from None
+
+
 def source_name(node: Node) -> str | None:
     """`L['self']._modules['model']._parameters['weight']` -> "model.weight"; None for an input without such a source."""
     source = getattr(node, "_dynamo_source", None)
@@ -42,7 +55,7 @@ def is_graph_fragment(gm: GraphModule) -> bool:
     if reason is not None and reason.graph_break:
         return True
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name not in ("_compile", "_compile_inner"):
+    while frame is not None and not _is_dynamos_compile(frame.f_code):
         frame = frame.f_back
     # Out of Dynamo's compiler, past the calling conventions of modules: the compiled function itself, or a caller in it.
     while frame is not None and frame.f_code.co_filename.endswith(_CALLING_FILES):
@@ -50,6 +63,10 @@ def is_graph_fragment(gm: GraphModule) -> bool:
             return False
         frame = frame.f_back
     return frame is not None
+
+
+def _is_dynamos_compile(code: CodeType) -> bool:
+    return code.co_name == "_compile" and code.co_filename.endswith("torch/_dynamo/convert_frame.py")
 
 
 _CALLING_FILES = tuple(
