@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from qpass.backend import Decision, QPass, captured, captures_of
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
-from qpass.graph.torch_private import compile_in_place, isolated, original_module
+from qpass.graph.torch_private import compile_in_place, errors_through_dynamo, isolated, original_module
 from qpass.memory import drop_mapped_pages, own_memory, return_freed_heap
 from qpass.passes import parameter_nodes
 from qpass.progress import track
@@ -91,7 +91,8 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[Weigh
     seen: set[int] = set()
 
     def capture(gm: GraphModule, args: Sequence[Any]) -> Any:
-        plan = backend.plan_graph(gm, args)
+        with errors_through_dynamo():
+            plan = backend.plan_graph(gm, args)
         parameters = parameter_nodes(gm, args)
         by_name = {node.name: tensor for node, tensor in parameters.items()}
         for group, _ in group_weights(plan, parameters):

@@ -19,13 +19,13 @@ from torch.fx import Graph, GraphModule, Node
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.errors import QpassError, nearest
 from qpass.graph.torch_private import (
-    CaptureError,
     WeakIdKeyDictionary,
     backend_of,
     check_inner,
     compile_inner,
     compiled_call,
     copy_captured,
+    errors_through_dynamo,
     fake_like,
     fake_static,
     frame_key,
@@ -107,17 +107,12 @@ class QPass:
     def __call__(self, gm: GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         """Compile one captured graph. `options`: torch.compile's own `mode`."""
         mode = options.pop("mode", None) or self.mode
-        if options:
-            raise CaptureError(
-                f"unknown option {sorted(options)[0]!r}: set recipe, strict, inner, mode on qpass.QPass(...)"
-            )
-        try:
-            with self._lock:
-                return self._convert(gm, inputs, mode)
-        except CaptureError:
-            raise
-        except QpassError as error:
-            raise CaptureError(str(error)) from None
+        with errors_through_dynamo(), self._lock:
+            if options:
+                raise QpassError(
+                    f"unknown option {sorted(options)[0]!r}: set recipe, strict, inner, mode on qpass.QPass(...)"
+                )
+            return self._convert(gm, inputs, mode)
 
     def plan_graph(self, gm: GraphModule, inputs: Sequence[Any]) -> Plan:
         """Find the sites of a captured graph and decide each; nothing is rewritten. `inputs`: the real arguments.
@@ -346,24 +341,21 @@ def backend_for(options: Mapping[str, Any] | None = None, mode: str | None = Non
     options = dict(options or {})
     unknown = [k for k in options if k not in _OPTIONS]
     if unknown:
-        raise CaptureError(f"unknown option {unknown[0]!r}: {nearest(unknown[0], _OPTIONS)}")
+        raise QpassError(f"unknown option {unknown[0]!r}: {nearest(unknown[0], _OPTIONS)}")
     if mode is not None:
         options.setdefault("mode", mode)
-    recipe = options.get("recipe", "int8")
-    try:
-        options["recipe"] = resolve_recipe(recipe)
-        key = tuple(sorted((k, v) for k, v in options.items()))
-        with _instances_lock:
-            if key not in _instances:
-                _instances[key] = QPass(**options)
-            return _instances[key]
-    except QpassError as error:
-        raise CaptureError(str(error)) from None
+    options["recipe"] = resolve_recipe(options.get("recipe", "int8"))
+    key = tuple(sorted(options.items()))
+    with _instances_lock:
+        if key not in _instances:
+            _instances[key] = QPass(**options)
+        return _instances[key]
 
 
 def dynamo_backend(gm: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-    """The backend registered as "qpass", and what `backend=qpass` calls. Options as in design: recipe, strict, inner, mode."""
-    return backend_for(kwargs.get("options"), kwargs.get("mode"))(gm, inputs)
+    """The backend registered as "qpass", and what `backend=qpass` calls. Options: recipe, strict, inner, mode."""
+    with errors_through_dynamo():
+        return backend_for(kwargs.get("options"), kwargs.get("mode"))(gm, inputs)
 
 
 def captured(x: Any, asker: str) -> QPass:

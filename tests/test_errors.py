@@ -67,11 +67,14 @@ def test_bad_input(case: str, how: str) -> None:
     before = dict(model.named_parameters())
     if how == "compile" and case == "meta":
         pytest.skip("torch itself refuses to run a model on the meta device with real inputs")
-    with pytest.raises(QpassError) as raised:
+
+    def attempt() -> object:
         if how == "quantize":
-            qpass.quantize(model, recipe, inner="eager")
-        else:
-            torch.compile(model, backend=qpass.QPass(recipe, inner="eager"))(tokens())
+            return qpass.quantize(model, recipe, inner="eager")
+        return torch.compile(model, backend=qpass.QPass(recipe, inner="eager"))(tokens())
+
+    with pytest.raises(QpassError) as raised:
+        attempt()
     assert says in str(raised.value).splitlines()[0]
     assert unchanged(model, before)
     if case not in ("meta", "NaN", "inf"):
