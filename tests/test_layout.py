@@ -1,0 +1,64 @@
+"""Who may import whom, and that importing qpass stays light."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "qpass"
+#: Layers from the bottom up: a file imports from its own layer and those below.
+LAYERS = [
+    {"errors", "formats", "granularity", "packing", "progress", "memory"},
+    {"spec"},
+    {"recipe", "numerics"},
+    {"weights", "ops", "graph", "diff"},
+    {"qtensor"},
+    {"sites"},
+    {"passes", "store"},
+    {"backend"},
+    {"api", "cache", "report", "evaluate", "cli"},
+]
+LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse((PACKAGE / path).read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    names = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    return names | {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_downwards(path: Path) -> None:
+    own = path.parts[0].removesuffix(".py")
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "qpass" and len(parts) > 1:
+            assert LEVEL[parts[1]] <= LEVEL[own], f"{path} imports {name}"
+
+
+def test_graph_and_diff_know_torch_only() -> None:
+    for path in FILES:
+        if path.parts[0] in ("graph", "diff.py"):
+            outside = {
+                n for n in imports(path) if n.startswith("qpass") and not n.startswith(("qpass.graph", "qpass.errors"))
+            }
+            assert not outside, path
+
+
+def test_private_names_of_torch_live_in_one_file() -> None:
+    for path in FILES:
+        if path.name != "torch_private.py":
+            private = {
+                n for n in imports(path) if n.startswith(("torch._dynamo", "torch._inductor", "torch._functorch"))
+            }
+            assert not private, path
+
+
+@pytest.mark.parametrize("heavy", ["transformers", "torchao", "triton", "onnx"])
+def test_heavy_packages_are_imported_by_their_users_only(heavy: str) -> None:
+    users = {str(p) for p in FILES if any(n.split(".")[0] == heavy for n in imports(p, top_level_only=True))}
+    assert users <= ({"cache.py"} if heavy == "transformers" else set())

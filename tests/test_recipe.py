@@ -1,0 +1,51 @@
+"""Recipes: presets, keyword sites, YAML, overrides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import qpass
+from qpass.cli import app
+from qpass.recipe import PRESETS, WEIGHT_KINDS, resolve_recipe
+from qpass.spec import parse_spec
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_cover_every_weight(name: str) -> None:
+    assert all(resolve_recipe(name).spec_for(kind, "any") for kind in WEIGHT_KINDS)
+
+
+def test_a_preset_wins_over_a_format_of_its_name() -> None:
+    assert resolve_recipe("int4") == PRESETS["int4"] != resolve_recipe("int4:g128")
+    assert resolve_recipe("int4:g128").spec_for("ffn", "x") == parse_spec("int4:g128")
+
+
+def test_the_first_matching_name_wins() -> None:
+    recipe = qpass.Recipe(ffn="int4", overrides={"*.0.*": "int8", "*.0.up": None, "*.1.*": None})
+    assert recipe.spec_for("ffn", "a.0.up") == parse_spec("int8")
+    assert recipe.spec_for("ffn", "a.1.up") is None
+    assert recipe.spec_for("ffn", "a.2.up") == parse_spec("int4")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_yaml_round_trip(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(PRESETS[name].to_dict()))
+    assert resolve_recipe(path) == PRESETS[name]
+
+
+def test_kv_sets_both_halves_and_k_or_v_one() -> None:
+    assert qpass.Recipe(kv="int8").kv_specs == (parse_spec("int8"),) * 2
+    assert qpass.Recipe(kv="int8", v="int4:g32").kv_specs == (parse_spec("int8"), parse_spec("int4:g32"))
+    assert qpass.Recipe(qkv="int8").kv_specs is None
+
+
+def test_the_command_prints_them() -> None:
+    out = CliRunner().invoke(app, ["recipes", "--json"])
+    assert json.loads(out.stdout)["int8"]["ffn"] == "int8:channel"
+    assert "int4:g32:asym" in CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "200"}).stdout
