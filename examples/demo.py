@@ -23,9 +23,9 @@ import qpass
 
 MODEL = Path(__file__).parent / "tinypy"
 WINDOW, BATCH, NEW_TOKENS = 512, 16, 48
-PROMPT = '''def read_lines(path, encoding="utf-8"):
-    """Return the lines of a file as a list."""
-'''
+PROMPT = """def write(self, data):
+    if self.closed:
+        raise ValueError("""
 #: Row of the table -> recipe; None is the float model. Plain round to nearest on every matrix, for comparison by format.
 ROWS: dict[str, qpass.Recipe | None] = {
     "fp32": None,

@@ -99,6 +99,11 @@ class QPass:
         self._lock = threading.RLock()
         BACKENDS.add(self)
 
+    @property
+    def options(self) -> tuple[Recipe, bool, str, str | None]:
+        """What it was made with: backends of equal options do the same."""
+        return self.recipe, self.strict, self.inner, self.mode
+
     def __repr__(self) -> str:
         return f"QPass({self.recipe.to_dict()}, inner={self.inner!r})"
 

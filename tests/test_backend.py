@@ -78,6 +78,23 @@ def test_inductor_compiles_prefill_and_decode_lengths() -> None:
         torch.testing.assert_close(run(fast, ids), run(int8_copy(model), ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["torch.compile", "QPass"])
+def test_the_mode_reaches_inductor(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    patches: list[Any] = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: Any) -> Any:
+        patches.append(config_patches)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    model = build("nanogpt")
+    if how == "torch.compile":
+        run(torch.compile(model, backend=qpass, mode="reduce-overhead"))
+    else:
+        run(torch.compile(model, backend=qpass.QPass(mode="reduce-overhead")))
+    assert patches == [torch._inductor.list_mode_options("reduce-overhead")]
+
+
 @pytest.mark.parametrize("family", ["nanogpt", "llama"])
 def test_no_more_graphs_than_without(family: str) -> None:
     """Lengths and batches as in generation: as many graphs as a backend that changes nothing."""

@@ -102,6 +102,8 @@ def test_a_recipe_for_sites_the_model_lacks() -> None:
 
 def test_an_already_quantized_model() -> None:
     model = qpass.quantize(build("llama"), "int8", inner="eager")
+    weight = model.lm_head.weight
+    assert qpass.quantize(model, "int8", inner="eager").lm_head.weight is weight  # a notebook cell run twice
     with pytest.raises(QpassError, match="already quantized"):
         qpass.quantize(model, "int4:g32", inner="eager")
     other = build("llama")  # quantized weights under another backend keep their format
