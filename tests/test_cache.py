@@ -108,6 +108,24 @@ def test_overflow_is_refused_before_the_write(inner: str | None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def test_through_inductor() -> None:
+    """The same tokens as without it, in two graphs; and an overflow is refused before the write there too."""
+    recipe = qpass.Recipe.uniform("int8", kv="int8")
+    plain, model = (qpass.quantize(build("llama"), recipe, inner=inner) for inner in ("eager", "inductor"))
+    cache = qpass.KVCache(model.config, 16)
+    assert torch.equal(generate(plain, new=6), generate(model, new=6, past_key_values=cache))
+    assert len(captured(model, "test").captures) == 2
+    before = [t.clone() for layer in cache.layers for t in layer.key_parts]
+    with torch.no_grad():
+        for _ in range(16 - 12):
+            model(IDS[:, :1], past_key_values=cache)
+        full = [t.clone() for layer in cache.layers for t in layer.key_parts]
+        with pytest.raises(qpass.QpassError, match="it holds 16 and 1 more arrive"):
+            model(IDS[:, :1], past_key_values=cache)
+    assert not torch.equal(full[0], before[0])
+    assert all(torch.equal(a, b) for a, b in zip(full, (t for la in cache.layers for t in la.key_parts), strict=True))
+
+
 def test_a_cache_shorter_than_the_prompt() -> None:
     model = build("llama")
     with pytest.raises(qpass.QpassError, match="too short: it holds 0 and 7 more arrive"):

@@ -33,7 +33,10 @@ def checks(text: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 def test_linear(text: str, dtype: torch.dtype, lead: tuple[int, ...], bias: bool) -> None:
     columns = 77  # no multiple of any group or packing unit
-    q, x = stored(33, columns, text), torch.randn(*lead, columns).to(dtype)
+    q, x = (
+        stored(33, columns, text),
+        torch.randn(columns, *reversed(lead)).to(dtype).permute(*reversed(range(len(lead) + 1))),
+    )
     b = torch.randn(33) if bias else None
     out = torch.ops.qpass.linear(x, *q.parts, b, text)
     expected = F.linear(
@@ -49,7 +52,7 @@ def test_linear(text: str, dtype: torch.dtype, lead: tuple[int, ...], bias: bool
 @specs
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_embedding_gathers_then_dequantizes(text: str, dtype: torch.dtype) -> None:
-    q, indices = stored(41, 77, text), torch.tensor([[3, 40, 0], [7, 7, 1]])
+    q, indices = stored(41, 77, text), torch.tensor([[3, 7], [40, 7], [0, 1]]).t()
     out = torch.ops.qpass.embedding(indices, *q.parts, 77, text, dtype)
     assert torch.equal(out, dequantize(q, parse_spec(text), 77, dtype)[indices])
     torch.library.opcheck(
@@ -59,12 +62,13 @@ def test_embedding_gathers_then_dequantizes(text: str, dtype: torch.dtype) -> No
 
 @specs
 def test_quantize_and_dequantize(text: str) -> None:
-    x = torch.randn(2, 3, 5, 77)
+    x = torch.randn(2, 5, 3, 77).transpose(1, 2)  # as keys are: heads moved before tokens
     parts = torch.ops.qpass.quantize(x, text)
     q = quantize(x, parse_spec(text))
     present = [p for p in q.parts if p is not None]
     assert len(parts) == len(present)
     for ours, theirs in zip(parts, present, strict=True):
+        assert ours.is_contiguous()
         assert torch.equal(ours.float(), theirs.float())
     out = torch.ops.qpass.dequantize(*q.parts, 77, text, torch.float32)
     assert torch.equal(out, dequantize(q, parse_spec(text), 77))
@@ -80,7 +84,7 @@ def test_quantize_and_dequantize(text: str) -> None:
 def test_attention(text: str, heads: tuple[int, int], mask: str) -> None:
     query_heads, key_heads = heads
     length, size, v_size = 6, 40, 24
-    q = torch.randn(2, query_heads, 6, size)
+    q = torch.randn(2, 6, query_heads, size).transpose(1, 2)
     k = quantize(torch.randn(2, key_heads, length, size), parse_spec(text))
     v = quantize(torch.randn(2, key_heads, length, v_size), parse_spec(text))
     kept = torch.rand(2, 1, 6, length) > 0.3

@@ -1,4 +1,7 @@
-"""The reference for every operator: dequantize, then the float operation. Exact, on every device, not fast."""
+"""The reference for every operator: dequantize, then the float operation. Exact, on every device, not fast.
+
+Results are contiguous whatever the strides of the inputs: Inductor checks them against the fakes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def linear(
 ) -> Tensor:
     """[.., K] -> [.., N]: F.linear with the weight dequantized to x's dtype."""
     weight = _dequantize(Quantized(data, scale, zero_point, outer_scale), parse_spec(spec), x.shape[-1], x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
 
 
 def _linear_fake(x: Tensor, data: Tensor, *rest: object) -> Tensor:
@@ -49,7 +52,7 @@ def embedding(
     rows = Quantized(data, scale, zero_point, outer_scale).map(
         lambda part: _gather(part, indices) if part.shape[0] == data.shape[0] else part
     )
-    return _dequantize(rows, parse_spec(spec), columns, dtype)
+    return _dequantize(rows, parse_spec(spec), columns, dtype).contiguous()
 
 
 def _gather(part: Tensor, indices: Tensor) -> Tensor:
@@ -65,7 +68,7 @@ def _embedding_fake(indices: Tensor, data: Tensor, *rest: Any) -> Tensor:
 
 def quantize(x: Tensor, spec: str) -> list[Tensor]:
     """[.., K] -> the parts that the spec has."""
-    return [part for part in _quantize(x, parse_spec(spec)).parts if part is not None]
+    return [part.contiguous() for part in _quantize(x, parse_spec(spec)).parts if part is not None]
 
 
 def _quantize_fake(x: Tensor, spec: str) -> list[Tensor]:
@@ -97,7 +100,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """Stored parts -> [.., columns] in `dtype`."""
-    return _dequantize(Quantized(data, scale, zero_point, outer_scale), parse_spec(spec), columns, dtype)
+    return _dequantize(Quantized(data, scale, zero_point, outer_scale), parse_spec(spec), columns, dtype).contiguous()
 
 
 def _dequantize_fake(data: Tensor, *rest: Any) -> Tensor:
