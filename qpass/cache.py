@@ -177,7 +177,8 @@ class CacheForGenerate:
         max_cache_length: int,
     ) -> Any:
         given = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
-        if not given and generation_config.use_cache is not False:
+        wanted = generation_config.use_cache is not False and not self.model.config.is_encoder_decoder
+        if wanted and not given:
             length = -(-max_cache_length // self.STEP) * self.STEP
             model_kwargs["past_key_values"] = KVCache(self.model.config, length, k=self.k, v=self.v)
         prepare = type(self.model)._prepare_cache_for_generation

@@ -294,6 +294,16 @@ def test_a_tied_table_stays_one_table() -> None:
     assert len([r for r in qpass.report(model).sites if "wte" in r.name]) == 1
 
 
+@pytest.mark.parametrize("family", ["nanogpt", "llama"])
+def test_under_autocast_it_computes_in_autocasts_type(family: str) -> None:
+    model = build(family)
+    fast = torch.compile(model, backend=qpass.QPass(inner="aot_eager"))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = run(fast), run(int8_copy(model))
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max()))
+
+
 # --- inference only ---------------------------------------------------------------------------------------------------
 
 

@@ -79,7 +79,8 @@ def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: 
         new.meta = dict(call.node.meta)
         return [_replace(graph, matches[0], [new], new)]
     with graph.inserting_before(call.node):  # the first of the group in graph order
-        args = (_current(call.x), *parts, call.bias if len(matches) == 1 else bias, str(group.spec))
+        x = _as_computed(graph, call)
+        args = (x, *parts, call.bias if len(matches) == 1 else bias, str(group.spec))
         fused = graph.call_function(torch.ops.qpass.linear.default, args)
         fused.meta = dict(call.node.meta)
         if len(matches) == 1:
@@ -94,6 +95,12 @@ def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: 
         output.meta = dict(match.node.meta)
         edits.append(_replace(graph, match, [fused, pieces, output] if i == 0 else [output], output))
     return edits
+
+
+def _as_computed(graph: Graph, call: LinearCall) -> Node:
+    """The input in the type that the linear computed in: under autocast it was cast on the way in, unseen in the graph."""
+    x, dtype = _current(call.x), value_of(call.node).dtype
+    return x if value_of(call.x).dtype == dtype else graph.call_method("to", (x, dtype))
 
 
 _REPLACED = "qpass_replaced_by"
