@@ -107,9 +107,10 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[Weigh
         by_name = {node.name: tensor for node, tensor in parameters.items()}
         for group, _ in group_weights(plan, parameters):
             params = [by_name[name] for name in group.weights]
-            if not seen & {id(p) for p in params}:
-                groups.append((group, params))
-                seen.update(id(p) for p in params)
+            new = [i for i, p in enumerate(params) if id(p) not in seen]
+            seen.update(id(p) for p in params)
+            if new:
+                groups.append((group.subset(new), [params[i] for i in new]))
         return gm.forward
 
     previous, model._compiled_call_impl = model._compiled_call_impl, None
@@ -133,19 +134,22 @@ def _call(compiled: Any, model: nn.Module, inputs: Any) -> None:
         compiled(*inputs)
     elif inputs is not None:
         compiled(inputs)
-    elif getattr(model, "dummy_inputs", None):  # transformers models know theirs
-        device = next(model.parameters()).device
-        compiled(**{k: v.to(device) for k, v in model.dummy_inputs.items()})  # type: ignore[operator, union-attr]
     else:
-        ids = torch.zeros((1, _CAPTURE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
+        given = getattr(model, "dummy_inputs", None)  # transformers models know theirs
+        device = next(model.parameters()).device
+        ids = torch.zeros((1, _CAPTURE_TOKENS), dtype=torch.long, device=device)
         try:
-            compiled(ids)
+            if given:
+                compiled(**{k: v.to(device) for k, v in given.items()})
+            else:
+                compiled(ids)
         except QpassError:
             raise
         except Exception as error:
+            tried = f"its dummy_inputs {list(given)}" if given else f"token ids of shape {list(ids.shape)}"
             raise QpassError(
-                f"{type(model).__name__} does not run on token ids of shape [1, {_CAPTURE_TOKENS}]; "
-                f"pass inputs=... (a tensor, tuple or dict of its arguments)\n{error}"
+                f"{type(model).__name__} does not run on {tried}; pass inputs=... (a tensor, tuple or dict of its arguments)"
+                f"\n{error}"
             ) from error
 
 

@@ -33,7 +33,7 @@ from qpass.graph.torch_private import (
     original_module,
     source_name,
 )
-from qpass.graph.vocabulary import DROPOUTS, argument, op_name, value_of
+from qpass.graph.vocabulary import DROPOUTS, SDPA, argument, op_name, value_of
 from qpass.graph.whole import trace_whole
 from qpass.passes import Convert, GraphInput, clean, input_sources, parameter_nodes, run_passes
 from qpass.progress import track
@@ -124,6 +124,7 @@ class QPass:
 
         A fragment between graph breaks is read in the light of the whole model, where that can be traced.
         """
+        _refuse_training(gm, inputs)
         self.last_used = next(_clock)
         fragment = is_graph_fragment(gm)
         if fragment:
@@ -166,14 +167,11 @@ class QPass:
         return [(group, [params[name] for name in group.names]) for group, _ in groups]
 
     def _convert(self, gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
-        _refuse_training(gm, inputs)
         original = copy_captured(gm)
         plan = self.plan_graph(original, inputs)
         placeholders = original.graph.find_nodes(op="placeholder")
         order = {node.name: i for i, node in enumerate(placeholders)}
-        parameters = {
-            node: t for node, t in zip(placeholders, inputs, strict=True) if isinstance(t, torch.nn.Parameter)
-        }
+        parameters = parameter_nodes(original, inputs)
         groups = [group for group, _ in group_weights(plan, parameters)]
         lookups = {g: _Lookup(self.store, g, order, partial(self.learn, plan=plan, group=g)) for g in groups}
         for lookup in track(list(lookups.values()), "qpass: quantizing"):
@@ -246,7 +244,8 @@ class QPass:
     def _fresh(self, site: Site) -> Decision:
         kinds = [site.kind] + [r for r in ("embedding", "vocab") if r in site.roles and r != site.kind]
         specs = [self.recipe.spec_for(kind, site.name) for kind in kinds]
-        spec = max(specs, key=lambda s: 99.0 if s is None else s.effective_bits(site.shape[-1]))
+        columns = site.shape[-1]
+        spec = max(specs, key=lambda s: (99, 0.0) if s is None else (s.format.bits, s.effective_bits(columns)))
         note = f"tied: {' and '.join(kinds)} share one table in {spec or 'float'}" if len(set(specs)) > 1 else ""
         if spec is None:
             reason = note or f"the recipe leaves {site.kind} in float"
@@ -324,7 +323,8 @@ def _run(compiled: Callable[..., Any], pick: _Arguments, *args: Any) -> Any:
 def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:
     """Raises for what only makes sense in training: active dropout, an input that asks for its gradient."""
     for node in gm.graph.nodes:
-        if op_name(node) in DROPOUTS and argument(node, 2, "training", True) and argument(node, 1, "p", 0.5):
+        active = op_name(node) in DROPOUTS and argument(node, 2, "training", True) and argument(node, 1, "p", 0.5)
+        if active or (op_name(node) in SDPA and argument(node, 4, "dropout_p", 0.0)):
             raise QpassError(f"{node.name}: active dropout; qpass compiles for inference: call model.eval() first")
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         leaf = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and value.is_leaf

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.errors import QpassError
-from qpass.recipe import SpecLike
+from qpass.recipe import SpecLike, check_kv_spec
 from qpass.spec import QuantSpec, parse_spec
 
 #: Layer types of transformers configs whose cache is keys and values of every token.
@@ -32,6 +32,11 @@ class QuantizedLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        for text, columns in ((self.k_text, self.k_head_dim), (self.v_text, self.v_head_dim)):
+            if parse_spec(text).format.scale == "float" and parse_spec(text).group_size > columns:
+                raise QpassError(
+                    f"KVCache: {text}: the group is larger than a head of {columns}; use g{columns} or less"
+                )
         self.key_parts = self._allocate(key_states, self.k_text)
         self.value_parts = self._allocate(value_states, self.v_text)
         self.keys, self.values = self.key_parts[0], self.value_parts[0]
@@ -106,6 +111,8 @@ class KVCache(Cache):
     ) -> None:
         if max_cache_len < 1:
             raise QpassError(f"KVCache: max_cache_len={max_cache_len}; a cache holds at least one token")
+        if getattr(config, "is_encoder_decoder", False):
+            raise QpassError("KVCache: an encoder-decoder model keeps two caches; use its own")
         text = config.get_text_config(decoder=True)
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
         other = [f"layer {i}: {kind}" for i, kind in enumerate(kinds) if kind not in _ATTENTION_LAYERS]
@@ -152,10 +159,7 @@ def _cache_spec(value: SpecLike) -> QuantSpec | None:
     if value is None:
         return None
     spec = parse_spec(value) if isinstance(value, str) else value
-    if spec.format.scale == "e4m3" or str(spec.granularity) == "tensor":
-        raise QpassError(
-            f"KVCache: {spec} has one scale for the whole tensor; a token's scale must be its own: int8, mxfp8, ..."
-        )
+    check_kv_spec(spec, "KVCache")
     return spec
 
 

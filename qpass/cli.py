@@ -61,7 +61,9 @@ def recipes(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps({name: recipe.to_dict() for name, recipe in PRESETS.items()}, indent=1))
         return
-    table = Table("preset", *WEIGHT_KINDS, "kv", box=None)
+    table = Table("preset", box=None)
+    for kind in (*WEIGHT_KINDS, "kv"):
+        table.add_column(kind, overflow="fold")
     for name, recipe in PRESETS.items():
         specs = [getattr(recipe, kind) for kind in (*WEIGHT_KINDS, "k")]
         table.add_row(name, *("float" if s is None else f"{s} ({s.effective_bits(4096):.2f})" for s in specs))

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from qpass.graph.torch_private import mark_static_input
 from qpass.graph.vocabulary import op_name
+from qpass.qtensor import QTensor
 from qpass.sites import kv, weight
 from qpass.sites.core import Edit, Plan
 from qpass.sites.weight import WeightGroup
@@ -119,7 +120,7 @@ def input_sources(graph_module: GraphModule, original: Sequence[str]) -> list[in
 
 
 def parameter_nodes(graph_module: GraphModule, inputs: Sequence[object]) -> dict[Node, Tensor]:
-    """The placeholders whose real argument is a Parameter."""
+    """The placeholders whose real argument is a Parameter (a QTensor is always one)."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     pairs = zip(placeholders, inputs, strict=True)
-    return {node: value for node, value in pairs if isinstance(value, torch.nn.Parameter)}
+    return {node: value for node, value in pairs if isinstance(value, torch.nn.Parameter | QTensor)}

@@ -48,10 +48,8 @@ class Recipe:
         if (self.k is None) != (self.v is None):
             raise QpassError("recipe: k and v are one cache; set both, or kv")
         for half in (self.k, self.v):
-            if isinstance(half, QuantSpec) and str(half.granularity) == "tensor":
-                raise QpassError(
-                    f"recipe: kv={half} needs calibrated scales; use one scale per token and head: {half.format.name}"
-                )
+            if isinstance(half, QuantSpec):
+                check_kv_spec(half, "recipe: kv")
 
     @classmethod
     def uniform(cls, spec: SpecLike, **others: Any) -> Recipe:
@@ -87,6 +85,12 @@ class Recipe:
         if self.overrides:
             data["overrides"] = {glob: None if spec is None else str(spec) for glob, spec in self.overrides}
         return data
+
+
+def check_kv_spec(spec: QuantSpec, where: str) -> None:
+    """Raises `QpassError` for a cache format without a scale of its own for each token."""
+    if spec.format.scale == "e4m3" or str(spec.granularity) == "tensor":
+        raise QpassError(f"{where}: {spec} has one scale for the whole tensor; a token needs its own: int8, mxfp8, ...")
 
 
 def _spec(value: SpecLike, where: str) -> QuantSpec | None:
@@ -127,7 +131,7 @@ def resolve_recipe(recipe: str | Path | Recipe | Mapping[str, Any]) -> Recipe:
             raise QpassError(f"recipe file {text} does not exist")
         return Recipe.from_yaml(text)
     if text.split(":")[0] not in FORMATS:
-        raise QpassError(f"unknown recipe {text!r}: {nearest(text.split(':')[0], [*PRESETS, *FORMATS])}")
+        raise QpassError(f"unknown recipe {text!r}: {nearest(text.split(':')[0], {*PRESETS, *FORMATS})}")
     return Recipe.uniform(text)
 
 

@@ -30,7 +30,6 @@ class QuantSpec:
     `double_quantized`: the scales are themselves stored as 8-bit integers, with one float per row (QLoRA, section 3).
     `scale_rounding`: of E8M0 scales: `floor` (OCP MX v1.0, section 6.3: may clip up to a quarter of the range) or
     `rceil` (the next power of two at or above amax / max: never clips).
-    `dynamic`: of activations: the scale is found from each input, not by calibration.
     """
 
     format: Format
@@ -40,7 +39,6 @@ class QuantSpec:
     double_quantized: bool = False
     scale_rounding: str = "floor"
     algorithm: str = "rtn"
-    dynamic: bool = False
 
     @property
     def is_identity(self) -> bool:

@@ -41,6 +41,8 @@ class _Entry:
         self.parts = parts
         self.refs = [weakref.ref(anchor(p), on_death) for p in params]
         self.states = [_state(p) for p in params]
+        # Held, so that new memory of a Parameter cannot come to lie where the old was.
+        self.storages = [p.untyped_storage() for p in params if not isinstance(p, QTensor)]
 
     def is_of(self, params: Sequence[Tensor]) -> bool:
         for p, ref, state in zip(params, self.refs, self.states, strict=True):
@@ -103,10 +105,9 @@ class WeightStore:
             stored.append(value.t() if flipped else value)
             check_weight(stored[-1], group.spec, name)
         done = quantize_group(stored, group.spec)
-        for weight, value, (quantized, sqnr) in zip(weights, stored, done, strict=True):
+        for weight, (quantized, sqnr_db) in zip(weights, done, strict=True):
             if not isinstance(weight, QTensor):
-                self._stats[weight] = WeightStats(quantized.nbytes, sqnr)
-            del value
+                self._stats[weight] = WeightStats(quantized.nbytes, sqnr_db)
         if len(done) == 1:
             return done[0][0]
         return concat_rows([q for q, _ in done], [s.shape[0] for s in stored])

@@ -55,7 +55,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         "'*.layer.0.*': no site has such a name",
     ),
     "one half of a cache": (lambda: build("llama"), {"k": "int8"}, "k and v are one cache"),
-    "a cache with one scale": (lambda: build("llama"), {"kv": "int8:tensor"}, "needs calibrated scales"),
+    "a cache with one scale": (lambda: build("llama"), {"kv": "int8:tensor"}, "one scale for the whole tensor"),
 }
 
 

@@ -63,11 +63,21 @@ def parameter_behind(value: Any, parameters: Collection[Node]) -> tuple[Node, bo
             return (value, flipped) if shape is not None and len(shape) == 2 else None
         name = op_name(value)
         if name in FLIPS:
-            flipped = not flipped
+            flipped ^= _exchanges(value, name)
         elif name not in CASTS:
             return None
         value = value.args[0] if value.args else None
     return None
+
+
+def _exchanges(node: Node, name: str) -> bool:
+    """Whether a transposition of a matrix exchanges its two dimensions: permute(0, 1) does not."""
+    dims = [d for a in node.args[1:] for d in (a if isinstance(a, list | tuple) else [a])]
+    dims = dims or [d for a in node.kwargs.values() for d in (a if isinstance(a, list | tuple) else [a])]
+    numbers = [d % 2 for d in dims if isinstance(d, int)]
+    if name in ("permute", "transpose", "swapaxes", "swapdims") and len(numbers) == 2:
+        return numbers == [1, 0] if name == "permute" else numbers[0] != numbers[1]
+    return True
 
 
 def read_linear(node: Node, parameters: Collection[Node]) -> LinearCall | None:

@@ -14,7 +14,6 @@ SHAPES = {
     "view", "reshape", "_unsafe_view", "expand", "unsqueeze", "squeeze", "flatten", "unflatten", "getitem", "slice",
     "select", "view_as", "expand_as", "movedim", "repeat_interleave",
 }  # fmt: skip
-SPLITS = {"split", "chunk", "unbind", "tensor_split", "split_with_sizes", "unsafe_chunk"}
 MATMULS = {"matmul", "mm", "bmm", "baddbmm", "einsum"}
 ADDS = {"add", "iadd", "add_"}
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from qpass.graph.flow import Flow
+from qpass.graph.vocabulary import shape_of
 
 #: linear node -> (kind, roles), in the order found
 Kinds = dict[Node, tuple[str, tuple[str, ...]]]
@@ -51,7 +52,9 @@ def vocab(flow: Flow, context: Context, kinds: Kinds) -> Kinds:
         for node in flow.linears_behind(output):
             call = flow.linears[node]
             weight = flow.parameters[call.weight]
-            if id(weight) in tables or weight.shape[1 if call.transposed else 0] in rows:
+            # A score for each token has a dimension more than the tokens; a class of the whole text has not.
+            per_token = len(shape_of(node) or ()) > 2 and weight.shape[1 if call.transposed else 0] in rows
+            if id(weight) in tables or per_token:
                 found[node] = ("vocab", ("vocab",))
     return found
 

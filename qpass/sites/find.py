@@ -37,6 +37,10 @@ def find_sites(
         if tensor.dim() < 2 or not placeholder.users:
             continue
         shape = tuple(tensor.shape)
+        if placeholder in flow.written:
+            reason = "the graph itself writes to this weight: stays in float"
+            skips.append(Skip(Site("other", names[placeholder], (), shape), reason))
+            continue
         if placeholder not in uses:
             skips.append(Skip(Site("other", names[placeholder], (), shape), _why_unused(placeholder, parameters), True))
             continue
@@ -54,6 +58,8 @@ def find_sites(
             else:
                 reason = "used both as [out, in] and as [in, out]; the second use reads the float weight"
                 skips.append(Skip(site, reason))
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    matches.sort(key=lambda m: position[m.node])
     caches, cache_skips = kv.find(flow, names, kv_wanted)
     return matches + caches, skips + cache_skips
 
@@ -66,6 +72,8 @@ def _why_unused(placeholder: Node, parameters: Mapping[Node, Tensor]) -> str:
     """Why a Parameter of two or more dimensions is no site."""
     users = sorted({op_name(user) or str(user.target) for user in placeholder.users})
     dims = parameters[placeholder].dim()
+    if "_transformer_encoder_layer_fwd" in users:
+        return "inside torch's fused encoder layer; call torch.backends.mha.set_fastpath_enabled(False) first"
     if any("conv" in user for user in users):
         return "convolution: no site of a transformer"
     if dims > 2:

@@ -10,7 +10,8 @@ import torch
 from torch.fx import Graph, Node
 
 from qpass.graph.calls import EmbeddingCall, LinearCall
-from qpass.graph.vocabulary import shape_of, value_of
+from qpass.graph.flow import memory_behind
+from qpass.graph.vocabulary import shape_of, value_of, writes_to
 from qpass.sites.core import Edit, Match, Plan
 from qpass.spec import QuantSpec
 
@@ -37,6 +38,17 @@ class WeightGroup:
         """Whether the biases are stored as one with the group."""
         return any(b is not None for b in self.biases)
 
+    def subset(self, indices: Sequence[int]) -> WeightGroup:
+        """The group of some of its members."""
+        weights, names = (tuple(x[i] for i in indices) for x in (self.weights, self.names))
+        return WeightGroup(
+            weights,
+            names,
+            tuple(self.transposed[i] for i in indices),
+            tuple(self.biases[i] for i in indices),
+            self.spec,
+        )
+
 
 def group_weights(plan: Plan, parameters: Mapping[Node, object]) -> list[tuple[WeightGroup, list[Match]]]:
     """The plan's weight matches as groups: linears of one input, kind and spec together, everything else by itself.
@@ -44,12 +56,13 @@ def group_weights(plan: Plan, parameters: Mapping[Node, object]) -> list[tuple[W
     A Parameter is in one group only: where its uses would be grouped in different ways, they stay by themselves.
     """
     together: dict[object, list[Match]] = {}
+    written = _written_memory(plan)
     for match in plan.matches:
         if match.weight is None:
             continue
         call, spec = match.call, plan.specs[match.site]
         key: object = match.node
-        if match.site.kind in FUSED_KINDS and isinstance(call, LinearCall) and _bias_is_parameter(call, parameters):
+        if match.site.kind in FUSED_KINDS and isinstance(call, LinearCall) and _may_join(call, parameters, written):
             key = (call.x, match.site.kind, spec)
         together.setdefault(key, []).append(match)
     partners: dict[Node, set[tuple[str, ...]]] = {}
@@ -80,7 +93,7 @@ def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: 
         return [_replace(graph, matches[0], [new], new)]
     with graph.inserting_before(call.node):  # the first of the group in graph order
         x = _as_computed(graph, call)
-        args = (x, *parts, call.bias if len(matches) == 1 else bias, str(group.spec))
+        args = (x, *parts, _bias_of(call) if len(matches) == 1 else bias, str(group.spec))
         fused = graph.call_function(torch.ops.qpass.linear.default, args)
         fused.meta = dict(call.node.meta)
         if len(matches) == 1:
@@ -124,8 +137,20 @@ def _as_group(matches: Sequence[Match], plan: Plan) -> WeightGroup:
     )
 
 
-def _bias_is_parameter(call: LinearCall, parameters: Mapping[Node, object]) -> bool:
-    return call.bias is None or call.bias in parameters
+def _bias_of(call: LinearCall | EmbeddingCall) -> Node | None:
+    return _current(call.bias) if isinstance(call, LinearCall) and call.bias is not None else None
+
+
+def _may_join(call: LinearCall, parameters: Mapping[Node, object], written: set[Node]) -> bool:
+    """Not if the bias is computed, or something writes to the input: between two linears of a group, perhaps."""
+    return (call.bias is None or call.bias in parameters) and memory_behind(call.x) not in written
+
+
+def _written_memory(plan: Plan) -> set[Node]:
+    if not plan.matches:
+        return set()
+    targets = (writes_to(node) for node in plan.matches[0].node.graph.nodes)
+    return {memory_behind(target) for target in targets if target is not None}
 
 
 def _replace(graph: Graph, match: Match, added: Sequence[Node], output: Node) -> Edit:
@@ -133,7 +158,7 @@ def _replace(graph: Graph, match: Match, added: Sequence[Node], output: Node) ->
     call = match.call
     match.node.replace_all_uses_with(output)
     match.node.meta[_REPLACED] = output
-    activations = {_current(call.indices if isinstance(call, EmbeddingCall) else call.x), getattr(call, "bias", None)}
+    activations = {_current(call.indices if isinstance(call, EmbeddingCall) else call.x), _bias_of(call)}
     removed, dead = [], [match.node]
     while dead:
         node = dead.pop()
