@@ -96,9 +96,8 @@ class QTensor(Tensor):
         return QTensor(quantized, parse_spec(spec), outer_size, dtype, transposed)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    @torch.compiler.disable  # or Dynamo would compile it where a frame around it runs eagerly
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first: Any = args[0] if args else None
         if func in _KEEPING:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.external_utils import wrap_inline
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary
 
@@ -172,7 +173,12 @@ def check_inner(inner: str) -> None:
 
 def compile_in_place(module: torch.nn.Module, backend: Callable[..., Any]) -> None:
     """`module.compile(backend=...)`, apart from what else is compiled of the same code, where torch can keep it apart."""
-    module.compile(backend=backend, **isolated())
+    if type(module).__module__.startswith(
+        "torch.nn"
+    ):  # Dynamo skips the frames of torch's own containers, unless inlined
+        module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), backend=backend, **isolated())
+    else:
+        module.compile(backend=backend, **isolated())
 
 
 def isolated() -> dict[str, Any]:
