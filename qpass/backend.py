@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
+from qpass.calling import Arguments, Lookup, run_as_inference
 from qpass.errors import QpassError, nearest
 from qpass.graph.torch_private import (
     WeakIdKeyDictionary,
@@ -173,7 +174,7 @@ class QPass:
         order = {node.name: i for i, node in enumerate(placeholders)}
         parameters = parameter_nodes(original, inputs)
         groups = [group for group, _ in group_weights(plan, parameters)]
-        lookups = {g: _Lookup(self.store, g, order, partial(self.learn, plan=plan, group=g)) for g in groups}
+        lookups = {g: Lookup(self.store, g, order, partial(self.learn, plan=plan, group=g)) for g in groups}
         for lookup in track(list(lookups.values()), "qpass: quantizing"):
             lookup(inputs)
 
@@ -185,7 +186,7 @@ class QPass:
         result = run_passes(original, plan, [Convert(parameters, fake_parts), clean])
         after = copy_captured(result.graph_module).graph
         sources = input_sources(result.graph_module, list(order))
-        pick = _Arguments(sources, lookups)
+        pick = Arguments(sources, lookups)
         examples = [
             fake_static(value) if isinstance(source, GraphInput) else value
             for value, source in zip(pick(inputs), sources, strict=True)
@@ -195,7 +196,7 @@ class QPass:
         self.captures = [c for c in self.captures if any(ref() is not None for ref in c.parameters) or not c.parameters]
         refs = tuple(weakref.ref(anchor(p)) for p in parameters.values())
         self.captures.append(Capture(before, after, plan, result.edits, frame_key(gm), refs))
-        return partial(_run, compiled, pick)
+        return partial(run_as_inference, compiled, pick)
 
     # --- decisions ------------------------------------------------------------------------------------------------
 
@@ -275,49 +276,6 @@ class QPass:
                 f"nothing to quantize: no site of the captured graph ({parameters} Parameters) gets a format; "
                 f"give the recipe a format for a kind that the model has{reasons}"
             )
-
-
-class _Lookup:
-    """A group's stored parts from the arguments of a call."""
-
-    def __init__(
-        self,
-        store: WeightStore,
-        group: WeightGroup,
-        order: Mapping[str, int],
-        on_new: Callable[[Sequence[Tensor]], None],
-    ) -> None:
-        self.store, self.group, self.on_new = store, group, on_new
-        biases = [b for b in group.biases if b is not None] if group.has_bias else []
-        self.indices = [order[name] for name in (*group.weights, *biases)]
-        self.key = f"{group.spec}|{group.transposed}|{[b is not None for b in group.biases]}|{len(group.weights)}"
-
-    def __call__(self, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        return self.store.get([args[i] for i in self.indices], self.group, self.key, self.on_new)
-
-
-class _Arguments:
-    """The arguments of the rewritten graph from those of the captured one."""
-
-    def __init__(self, sources: Sequence[int | GraphInput], lookups: Mapping[WeightGroup, _Lookup]) -> None:
-        self.order: list[tuple[int, int]] = []  # (-1, argument) or (lookup, part)
-        used = [group for group in lookups if any(isinstance(s, GraphInput) and s.group == group for s in sources)]
-        self.lookups = [lookups[group] for group in used]
-        for source in sources:
-            if isinstance(source, GraphInput):
-                self.order.append((used.index(source.group), source.part))
-            else:
-                self.order.append((-1, source))
-
-    def __call__(self, args: Sequence[Any]) -> list[Any]:
-        parts = [lookup(args) for lookup in self.lookups]
-        return [args[j] if i < 0 else parts[i][j] for i, j in self.order]
-
-
-def _run(compiled: Callable[..., Any], pick: _Arguments, *args: Any) -> Any:
-    """One call of a compiled graph, as inference whatever the grad mode."""
-    with torch.no_grad():
-        return compiled(*pick(args))
 
 
 def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:

@@ -17,6 +17,7 @@ LAYERS = [
     {"qtensor"},
     {"sites"},
     {"passes", "store"},
+    {"calling"},
     {"backend"},
     {"api", "cache", "report", "evaluate", "cli"},
 ]

@@ -1,0 +1,56 @@
+"""One call of a compiled graph: from the arguments that Dynamo passes to those of the rewritten graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.passes import GraphInput
+from qpass.sites.weight import WeightGroup
+from qpass.store import WeightStore
+
+
+class Lookup:
+    """A group's stored parts from the arguments of a call."""
+
+    def __init__(
+        self,
+        store: WeightStore,
+        group: WeightGroup,
+        order: Mapping[str, int],
+        on_new: Callable[[Sequence[Tensor]], None],
+    ) -> None:
+        self.store, self.group, self.on_new = store, group, on_new
+        biases = [b for b in group.biases if b is not None] if group.has_bias else []
+        self.indices = [order[name] for name in (*group.weights, *biases)]
+        self.key = f"{group.spec}|{group.transposed}|{[b is not None for b in group.biases]}|{len(group.weights)}"
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
+        return self.store.get([args[i] for i in self.indices], self.group, self.key, self.on_new)
+
+
+class Arguments:
+    """The arguments of the rewritten graph from those of the captured one."""
+
+    def __init__(self, sources: Sequence[int | GraphInput], lookups: Mapping[WeightGroup, Lookup]) -> None:
+        self.order: list[tuple[int, int]] = []  # (-1, argument) or (lookup, part)
+        used = [group for group in lookups if any(isinstance(s, GraphInput) and s.group == group for s in sources)]
+        self.lookups = [lookups[group] for group in used]
+        for source in sources:
+            if isinstance(source, GraphInput):
+                self.order.append((used.index(source.group), source.part))
+            else:
+                self.order.append((-1, source))
+
+    def __call__(self, args: Sequence[Any]) -> list[Any]:
+        parts = [lookup(args) for lookup in self.lookups]
+        return [args[j] if i < 0 else parts[i][j] for i, j in self.order]
+
+
+def run_as_inference(compiled: Callable[..., Any], pick: Arguments, *args: Any) -> Any:
+    """One call of a compiled graph, as inference whatever the grad mode."""
+    with torch.no_grad():
+        return compiled(*pick(args))
