@@ -142,6 +142,11 @@ FAMILIES = {
         lambda: _hf("Gemma2ForCausalLM", num_key_value_heads=2, head_dim=16, sliding_window=4, attn_implementation="eager"),
         _LLAMA | {"embed_tokens": TIED},
     ),
+    "bloom": Family(
+        lambda: _hf("BloomForCausalLM", n_head=HEADS, n_layer=BLOCKS),
+        {"word_embeddings": TIED, "query_key_value": ("qkv", ("q", "k", "v")), "attention.dense": OUT, "h_to_4h": UP,
+         "4h_to_h": DOWN},
+    ),
     "bert": Family(
         lambda: _hf("BertForMaskedLM"),
         {"embeddings.word": TIED, "embeddings.position": EMBED, "embeddings.token_type": EMBED, "self.query": Q,

@@ -170,7 +170,7 @@ def read_attention(node: Node, stops: Callable[[Node], bool]) -> AttentionCall |
 def _matmul_operands(node: Node) -> tuple[Node, Node] | None:
     """The two factors of a product of activations."""
     factors: list[Node] = []
-    torch.fx.node.map_arg(node.args, factors.append)
+    torch.fx.node.map_arg((node.args, node.kwargs), factors.append)
     factors = factors[1:] if op_name(node) == "baddbmm" else factors
     return (factors[0], factors[1]) if len(factors) == 2 else None
 
