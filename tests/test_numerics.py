@@ -111,12 +111,12 @@ def test_error_is_at_most_half_a_step_inside_the_range(text: str, x: torch.Tenso
     q = quantize(x, spec)
     back = dequantize(q, spec, x.shape[-1]).double()
     assert back.shape == x.shape
-    assert torch.isfinite(back).all()
-    if spec.is_identity:
+    if spec.is_identity:  # a cast, which may overflow
         torch.testing.assert_close(
             back.to(x.dtype), x.to(spec.format.storage).to(x.dtype), rtol=0, atol=0, equal_nan=True
         )
         return
+    assert torch.isfinite(back).all()
     scale = torch.ones(()) if q.scale is None else scale_values(q.scale, q.outer_scale)
     if spec.group_size and scale.shape[-1] > 1:
         scale = scale.repeat_interleave(spec.group_size, -1)[..., : x.shape[-1]]
