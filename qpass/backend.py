@@ -157,6 +157,11 @@ class QPass:
             whole = trace_whole(model, (), {**model.dummy_inputs, "use_cache": False})  # type: ignore[dict-item]
         self._whole[model] = None if whole is None else self._plan(whole.graph, whole.parameters, whole.names)
 
+    @property
+    def in_pieces(self) -> list[str]:
+        """Classes of models captured in fragments whose whole graph could not be traced: kinds are those of each piece."""
+        return [type(model).__name__ for model, plan in self._whole.items() if plan is None]
+
     def whole_groups(self, model: torch.nn.Module) -> list[tuple[WeightGroup, list[Tensor]]]:
         """The weight groups of a model seen as a whole because of graph breaks; nothing otherwise."""
         whole = self._whole.get(model)

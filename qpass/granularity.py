@@ -10,10 +10,6 @@ from dataclasses import dataclass
 class PerTensor:
     """One scale for the whole tensor."""
 
-    def block_size(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The elements of one block: all of `shape`."""
-        return tuple(shape)
-
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """[.., K] -> [1, .., 1]"""
         return (1,) * len(shape)
@@ -25,10 +21,6 @@ class PerTensor:
 @dataclass(frozen=True)
 class PerAxis:
     """One scale per row of the last axis: per output channel of a weight, per token (and head) of an activation."""
-
-    def block_size(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """[.., K] -> (1, .., K)"""
-        return (*(1,) * (len(shape) - 1), shape[-1])
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """[.., K] -> [.., 1]"""
@@ -43,10 +35,6 @@ class PerGroup:
     """One scale per `group_size` consecutive elements of a row; the last group of a row may be shorter."""
 
     group_size: int
-
-    def block_size(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """[.., K] -> (1, .., group_size)"""
-        return (*(1,) * (len(shape) - 1), self.group_size)
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """[.., K] -> [.., ceil(K / group_size)]"""

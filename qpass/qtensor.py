@@ -55,13 +55,6 @@ class QTensor(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @classmethod
-    def from_float(cls, weight: Tensor, spec: QuantSpec, transposed: bool = False, name: str = "weight") -> QTensor:
-        """Quantize [out, in] (or [in, out] if `transposed`) by round to nearest. Raises `QpassError`, naming `name`."""
-        stored = weight.t() if transposed else weight
-        check_weight(stored, spec, name)
-        return cls(quantize_weight(stored, spec), spec, weight.shape, weight.dtype, transposed)
-
     # --- what it is -----------------------------------------------------------------------------------------------
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
