@@ -1,0 +1,185 @@
+"""One architecture through qpass: captured, every site, and the logits against the dequantized float model."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+import qpass
+from qpass.numerics import fake_quantize
+from qpass.spec import parse_spec
+from tests.zoo.configs import build, example_inputs, logits_of
+from tests.zoo.oracle import expected_kind
+
+#: int8 at every site.
+RECIPE = qpass.Recipe(embedding="int8", qkv="int8", attn_out="int8", ffn="int8", vocab="int8", linear="int8", kv="int8")
+CACHE_TOKENS = 16
+#: Largest difference of the logits, relative to the largest logit.
+TOLERANCE = 1e-3
+
+
+@dataclass
+class Outcome:
+    """What became of one architecture. `graphs_alone`: graphs that torch.compile makes of the float model."""
+
+    name: str
+    stage: str = "build"
+    graphs: int = 0
+    graphs_alone: int = 0
+    sites: dict[str, int] = field(default_factory=dict)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    cache: str = ""
+    error: float = float("nan")
+    kl: float = float("nan")
+    disagreements: list[str] = field(default_factory=list)
+    cause: str = ""
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything that the issue of coverage asks holds for this architecture."""
+        return not self.cause
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+class FakeQuantizedCache(DynamicCache):
+    """The reference for the cache: transformers' own, given K and V that went through int8 and back."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        spec = parse_spec("int8")
+        return super().update(fake_quantize(key_states, spec), fake_quantize(value_states, spec), *args, **kwargs)
+
+
+def check(name: str, inner: str = "aot_eager") -> Outcome:
+    """Build, compile and compare one architecture; never raises for what the architecture does."""
+    outcome, start = Outcome(name), time.perf_counter()
+    try:
+        _run(outcome, inner)
+        outcome.cause = _cause(outcome)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        outcome.cause = f"{outcome.stage}: {type(error).__name__}: {text[:300]}"
+    outcome.seconds = round(time.perf_counter() - start, 1)
+    return outcome
+
+
+def _run(outcome: Outcome, inner: str) -> None:
+    model = build(outcome.name)
+    inputs = example_inputs(model)
+    outcome.stage = "float run"
+    with torch.no_grad():
+        model(**inputs, **_cache(model, outcome, qpass_cache=False))
+    outcome.stage = "float capture"
+    outcome.graphs_alone = _graphs_alone(model, inputs, outcome)
+    outcome.stage = "capture"
+    torch._dynamo.reset()
+    backend = qpass.QPass(RECIPE, inner=inner)
+    with torch.no_grad():
+        out = torch.compile(model, backend=backend)(**inputs, **_cache(model, outcome))
+    outcome.graphs = len(backend.captures)
+    outcome.stage = "report"
+    _read_report(outcome, model)
+    outcome.stage = "reference"
+    with torch.no_grad():
+        expected = _reference(model, backend)(**inputs, **_cache(model, outcome, qpass_cache=False))
+    ours, theirs = logits_of(out).double(), logits_of(expected).double()
+    outcome.error = float((ours - theirs).abs().max() / theirs.abs().max())
+    with torch.no_grad():
+        unquantized = logits_of(model(**inputs, **_cache(model, outcome, qpass_cache=False))).double()
+    log_p, log_q = unquantized.log_softmax(-1), ours.log_softmax(-1)
+    outcome.kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def _cache(model: Any, outcome: Outcome, qpass_cache: bool = True) -> dict[str, Any]:
+    """A quantized cache where one fits, else none; the reference gets transformers' cache with rounded K and V."""
+    if not type(model).__name__.endswith("ForCausalLM") or not getattr(model.config, "use_cache", True):
+        return {}
+    if outcome.cache == "":
+        try:
+            qpass.KVCache(model.config, CACHE_TOKENS)
+            _try_float_cache(model)
+            outcome.cache = "int8"
+        except Exception as error:
+            outcome.cache = " ".join(str(error).split())[:200]
+    if outcome.cache != "int8":
+        return {"use_cache": False}
+    cache = qpass.KVCache(model.config, CACHE_TOKENS, "int8") if qpass_cache else FakeQuantizedCache(config=model.config)
+    return {"past_key_values": cache, "use_cache": True}
+
+
+def _try_float_cache(model: Any) -> None:
+    """Raises if the class does not take a cache object, whatever is in it."""
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(**example_inputs(model), past_key_values=cache, use_cache=True)
+    if not cache.get_seq_length():
+        raise ValueError("the model uses no cache")
+
+
+def _graphs_alone(model: nn.Module, inputs: dict[str, Any], outcome: Outcome) -> int:
+    count = 0
+
+    def counting(gm: torch.fx.GraphModule, args: list[Any]) -> Any:
+        nonlocal count
+        count += 1
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=counting)(**inputs, **_cache(model, outcome))
+    return count
+
+
+def _read_report(outcome: Outcome, model: nn.Module) -> None:
+    report = qpass.report(model)
+    rows = [row for row in report.sites if row.kind != "kv"]
+    outcome.sites = dict(Counter(row.kind for row in report.sites if not row.skipped))
+    outcome.skipped = [(row.kind, row.name, row.skipped) for row in report.sites if row.skipped]
+    for row in rows:
+        found = "float" if row.skipped else row.kind.split("+")[0]
+        wanted = expected_kind(row.name)
+        if found != {"router": "float"}.get(wanted, wanted) and wanted not in row.kind.split("+"):
+            outcome.disagreements.append(f"{row.name}: {row.kind}, by its name {wanted}; {row.skipped or 'quantized'}")
+
+
+def _reference(model: nn.Module, backend: qpass.QPass) -> nn.Module:
+    """The float model with each quantized weight rounded in place, along the dimension that its module sums over."""
+    reference = copy.deepcopy(model)
+    conv1d = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, transformers.pytorch_utils.Conv1D)}
+    turned = {
+        f"{n}.{leaf}"
+        for n, m in model.named_modules()
+        for leaf in ("gate_up_proj", "down_proj", "up_proj")
+        if getattr(m, "is_transposed", False) or type(m).__name__ == "Llama4TextExperts"
+    }
+    with torch.no_grad():
+        for (name, target), source in zip(reference.named_parameters(), model.parameters(), strict=True):
+            decision = backend.decision(source)
+            if decision is None or decision.spec is None:
+                continue
+            rows = source.transpose(-1, -2) if name in conv1d | turned else source
+            rounded = fake_quantize(rows.contiguous(), decision.spec)
+            target.copy_(rounded.transpose(-1, -2) if rows is not source else rounded)
+    return reference
+
+
+def _cause(outcome: Outcome) -> str:
+    """Why the architecture does not pass; "" if it does."""
+    if outcome.disagreements:
+        return f"kinds: {outcome.disagreements[0]} ({len(outcome.disagreements)})"
+    if not outcome.error <= TOLERANCE:
+        return f"logits: relative error {outcome.error:.2e}"
+    if outcome.graphs > outcome.graphs_alone:
+        return f"{outcome.graphs} graphs, {outcome.graphs_alone} without qpass"
+    return ""
