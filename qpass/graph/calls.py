@@ -25,14 +25,31 @@ from qpass.graph.vocabulary import (
 
 
 @dataclass(frozen=True)
+class Route:
+    """How rows of x find their expert in a 3-D Parameter.
+
+    `how`: "offsets": rows up to `value`[e] go to expert e; "ids": row i goes to expert `value`[i], x has a dimension of
+    one more at `dim`; "each": x is [experts, rows, in]; "one": all go to the constant expert `value`.
+    """
+
+    how: str
+    value: Node | int | None
+    dim: int = 0
+
+
+@dataclass(frozen=True)
 class LinearCall:
-    """y = x W^T + b. `weight` is the Parameter's placeholder; `transposed` if the Parameter is [in, out]."""
+    """y = x W^T + b. `weight` is the Parameter's placeholder; `transposed` if it is [in, out] in its last two dimensions.
+
+    `route`: for a Parameter of experts.
+    """
 
     node: Node
     x: Node
     weight: Node
     bias: Node | None
     transposed: bool
+    route: Route | None = None
 
 
 @dataclass(frozen=True)
@@ -54,30 +71,39 @@ class AttentionCall:
     v: Node
 
 
-def parameter_behind(value: Any, parameters: Collection[Node]) -> tuple[Node, bool] | None:
-    """(placeholder, flipped) if `value` is a 2-D Parameter seen through casts and transpositions only."""
+def parameter_behind(value: Any, parameters: Collection[Node], dims: int = 2) -> tuple[Node, bool] | None:
+    """(placeholder, flipped) if `value` is a Parameter of `dims` dimensions seen through casts and transpositions only.
+
+    Flipped: the last two dimensions are exchanged.
+    """
     flipped = False
     while isinstance(value, Node):
         if value in parameters:
             shape = shape_of(value)
-            return (value, flipped) if shape is not None and len(shape) == 2 else None
+            return (value, flipped) if shape is not None and len(shape) == dims else None
         name = op_name(value)
         if name in FLIPS:
-            flipped ^= _exchanges(value, name)
+            exchanged = _exchanges(value, name, dims)
+            if exchanged is None:
+                return None
+            flipped ^= exchanged
         elif name not in CASTS:
             return None
         value = value.args[0] if value.args else None
     return None
 
 
-def _exchanges(node: Node, name: str) -> bool:
-    """Whether a transposition of a matrix exchanges its two dimensions: permute(0, 1) does not."""
+def _exchanges(node: Node, name: str, rank: int) -> bool | None:
+    """Whether a transposition exchanges the last two dimensions: permute(0, 1) does not. None: it does something else."""
     dims = [d for a in node.args[1:] for d in (a if isinstance(a, list | tuple) else [a])]
     dims = dims or [d for a in node.kwargs.values() for d in (a if isinstance(a, list | tuple) else [a])]
-    numbers = [d % 2 for d in dims if isinstance(d, int)]
-    if name in ("permute", "transpose", "swapaxes", "swapdims") and len(numbers) == 2:
-        return numbers == [1, 0] if name == "permute" else numbers[0] != numbers[1]
-    return True
+    numbers = [d % rank for d in dims if isinstance(d, int)]
+    last, kept = [rank - 2, rank - 1], list(range(rank - 2))
+    if name == "permute":
+        return {tuple(kept + last): False, tuple(kept + last[::-1]): True}.get(tuple(numbers))
+    if name in ("transpose", "swapaxes", "swapdims"):
+        return False if numbers[0] == numbers[1] else (True if sorted(numbers) == last else None)
+    return True if rank == 2 or name in ("mT", "adjoint") else None
 
 
 def read_linear(node: Node, parameters: Collection[Node]) -> LinearCall | None:

@@ -17,7 +17,8 @@ from qpass.graph.calls import (
     read_embedding,
     read_linear,
 )
-from qpass.graph.vocabulary import ADDS, CASTS, SHAPES, op_name, shape_of, writes_to
+from qpass.graph.experts import read_experts
+from qpass.graph.vocabulary import ADDS, CASTS, MATMULS, SHAPES, TOKEN_MIXERS, op_name, shape_of, writes_to
 
 #: An adapter's inner width is below this share of the base's smaller side (LoRA: r << d).
 _LOW_RANK = 0.25
@@ -41,6 +42,7 @@ class Flow:
     origins: dict[Node, frozenset[Node]] = field(default_factory=dict)
     written: dict[Node, list[Node]] = field(default_factory=dict)
     added: set[Node] = field(default_factory=set)
+    residuals: set[Node] = field(default_factory=set)
     adapters: dict[Node, Node] = field(default_factory=dict)
 
     def of(self, value: object) -> frozenset[Node]:
@@ -71,6 +73,27 @@ def analyze(graph: Graph, parameters: Mapping[Node, Tensor]) -> Flow:
     return flow
 
 
+def tokenwise_linears(flow: Flow, value: object) -> list[Node]:
+    """The linears that `value` is made of token by token, in graph order; none if tokens were mixed on the way."""
+    queue, seen = [value], set()
+    while queue:
+        node = queue.pop()
+        if not isinstance(node, Node) or node in seen:
+            continue
+        seen.add(node)
+        if node in flow.linears or node in flow.embeddings or not flow.of(node):
+            continue
+        factors = [n for n in node.all_input_nodes if flow.of(n) - {n}]
+        if op_name(node) in TOKEN_MIXERS or (op_name(node) in MATMULS and len(factors) > 1) or node in flow.attentions:
+            return []
+        # In-place writes into the memory that this value looks at.
+        if any(op_name(w) in TOKEN_MIXERS for w in flow.written.get(node, ())):
+            return []
+        if node not in flow.residuals:
+            queue.extend(node.all_input_nodes)
+    return [n for n in flow.linears if n in seen]
+
+
 def memory_behind(node: Node) -> Node:
     """The node that owns the memory a view looks at."""
     while op_name(node) in SHAPES | CASTS and isinstance(node.args[0], Node):
@@ -81,7 +104,8 @@ def memory_behind(node: Node) -> Node:
 def _origins(flow: Flow, node: Node) -> frozenset[Node]:
     if node.op in ("placeholder", "get_attr"):
         return frozenset() if node in flow.parameters else frozenset({node})
-    if (linear := read_linear(node, flow.parameters)) is not None:
+    linear = read_linear(node, flow.parameters) or read_experts(node, flow.parameters)
+    if linear is not None:
         flow.linears[node] = linear
         return frozenset({node})
     if (embedding := read_embedding(node, flow.parameters)) is not None:
@@ -112,6 +136,7 @@ def _add_origins(flow: Flow, node: Node, a: frozenset[Node], b: frozenset[Node])
             flow.adapters[down] = flow.adapters[up] = next(iter(producers(base)))
             return base
     flow.added |= producers(a) | producers(b)
+    flow.residuals.add(node)
     return frozenset({node})
 
 

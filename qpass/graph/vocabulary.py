@@ -18,6 +18,27 @@ MATMULS = {"matmul", "mm", "bmm", "baddbmm", "einsum"}
 ADDS = {"add", "iadd", "add_"}
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
 DROPOUTS = {"dropout", "native_dropout", "alpha_dropout", "feature_dropout"}
+#: Rows picked by a tensor of indices.
+GATHERS = {"getitem", "index", "index_select"}
+#: Decisions about which expert computes.
+SELECTIONS = {"topk", "sort", "argsort", "argmax"}
+#: What lets one token see others, beside attention and products of activations: state-space and linear-attention layers.
+TOKEN_MIXERS = {
+    "conv1d",
+    "conv2d",
+    "convolution",
+    "_conv_depthwise2d",
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "logcumsumexp",
+    "scan",
+    "associative_scan",
+    "setitem",
+    "roll",
+    "fft_rfft",
+    "while_loop",
+}
 EMBEDDINGS = {"embedding"}
 SDPA = {"scaled_dot_product_attention"}
 FLEX = {"flex_attention"}

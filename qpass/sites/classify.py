@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
-from qpass.graph.flow import Flow
-from qpass.graph.vocabulary import shape_of
+from qpass.graph.flow import Flow, tokenwise_linears
+from qpass.graph.vocabulary import SELECTIONS, op_name, shape_of
 
 #: linear node -> (kind, roles), in the order found
 Kinds = dict[Node, tuple[str, tuple[str, ...]]]
@@ -53,18 +53,36 @@ def vocab(flow: Flow, context: Context, kinds: Kinds) -> Kinds:
             call = flow.linears[node]
             weight = flow.parameters[call.weight]
             # A score for each token has a dimension more than the tokens; a class of the whole text has not.
-            per_token = len(shape_of(node) or ()) > 2 and weight.shape[1 if call.transposed else 0] in rows
+            per_token = len(shape_of(node) or ()) > 2 and weight.shape[-1 if call.transposed else -2] in rows
             if id(weight) in tables or per_token:
                 found[node] = ("vocab", ("vocab",))
     return found
 
 
+def router(flow: Flow, context: Context, kinds: Kinds) -> Kinds:
+    """The linear whose scores choose among experts, and gates of a single row: too small to pay, too sensitive to round."""
+    found: Kinds = {}
+    for node in flow.graph.nodes:
+        if op_name(node) in SELECTIONS and node.args:
+            behind = flow.linears_behind(node.args[0])
+            if len(behind) == 1 and not any(n in flow.attentions for n in flow.of(node.args[0])):
+                found[behind[0]] = ("router", ())
+    for node, call in flow.linears.items():
+        if (shape_of(node) or (0,))[-1] == 1 and call.route is None:
+            found[node] = ("router", ())
+    return found
+
+
 def ffn(flow: Flow, context: Context, kinds: Kinds) -> Kinds:
-    """Linears that lead, through other linears and no residual add, to one that is added to the residual stream."""
+    """Linears that lead, through other linears and no residual add, to one that is added to the residual stream.
+
+    Each token by itself: a convolution, a scan or a product of activations in between belongs to a layer of another sort.
+    """
     found: Kinds = {}
 
     def producers(node: Node) -> list[Node]:
-        return [n for n in flow.linears_behind(flow.linears[node].x) if n not in kinds and n not in flow.adapters]
+        behind = tokenwise_linears(flow, flow.linears[node].x)
+        return [n for n in behind if n not in kinds and n not in flow.adapters]
 
     def include(node: Node, role: str) -> None:
         if node in found:
@@ -80,7 +98,7 @@ def ffn(flow: Flow, context: Context, kinds: Kinds) -> Kinds:
     return found
 
 
-RULES: tuple[Callable[[Flow, Context, Kinds], Kinds], ...] = (qkv, attn_out, vocab, ffn)
+RULES: tuple[Callable[[Flow, Context, Kinds], Kinds], ...] = (qkv, attn_out, vocab, router, ffn)
 
 
 def classify(flow: Flow, context: Context) -> Kinds:

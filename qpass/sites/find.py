@@ -50,6 +50,14 @@ def find_sites(
             site = Site("other", names[placeholder], roles, shape)
             skips.append(Skip(site, "adapter: a low-rank path beside a linear stays in float", expected=True))
             continue
+        if any(isinstance(c, LinearCall) and c.route is not None for _, _, c in uses[placeholder]):
+            reason = f"weights of {shape[0]} experts: no operator for them yet, they stay in float"
+            skips.append(Skip(Site("other", names[placeholder], roles, shape), reason, True))
+            continue
+        if kind == "router":
+            site = Site("other", names[placeholder], roles, shape)
+            skips.append(Skip(site, "router or gate of experts: small, and rounding would change the choice", True))
+            continue
         site = Site(kind, names[placeholder], roles, shape)
         flipped = _transposed(uses[placeholder][0][2])
         for _, _, call in uses[placeholder]:

@@ -114,7 +114,9 @@ def _cache(model: Any, outcome: Outcome, qpass_cache: bool = True) -> dict[str, 
             outcome.cache = " ".join(str(error).split())[:200]
     if outcome.cache != "int8":
         return {"use_cache": False}
-    cache = qpass.KVCache(model.config, CACHE_TOKENS, "int8") if qpass_cache else FakeQuantizedCache(config=model.config)
+    cache = (
+        qpass.KVCache(model.config, CACHE_TOKENS, "int8") if qpass_cache else FakeQuantizedCache(config=model.config)
+    )
     return {"past_key_values": cache, "use_cache": True}
 
 

@@ -79,7 +79,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "full_attention", "sliding_attention")}, "layer_types": ["sliding_attention", "full_attention"]},
     "Dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "GraniteMoeHybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    **dict.fromkeys(("HunYuanDenseV1", "HunYuanMoEV1", "Ministral"), {"head_dim": 16}),
+    **{key: {"head_dim": 16} for key in ("HunYuanDenseV1", "HunYuanMoEV1", "Ministral")},
     "Mistral4": {"first_k_dense_replace": 1, "qk_nope_head_dim": 8, "qk_head_dim": 16},
     "Qwen4Exp": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
                  "indexer_compress_ratio": 2},
@@ -107,7 +107,9 @@ def _small(config_class: type[PretrainedConfig], overrides: dict[str, Any]) -> d
     for key in ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"):
         if isinstance(values.get(key), int):
             out[key] = {values.get("num_attention_heads"): 4, 1: 1}.get(values[key], 2)
-    if values.get("head_dim") and values["head_dim"] == values.get("qk_rope_head_dim"):  # latent attention: its rotary part
+    if values.get("head_dim") and values["head_dim"] == values.get(
+        "qk_rope_head_dim"
+    ):  # latent attention: its rotary part
         out["head_dim"] = out["qk_rope_head_dim"]
     for key in ("layer_types", "layers_block_type", "mlp_layer_types"):
         kinds = values.get(key)

@@ -23,7 +23,8 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"Wqkv|query_key_value|c_attn|c_q|qkv|in_proj_weight|project_[qkv]|(query|key|value|kv|[qkv])_proj|key_value"
      r"|[qkv]_lin", "qkv"),
     (r"(attn|attention|mixer|SelfAttention|EncDecAttention|layers\.\d+)\w*\.(\d+\.)?((self|output)\.)?"
-     r"(o_proj|out_proj|dense|o|wo|Wo|c_proj|out|out_lin|attention_out|output_linear|o_[ab]_proj)(\.linear)?\.weight", "attn_out"),
+     r"(o_proj|out_proj|dense|o|wo|Wo|c_proj|out|out_lin|attention_out|output_linear|o_[ab]_proj)"
+     r"(\.linear)?\.weight", "attn_out"),
     (r"out_lin\b|attention\.output\.dense", "attn_out"),
     # feed-forward
     (r"mlp|ffn|feed_forward|intermediate|output\.dense|fc[12]|experts|c_fc|fc_in|fc_out|dense_h_to|dense_4h"
