@@ -24,7 +24,7 @@ def _worker(name: str) -> Outcome:
 
 
 def main(names: list[str]) -> int:
-    """Check `names`, or everything; print a line each, and keep all in build/zoo.json. Returns how many causal architectures fail."""
+    """Check `names`, or everything; print a line each, keep all in build/zoo.json. Returns how many fail."""
     wanted = names or [*causal_architectures(), *OTHER_ARCHITECTURES]
     outcomes = []
     with ProcessPoolExecutor(2, max_tasks_per_child=25) as pool:
