@@ -83,7 +83,7 @@ def tokenwise_linears(flow: Flow, value: object) -> list[Node]:
         seen.add(node)
         if node in flow.linears or node in flow.embeddings or not flow.of(node):
             continue
-        factors = [n for n in node.all_input_nodes if flow.of(n) - {n}]
+        factors = [n for n in node.all_input_nodes if any(o.op not in ("placeholder", "get_attr") for o in flow.of(n))]
         if op_name(node) in TOKEN_MIXERS or (op_name(node) in MATMULS and len(factors) > 1) or node in flow.attentions:
             return []
         # In-place writes into the memory that this value looks at.

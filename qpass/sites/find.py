@@ -56,7 +56,10 @@ def find_sites(
             continue
         if kind == "router":
             site = Site("other", names[placeholder], roles, shape)
-            skips.append(Skip(site, "router or gate of experts: small, and rounding would change the choice", True))
+            reason = (
+                "chooses among experts, or is a gate or score of one row: small, and rounding costs more than it saves"
+            )
+            skips.append(Skip(site, reason, expected=True))
             continue
         site = Site(kind, names[placeholder], roles, shape)
         flipped = _transposed(uses[placeholder][0][2])

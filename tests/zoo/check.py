@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether everything that the issue of coverage asks holds for this architecture."""
+        """Whether kinds, logits and number of graphs are as they should be."""
         return not self.cause
 
     def to_json(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -40,7 +39,7 @@ _SMALL: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     "image_size": 32, "patch_size": 8, "num_mel_bins": 16, "projection_dim": 64,
-    "per_layer_config": None, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
 }  # fmt: skip
 
 #: What the rules above get wrong for one architecture (class name without the suffix). None removes a rule's value.
@@ -96,20 +95,18 @@ def small_config(cls: type[nn.Module]) -> PretrainedConfig:
 
 
 def _small(config_class: type[PretrainedConfig], overrides: dict[str, Any]) -> dict[str, Any]:
-    default = config_class(**{k: v for k, v in overrides.items() if k == "hidden_size_per_layer_input"})
-    values = vars(default)
+    values = vars(config_class())
     out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, PretrainedConfig):
             out[key] = _small(type(value), {})
-        elif value is not None and _SMALL.get(key) is not None and not isinstance(value, list | dict):
+        elif key in _SMALL and value is not None and not isinstance(value, list | dict):
             out[key] = _SMALL[key]
     for key in ("num_key_value_heads", "num_kv_heads", "multi_query_group_num"):
         if isinstance(values.get(key), int):
             out[key] = {values.get("num_attention_heads"): 4, 1: 1}.get(values[key], 2)
-    if values.get("head_dim") and values["head_dim"] == values.get(
-        "qk_rope_head_dim"
-    ):  # latent attention: its rotary part
+    rotary = values.get("qk_rope_head_dim")
+    if rotary is not None and values.get("head_dim") == rotary:  # latent attention calls its rotary part so
         out["head_dim"] = out["qk_rope_head_dim"]
     for key in ("layer_types", "layers_block_type", "mlp_layer_types"):
         kinds = values.get(key)
@@ -190,4 +187,4 @@ def logits_of(out: Any) -> Tensor:
         value = getattr(out, name, None)
         if isinstance(value, Tensor):
             return value
-    return next(v for v in copy.copy(out).values() if isinstance(v, Tensor))
+    return next(v for v in out.values() if isinstance(v, Tensor))
