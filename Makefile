@@ -4,16 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long zoo lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not long"
 
-test-long: lint
-	$(BIN)/python -m pytest --hypothesis-profile=long
+test-long: lint zoo
+	$(BIN)/python -m pytest -n auto --dist loadfile --hypothesis-profile=long
+
+# Every architecture of transformers, in about ten minutes; writes docs/architectures.md.
+zoo: $(VENV)/.installed
+	$(BIN)/python -m tests.zoo --page docs/architectures.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -14,12 +14,12 @@ from typing import Any
 from qpass.api import diff as diff
 from qpass.api import quantize as quantize
 from qpass.backend import QPass as QPass
-from qpass.backend import dynamo_backend
 from qpass.errors import QpassError as QpassError
 from qpass.evaluate import evaluate as evaluate
 from qpass.qtensor import QTensor as QTensor
 from qpass.recipe import PRESETS as PRESETS
 from qpass.recipe import Recipe as Recipe
+from qpass.registry import dynamo_backend
 from qpass.report import report as report
 from qpass.spec import QuantSpec as QuantSpec
 

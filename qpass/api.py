@@ -3,70 +3,99 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from qpass.backend import Decision, QPass, captured, captures_of
+from qpass.backend import Decision, QPass
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
-from qpass.graph.torch_private import backend_of, compile_in_place, errors_through_dynamo, isolated, original_module
+from qpass.exported import quantize_program
+from qpass.graph.torch_private import (
+    backend_of,
+    compile_in_place,
+    copy_captured,
+    errors_through_dynamo,
+    isolated,
+    original_module,
+)
 from qpass.memory import drop_mapped_pages, own_memory, return_freed_heap
 from qpass.passes import parameter_nodes
 from qpass.progress import track
 from qpass.qtensor import QTensor
+from qpass.ready import check_ready
 from qpass.recipe import Recipe
-from qpass.sites.weight import WeightGroup, group_weights
+from qpass.registry import FINISHED, captured, captures_of
+from qpass.sites.group import WeightGroup, group_weights
 from qpass.store import fuse, quantize_group
-from qpass.weights import check_weight
+from qpass.weights import as_rows, check_weight, memory_of
 
 #: Tokens of the run that captures the graph when no inputs are given.
 _CAPTURE_TOKENS = 8
 
 
+@overload
 def quantize(
     model: nn.Module,
+    recipe: str | Path | Recipe | Mapping[str, Any] = ...,
+    *,
+    inputs: Any = ...,
+    strict: bool = ...,
+    inner: str = ...,
+    mode: str | None = ...,
+) -> nn.Module: ...
+@overload
+def quantize(
+    model: ExportedProgram, recipe: str | Path | Recipe | Mapping[str, Any] = ..., *, strict: bool = ...
+) -> ExportedProgram: ...
+def quantize(
+    model: nn.Module | ExportedProgram,
     recipe: str | Path | Recipe | Mapping[str, Any] = "int8",
     *,
     inputs: Any = None,
     strict: bool = False,
     inner: str = "inductor",
     mode: str | None = None,
-) -> nn.Module:
+) -> nn.Module | ExportedProgram:
     """Quantize `model` in place: Parameters become QTensors, the float weights are freed, calls are compiled.
 
     The graph is captured by one short float run; `inputs` (a tensor, a tuple or a dict of arguments) is what it is run
     on, by default a few token ids. A recipe with kv makes `generate(ids)` use a KVCache of that format. The other
-    arguments are those of `QPass`. Returns `model`; the same call again changes nothing.
+    arguments are those of `QPass`. Returns `model`; the same call again changes nothing. Of an ExportedProgram a quantized
+    copy is returned, with the stored weights as buffers; it is not compiled, and takes no inputs, inner or mode.
     Raises `QpassError`, the model unchanged, for what cannot be quantized: a weight with NaN, on the meta device, already
     quantized, a group larger than a row, no site at all.
     """
+    if isinstance(model, ExportedProgram):
+        return quantize_program(model, recipe, strict)
     if not isinstance(model, nn.Module):
-        raise QpassError(f"qpass.quantize: takes a torch.nn.Module, got {type(model).__name__}")
-    model = original_module(model)
+        raise QpassError(f"qpass.quantize: takes a torch.nn.Module or an ExportedProgram, got {type(model).__name__}")
+    module: nn.Module = original_module(model)
     backend = QPass(recipe, strict=strict, inner=inner, mode=mode)
-    if _is_done(model, backend):
-        return model
-    _refuse_unready(model)
-    groups = _discover(model, backend, inputs)
+    if _is_done(module, backend):
+        return module
+    check_ready(module)
+    groups = _discover(module, backend, inputs)
     for group, params in groups:
         for name, flipped, param in zip(group.names, group.transposed, params, strict=True):
-            check_weight(param.t() if flipped else param, group.spec, name)
-    owners = _owners(model)
+            check_weight(as_rows(param, flipped), group.spec, name)
+    owners = _owners(module)
     for i in track(range(len(groups)), "qpass: quantizing"):
         group, params = groups[i]
         groups[i] = None  # type: ignore[call-overload]  # the float weights of a group are freed before the next
         _convert(group, params, owners, backend)
         del params
-    own_memory(model)
+    own_memory(module)
     return_freed_heap()
-    compile_in_place(model, backend)
-    model._apply = _ApplyToFreshParameters(model)  # type: ignore[method-assign]
-    _prepare_generate(model, backend.recipe)
-    return model
+    compile_in_place(module, backend)
+    module._apply = _ApplyToFreshParameters(module)  # type: ignore[method-assign]
+    _prepare_generate(module, backend.recipe)
+    return module
 
 
 def diff(x: Any) -> Diff:
@@ -74,6 +103,9 @@ def diff(x: Any) -> Diff:
 
     Raises `QpassError` if nothing was captured yet.
     """
+    if isinstance(x, ExportedProgram) and x in FINISHED:
+        found: Diff = FINISHED[x][1]
+        return found
     captures = captures_of(x, captured(x, "qpass.diff"))
     return Diff(tuple(diff_graphs(capture.before, capture.after) for capture in captures))
 
@@ -85,33 +117,24 @@ def _is_done(model: nn.Module, backend: QPass) -> bool:
     return quantized and isinstance(before, QPass) and before.options == backend.options
 
 
-def _refuse_unready(model: nn.Module) -> None:
-    for name, param in model.named_parameters():
-        if isinstance(param, QTensor):
-            raise QpassError(f"{name}: the model is already quantized ({param.spec}); start from its float checkpoint")
-        if param.is_meta:
-            raise QpassError(f"{name}: the weight is on the meta device; load the real weights first")
-        if type(param).__name__ == "DTensor" or type(param.data).__name__ == "DTensor":
-            raise QpassError(f"{name}: the weight is a DTensor; quantize each rank's local model, before sharding")
-
-
 def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[WeightGroup, list[Tensor]]]:
     """Run the model once in float and plan every graph that is captured: what will be quantized, in which groups."""
     groups: list[tuple[WeightGroup, list[Tensor]]] = []
-    seen: set[int] = set()
+    seen: set[tuple[Any, ...]] = set()
 
-    def capture(gm: GraphModule, args: Sequence[Any]) -> Any:
+    def capture(captured: GraphModule, args: Sequence[Any]) -> Any:
+        gm = copy_captured(captured)
         with errors_through_dynamo():
             plan = backend.plan_graph(gm, args)
         parameters = parameter_nodes(gm, args)
         by_name = {node.name: tensor for node, tensor in parameters.items()}
         for group, _ in group_weights(plan, parameters):
             params = [by_name[name] for name in group.weights]
-            new = [i for i, p in enumerate(params) if id(p) not in seen]
-            seen.update(id(p) for p in params)
+            new = [i for i, p in enumerate(params) if memory_of(p) not in seen]
+            seen.update(memory_of(p) for p in params)
             if new:
                 groups.append((group.subset(new), [params[i] for i in new]))
-        return gm.forward
+        return captured.forward
 
     previous, model._compiled_call_impl = model._compiled_call_impl, None
     try:
@@ -120,11 +143,35 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[Weigh
     finally:
         model._compiled_call_impl = previous
     groups = backend.whole_groups(model) or groups
+    groups += _like_their_siblings(model, groups, backend)
     if not groups:
         raise QpassError(
             "nothing to quantize: no site of the model gets a format; give the recipe a format for a kind it has"
         )
     return groups
+
+
+def _like_their_siblings(
+    model: nn.Module, groups: list[tuple[WeightGroup, list[Tensor]]], backend: QPass
+) -> list[tuple[WeightGroup, list[Tensor]]]:
+    """Weights that the call did not use, in a ModuleList whose other modules' are quantized: experts that were not chosen."""
+    found = {memory_of(p): (group, i, p) for group, params in groups for i, p in enumerate(params)}
+    names = {id(p): name for name, p in model.named_parameters()}
+    extra: list[tuple[WeightGroup, list[Tensor]]] = []
+    for modules in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
+        members = [(key, p.shape, p) for child in modules for key, p in child.named_parameters()]
+        known = {(key, shape): found[memory_of(p)] for key, shape, p in members if memory_of(p) in found}
+        for key, shape, param in members:
+            if (key, shape) not in known or memory_of(param) in found or backend.decision(param) is not None:
+                continue
+            group, i, sibling = known[key, shape]
+            name = names[id(param)]
+            spec = backend.decide_like(param, sibling, name)
+            if spec is not None:
+                single = replace(group.subset([i]), weights=(name,), names=(name,), biases=(None,), spec=spec)
+                extra.append((single, [param]))
+                found[memory_of(param)] = single, 0, param
+    return extra
 
 
 def _call(compiled: Any, model: nn.Module, inputs: Any) -> None:
@@ -153,21 +200,22 @@ def _call(compiled: Any, model: nn.Module, inputs: Any) -> None:
             ) from error
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """id of a Parameter -> every place that holds it: tied weights have several."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+#: `memory_of` a Parameter -> every place that holds it: tied weights have several.
+Owners = Mapping[tuple[Any, ...], Sequence[tuple[nn.Module, str]]]
+
+
+def _owners(model: nn.Module) -> Owners:
+    owners: dict[tuple[Any, ...], list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None:
-                owners.setdefault(id(param), []).append((module, name))
+                owners.setdefault(memory_of(param), []).append((module, name))
     return owners
 
 
-def _convert(
-    group: WeightGroup, params: list[Tensor], owners: Mapping[int, list[tuple[nn.Module, str]]], backend: QPass
-) -> None:
+def _convert(group: WeightGroup, params: list[Tensor], owners: Owners, backend: QPass) -> None:
     """Put QTensors in the place of one group of float Parameters, as row ranges of one buffer."""
-    stored = [p.t() if flipped else p for p, flipped in zip(params, group.transposed, strict=True)]
+    stored = [as_rows(p, flipped) for p, flipped in zip(params, group.transposed, strict=True)]
     replacements = []
     for param, flipped, (quantized, sqnr_db) in zip(
         params, group.transposed, quantize_group(stored, group.spec), strict=True
@@ -180,7 +228,7 @@ def _convert(
         decision = backend.decision(param)
         assert isinstance(decision, Decision)
         installed = nn.Parameter(replacement, requires_grad=False)
-        for module, name in owners[id(param)]:
+        for module, name in owners[memory_of(param)]:
             module._parameters[name] = installed
         backend.adopt(installed, decision)
         drop_mapped_pages(param)

@@ -19,19 +19,19 @@ from torch.fx import Graph, GraphModule, Node
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.calling import Arguments, Lookup, run_as_inference
 from qpass.errors import QpassError, nearest
+from qpass.graph.expand import expand
 from qpass.graph.torch_private import (
     WeakIdKeyDictionary,
-    backend_of,
     check_inner,
     compile_inner,
     compiled_call,
     copy_captured,
+    copy_graph,
     errors_through_dynamo,
     fake_like,
     fake_static,
     frame_key,
     is_graph_fragment,
-    original_module,
     source_name,
 )
 from qpass.graph.vocabulary import DROPOUTS, SDPA, argument, op_name, value_of
@@ -39,11 +39,12 @@ from qpass.graph.whole import trace_whole
 from qpass.passes import Convert, GraphInput, clean, input_sources, parameter_nodes, run_passes
 from qpass.progress import track
 from qpass.qtensor import QTensor
+from qpass.ready import check_ready
 from qpass.recipe import Recipe, resolve_recipe
 from qpass.sites.classify import Context
 from qpass.sites.core import Edit, Match, Plan, Site, Skip
 from qpass.sites.find import find_sites
-from qpass.sites.weight import WeightGroup, group_weights
+from qpass.sites.group import WeightGroup, group_weights
 from qpass.spec import QuantSpec, parse_spec
 from qpass.store import WeightStore, anchor
 
@@ -64,13 +65,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class Capture:
-    """One graph that went through the pipeline: before and after, with what was found and done."""
+    """One graph that went through the pipeline: before and after, with what was found and done.
+
+    `fragment`: it ends or begins at a graph break, so other parts of the model may run eagerly.
+    """
 
     before: Graph
     after: Graph
     plan: Plan
     edits: tuple[Edit, ...]
     frame: str | None
+    fragment: bool = False
     parameters: tuple[weakref.ref[Any], ...] = field(repr=False, default=())
 
 
@@ -97,6 +102,7 @@ class QPass:
         self.last_used = 0
         #: Models that were captured in fragments -> the plan of the whole, if it could be traced.
         self._whole: weakref.WeakKeyDictionary[torch.nn.Module, Plan | None] = weakref.WeakKeyDictionary()
+        self._ready: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
         BACKENDS.add(self)
 
@@ -121,29 +127,43 @@ class QPass:
             return self._convert(gm, inputs, mode)
 
     def plan_graph(self, gm: GraphModule, inputs: Sequence[Any]) -> Plan:
-        """Find the sites of a captured graph and decide each; nothing is rewritten. `inputs`: the real arguments.
+        """Find the sites of a captured graph and decide each; nothing is rewritten but torch's own attention layers, which
+        are written out. `inputs`: the real arguments.
 
         A fragment between graph breaks is read in the light of the whole model, where that can be traced.
         """
+        expand(gm)
         _refuse_training(gm, inputs)
         self.last_used = next(_clock)
+        call = compiled_call()
+        if call is not None and call[0] not in self._ready:
+            check_ready(call[0], quantized=True)
+            self._ready.add(call[0])
         fragment = is_graph_fragment(gm)
         if fragment:
             self._see_whole()
         parameters = parameter_nodes(gm, inputs)
         names = {node: self._name(param) or source_name(node) or node.name for node, param in parameters.items()}
-        plan = self._plan(gm.graph, parameters, names)
+        return self.plan_parameters(gm.graph, parameters, names, fragment)
+
+    def plan_parameters(
+        self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False
+    ) -> Plan:
+        """The plan of a graph whose Parameters are known. `fragment`: it is not all of the model."""
+        plan = self._plan(graph, parameters, names, fragment)
         self._check_coverage(plan, fragment, len(parameters))
         return plan
 
-    def _plan(self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str]) -> Plan:
-        matches, skips = find_sites(graph, parameters, names, Context(*self._tables()), self.recipe.k is not None)
+    def _plan(
+        self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False
+    ) -> Plan:
+        context = Context(*self._tables(), fragment)
+        matches, skips = find_sites(graph, parameters, names, context, self.recipe.k is not None)
         decided = [self._decide(match, parameters) for match in matches]
         matches = [replace(m, site=d.site) for m, d in zip(matches, decided, strict=True)]
         specs = {d.site: d.spec for d in decided if d.spec is not None}
         skips += list({d.site: d.skip for d in decided if d.skip is not None}.values())
-        for skip in skips:
-            self._remember_skip(skip, names, parameters)
+        self._remember(skips, names, parameters)
         return Plan(tuple(m for m in matches if m.site in specs), specs, tuple(skips))
 
     def _see_whole(self) -> None:
@@ -155,7 +175,8 @@ class QPass:
         whole = trace_whole(model, args, kwargs)
         if whole is None and getattr(model, "dummy_inputs", None):
             whole = trace_whole(model, (), {**model.dummy_inputs, "use_cache": False})  # type: ignore[dict-item]
-        self._whole[model] = None if whole is None else self._plan(whole.graph, whole.parameters, whole.names)
+        plan = None if whole is None else self._plan(whole.graph, whole.parameters, whole.names)
+        self._whole[model] = plan if plan is not None and any(m.weight is not None for m in plan.matches) else None
 
     @property
     def in_pieces(self) -> list[str]:
@@ -187,9 +208,9 @@ class QPass:
             reference = value_of(placeholders[order[group.weights[0]]])
             return [None if p is None else fake_like(reference, p) for p in lookups[group](inputs)]
 
-        before = copy_captured(original).graph
+        before = copy_graph(original.graph)
         result = run_passes(original, plan, [Convert(parameters, fake_parts), clean])
-        after = copy_captured(result.graph_module).graph
+        after = copy_graph(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
         pick = Arguments(sources, lookups)
         examples = [
@@ -200,7 +221,7 @@ class QPass:
             compiled = compile_inner(result.graph_module, examples, self.inner, mode)
         self.captures = [c for c in self.captures if any(ref() is not None for ref in c.parameters) or not c.parameters]
         refs = tuple(weakref.ref(anchor(p)) for p in parameters.values())
-        self.captures.append(Capture(before, after, plan, result.edits, frame_key(gm), refs))
+        self.captures.append(Capture(before, after, plan, result.edits, frame_key(gm), is_graph_fragment(gm), refs))
         return partial(run_as_inference, compiled, pick)
 
     # --- decisions ------------------------------------------------------------------------------------------------
@@ -208,6 +229,13 @@ class QPass:
     def decision(self, param: Tensor) -> Decision | None:
         """What was decided for a Parameter; None if no captured graph held it."""
         return self._decisions.get(anchor(param))
+
+    def decide_like(self, param: Tensor, sibling: Tensor, name: str) -> QuantSpec | None:
+        """Decide for a Parameter that no graph holds as for one that stands in the same place of a sibling module."""
+        known = self.decision(sibling)
+        assert known is not None
+        self.adopt(param, self._fresh(replace(known.site, name=name)))
+        return self._decisions[anchor(param)].spec
 
     def known_parameters(self) -> list[tuple[Any, Decision]]:
         """(Parameter, or the contents of a QTensor; what was decided) for all that are alive."""
@@ -229,9 +257,12 @@ class QPass:
         self._decisions[anchor(param)] = decision
 
     def _tables(self) -> tuple[frozenset[int], frozenset[int]]:
-        """(rows, identities) of the embedding tables of all graphs so far."""
-        known = [(p, d) for p, d in self._decisions.items() if "embedding" in d.site.roles]
-        return frozenset(d.site.shape[0] for _, d in known), frozenset(id(p) for p, _ in known)
+        """(rows, identities) of the embedding tables of all graphs so far; where torch runs a part eagerly, of its modules."""
+        known = {id(p): d.site.shape[0] for p, d in self._decisions.items() if "embedding" in d.site.roles}
+        for model in (model for model, plan in self._whole.items() if plan is None):
+            tables = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
+            known |= {id(anchor(table)): table.shape[0] for table in tables}
+        return frozenset(known.values()), frozenset(known)
 
     def _decide(self, match: Match, parameters: Mapping[Node, Tensor]) -> Decision:
         if match.weight is None:  # a cache that is quantized already: the spec is in the call
@@ -258,10 +289,18 @@ class QPass:
             return Decision(site, None, Skip(site, reason, expected=True), note)
         return Decision(site, spec, None, note)
 
-    def _remember_skip(self, skip: Skip, names: Mapping[Node, str], parameters: Mapping[Node, Tensor]) -> None:
-        for node, param in parameters.items():
-            if names[node] == skip.site.name and skip.site.kind != "kv" and self.decision(param) is None:
+    def _remember(self, skips: Sequence[Skip], names: Mapping[Node, str], parameters: Mapping[Node, Tensor]) -> None:
+        """Keep for each Parameter why it stays in float, or what of it does beside its quantized uses."""
+        by_name = {names[node]: param for node, param in parameters.items()}
+        for skip in skips:
+            param = by_name.get(skip.site.name)
+            if param is None or skip.site.kind == "kv":
+                continue
+            known = self.decision(param)
+            if known is None:
                 self.adopt(param, Decision(skip.site, None, skip))
+            elif known.spec is not None:
+                self.adopt(param, replace(known, note=skip.reason))
 
     def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:
         unexpected = [s for s in plan.skipped if not s.expected]
@@ -291,66 +330,9 @@ def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:
             raise QpassError(f"{node.name}: active dropout; qpass compiles for inference: call model.eval() first")
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         leaf = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and value.is_leaf
-        if leaf and value.requires_grad:
+        if (
+            leaf and value.requires_grad and value._base is None
+        ):  # a Parameter's view may be an input after a graph break
             raise QpassError(
                 f"{node.name}: this input requires grad; qpass compiles for inference: pass input.detach()"
             )
-
-
-# --- the module and the registered name as backends -------------------------------------------------------------------
-
-_OPTIONS = ("recipe", "strict", "inner", "mode")
-_instances: dict[tuple[Any, ...], QPass] = {}
-_instances_lock = threading.Lock()
-
-
-def backend_for(options: Mapping[str, Any] | None = None, mode: str | None = None) -> QPass:
-    """The QPass behind `backend=qpass` with these torch.compile options: one for equal options."""
-    options = dict(options or {})
-    unknown = [k for k in options if k not in _OPTIONS]
-    if unknown:
-        raise QpassError(f"unknown option {unknown[0]!r}: {nearest(unknown[0], _OPTIONS)}")
-    if mode is not None:
-        options.setdefault("mode", mode)
-    options["recipe"] = resolve_recipe(options.get("recipe", "int8"))
-    key = tuple(sorted(options.items()))
-    with _instances_lock:
-        if key not in _instances:
-            _instances[key] = QPass(**options)
-        return _instances[key]
-
-
-def dynamo_backend(gm: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-    """The backend registered as "qpass", and what `backend=qpass` calls. Options: recipe, strict, inner, mode."""
-    with errors_through_dynamo():
-        return backend_for(kwargs.get("options"), kwargs.get("mode"))(gm, inputs)
-
-
-def captured(x: Any, asker: str) -> QPass:
-    """The backend behind a QPass, a compiled model or a plain one; the one used last, if several saw the model.
-
-    Raises `QpassError`, in the name of `asker`, if none has captured anything.
-    """
-    given = getattr(backend_of(x), "compiler_fn", backend_of(x))
-    model = original_module(x)
-    if isinstance(x, QPass) or isinstance(given, QPass):
-        found = [x if isinstance(x, QPass) else given]
-    else:
-        params = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-        found = [b for b in BACKENDS if any(b.decision(p) is not None for p in params)]
-    found = sorted((b for b in found if b.captures or len(b._decisions)), key=lambda b: b.last_used)
-    if found:
-        return found[-1]
-    raise QpassError(
-        f"{asker}: nothing was captured yet: call the compiled model once. Was .generate called on torch.compile's wrapper? "
-        "That runs the plain module: use model.compile(backend=qpass) or qpass.quantize(model) instead"
-    )
-
-
-def captures_of(x: Any, backend: QPass) -> list[Capture]:
-    """The captures of `backend` in which Parameters of the model `x` take part; all of them if `x` is no model."""
-    model = original_module(x)
-    if not isinstance(model, torch.nn.Module):
-        return backend.captures
-    anchors = {id(anchor(p)) for p in model.parameters()}
-    return [c for c in backend.captures if any(id(ref()) in anchors for ref in c.parameters)]

@@ -115,9 +115,11 @@ class KVCache(Cache):
             raise QpassError("KVCache: an encoder-decoder model keeps two caches; use its own")
         text = config.get_text_config(decoder=True)
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-        other = [f"layer {i}: {kind}" for i, kind in enumerate(kinds) if kind not in _ATTENTION_LAYERS]
-        if other:
-            raise QpassError(f"KVCache: {other[0]} keeps no keys and values; use the model's own cache")
+        for i, kind in enumerate(kinds):
+            if kind not in _ATTENTION_LAYERS:
+                attends = "attention" in kind and "linear" not in kind
+                what = "a cache of another form" if attends else "a state, which is no KV cache"
+                raise QpassError(f"KVCache: layer {i} is {kind} and keeps {what}; use the model's own cache")
         self.k_spec, self.v_spec = _cache_spec(k or format), _cache_spec(v or format)
         self.max_cache_len = max_cache_len
         if self.k_spec is None or self.v_spec is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qpass.passes import GraphInput
-from qpass.sites.weight import WeightGroup
+from qpass.sites.group import WeightGroup
 from qpass.store import WeightStore
 
 

@@ -1,7 +1,7 @@
 """The pipeline: passes over a captured graph, as a list, and the driver that checks each one.
 
 A pass is a function `(graph_module, plan) -> PassResult`. It edits the graph it is given and reports what it did; the
-driver lints and recompiles after it.
+driver lints after each and recompiles at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qpass.graph.vocabulary import op_name
 from qpass.qtensor import QTensor
 from qpass.sites import kv, weight
 from qpass.sites.core import Edit, Plan
-from qpass.sites.weight import WeightGroup
+from qpass.sites.group import WeightGroup, group_weights
 
 #: Where the values of a new graph input come from: `node.meta[INPUT]` of its placeholder is a GraphInput.
 INPUT = "qpass_input"
@@ -57,7 +57,7 @@ class Convert:
 
     def __call__(self, graph_module: GraphModule, plan: Plan) -> PassResult:
         graph = graph_module.graph
-        groups = weight.group_weights(plan, self.parameters)
+        groups = group_weights(plan, self.parameters)
         first = next(n for n in graph.nodes if n.op != "placeholder")
         stacks = {n.name: n.meta.get("nn_module_stack") for n in self.parameters}
         inputs: dict[WeightGroup, list[Node | None]] = {}
@@ -93,14 +93,14 @@ def clean(graph_module: GraphModule, plan: Plan) -> PassResult:
 
 
 def run_passes(graph_module: GraphModule, plan: Plan, passes: Sequence[Pass]) -> PassResult:
-    """Run each pass, lint and recompile after it, and collect the edits."""
+    """Run each pass, lint after it, collect the edits; recompile at the end."""
     edits: list[Edit] = []
     for each in passes:
         result = each(graph_module, plan)
         result.graph_module.graph.lint()
-        result.graph_module.recompile()
         graph_module, plan = result.graph_module, result.plan
         edits += result.edits
+    graph_module.recompile()
     return PassResult(graph_module, plan, tuple(edits))
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from qpass.numerics import Quantized, dequantize
 from qpass.spec import QuantSpec, parse_spec
-from qpass.weights import check_weight, quantize_weight
+from qpass.weights import as_rows, check_weight, from_rows, quantize_weight
 
 _PARTS = ("data_part", "scale_part", "zero_point_part", "outer_scale_part")
 
@@ -30,7 +30,8 @@ class QTensor(Tensor):
     """A weight of logical `shape` and `dtype`, stored as `quantized` according to `spec`.
 
     `transposed`: the logical weight is [in, out] (GPT-2's Conv1D, `x @ w`); it is stored as [out, in], so that scales
-    belong to output rows and groups run along the inputs as everywhere else.
+    belong to output rows and groups run along the inputs as everywhere else. Weights of experts (three dimensions) are
+    stored as the rows of all experts below each other.
     """
 
     quantized: Quantized
@@ -59,9 +60,9 @@ class QTensor(Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight, in its logical shape and (unless given) its own dtype."""
-        columns = self.shape[0] if self.transposed else self.shape[1]
-        weight = dequantize(self.quantized, self.spec, columns, dtype or self.dtype)
-        return weight.t() if self.transposed else weight
+        columns = self.shape[-2 if self.transposed else -1]
+        rows = dequantize(self.quantized, self.spec, columns, dtype or self.dtype)
+        return from_rows(rows, self.shape, self.transposed)
 
     @property
     def stored_nbytes(self) -> int:
@@ -132,7 +133,7 @@ class QTensor(Tensor):
             new = source.quantized
         else:
             value = source.dequantize() if isinstance(source, QTensor) else source
-            stored = value.expand(self.shape).t() if self.transposed else value.expand(self.shape)
+            stored = as_rows(value.expand(self.shape), self.transposed)
             check_weight(stored, self.spec, "weight written to a QTensor")
             new = quantize_weight(stored, self.spec)
         for mine, theirs in zip(self.quantized.parts, new.parts, strict=True):

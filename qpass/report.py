@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
+from torch.export import ExportedProgram
 
-from qpass.backend import Capture, QPass, captured, captures_of
+from qpass.backend import Capture, QPass
+from qpass.errors import QpassError
 from qpass.graph.torch_private import original_module, recompile_limit
 from qpass.qtensor import QTensor
+from qpass.ready import has_hooks
+from qpass.registry import FINISHED, captured, captures_of
+
+#: This many equal layers are shown as one row.
+_FOLDED = 4
+_HOOKS = (
+    "accelerate's hooks (device_map) break the graph at every module: accelerate.hooks.remove_hook_from_submodules(model), "
+    "or model = qpass.quantize(model, ...)"
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +79,24 @@ class Report:
         table = Table("kind", "name", "format", "bytes before", "after", "SQNR dB", box=None, pad_edge=False)
         for column in table.columns[3:]:
             column.justify = "right"
-        for s in self.sites:
-            sqnr = "" if s.sqnr_db is None else f"{s.sqnr_db:.1f}"
+        for name, sites in self.folded():
+            s, decibels = sites[0], [s.sqnr_db for s in sites if s.sqnr_db is not None]
+            sqnr = " .. ".join(dict.fromkeys(f"{d:.1f}" for d in (min(decibels), max(decibels)))) if decibels else ""
             format_or_reason = s.format if s.skipped is None else f"float: {s.skipped}"
-            before, after = (f"{b:,}" if b else "" for b in (s.bytes_before, s.bytes_after))
-            table.add_row(s.kind, s.name, format_or_reason, before, after, sqnr)
+            totals = sum(s.bytes_before for s in sites), sum(s.bytes_after for s in sites)
+            table.add_row(s.kind, name, format_or_reason, *(f"{b:,}" if b else "" for b in totals), sqnr)
         return Group(table, *self._summary())
+
+    def folded(self) -> list[tuple[str, list[SiteReport]]]:
+        """Sites that differ in the number of their layer only, from four on, as ("model.layers.*.mlp.up_proj x 32", sites)."""
+        groups: dict[tuple[str, ...], list[SiteReport]] = {}
+        for s in self.sites:
+            key = re.sub(r"(?<=\.)\d+(?=\.)", "*", s.name), s.kind, str(s.format), str(s.skipped)
+            groups.setdefault(key, []).append(s)
+        rows: list[tuple[str, list[SiteReport]]] = []
+        for (pattern, *_), sites in groups.items():
+            rows += [(f"{pattern} x {len(sites)}", sites)] if len(sites) >= _FOLDED else [(s.name, [s]) for s in sites]
+        return rows
 
     def _summary(self) -> list[str]:
         ratio = self.bytes_before / max(1, self.bytes_after)
@@ -93,14 +117,25 @@ class Report:
 
 
 def report(x: Any) -> Report:
-    """Report on a model, on what torch.compile made of it, or on a QPass backend.
+    """Report on a model, on what torch.compile or torch.export made of it, or on a QPass backend.
 
     Raises `QpassError` if nothing was captured yet.
     """
+    if isinstance(x, ExportedProgram) and x in FINISHED:
+        return FINISHED[x][0]
+    if isinstance(x, ExportedProgram):
+        raise QpassError("qpass.report: this program is not what qpass.quantize returned (a loaded one has no report)")
     backend = captured(x, "qpass.report")
-    params = _parameters(x, backend)
-    rows = [row for name, p in params for row in _weight_rows(name, p, backend)]
-    captures = captures_of(x, backend)
+    found = report_on(_parameters(x, backend), backend, captures_of(x, backend))
+    if any(row.skipped and "eagerly" in row.skipped for row in found.sites) and has_hooks(original_module(x)):
+        found = replace(found, notes=(*found.notes, _HOOKS))
+    return found
+
+
+def report_on(params: list[tuple[str, Tensor]], backend: QPass, captures: Sequence[Capture]) -> Report:
+    """The report on named Parameters and the graphs that use them."""
+    eager = any(c.fragment for c in captures)
+    rows = [row for name, p in params for row in _weight_rows(name, p, backend, eager)]
     rows += _cache_rows(captures)
     float_bytes = sum(p.nbytes for _, p in params if not isinstance(p, QTensor))
     stored = [s.nbytes for _, p in params if (s := backend.store.stats(p)) is not None]
@@ -115,12 +150,16 @@ def _parameters(x: Any, backend: QPass) -> list[tuple[str, Tensor]]:
     return [(d.site.name, p) for p, d in backend.known_parameters()]
 
 
-def _weight_rows(name: str, param: Tensor, backend: QPass) -> list[SiteReport]:
+def _weight_rows(name: str, param: Tensor, backend: QPass, eager: bool) -> list[SiteReport]:
+    """`eager`: parts of the model may run outside of all captured graphs."""
     decision = backend.decision(param)
     before = math.prod(param.shape) * param.dtype.itemsize
     if decision is None:
-        reason = (
-            "in no captured graph: after a graph break in a loop torch runs it eagerly, in float; see qpass.quantize"
+        reason = "in no captured graph: "
+        reason += (
+            "after a graph break torch runs it eagerly, in float (see qpass.quantize), or the calls so far did not use it"
+            if eager
+            else "the calls so far did not use it; qpass.quantize(..., inputs=...) takes arguments that do"
         )
         return [SiteReport("other", name, None, before, before, None, reason)] if param.dim() > 1 else []
     site, stats = decision.site, backend.store.stats(param)

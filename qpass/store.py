@@ -18,9 +18,9 @@ from torch import Tensor
 from qpass.graph.torch_private import WeakIdKeyDictionary
 from qpass.numerics import Quantized
 from qpass.qtensor import QTensor
-from qpass.sites.weight import WeightGroup
+from qpass.sites.group import WeightGroup
 from qpass.spec import QuantSpec
-from qpass.weights import check_weight, concat_rows, noise_power, quantize_weight, row_range
+from qpass.weights import as_rows, check_weight, concat_rows, noise_power, quantize_weight, row_range
 
 #: data, scale, zero_point, outer_scale, bias
 Parts = tuple[Tensor | None, ...]
@@ -102,15 +102,17 @@ class WeightStore:
         stored = []
         for weight, flipped, name in zip(weights, group.transposed, group.names, strict=True):
             value = weight.dequantize() if isinstance(weight, QTensor) else weight.detach()
-            stored.append(value.t() if flipped else value)
+            stored.append(as_rows(value, flipped))
             check_weight(stored[-1], group.spec, name)
         done = quantize_group(stored, group.spec)
-        for weight, (quantized, sqnr_db) in zip(weights, done, strict=True):
+        shared = group.spec.format.scale == "e4m3"  # one float multiplies the scales of them all
+        for i, (weight, (quantized, sqnr_db)) in enumerate(zip(weights, done, strict=True)):
             if not isinstance(weight, QTensor):
-                self._stats[weight] = WeightStats(quantized.nbytes, sqnr_db)
+                twice = quantized.outer_scale.nbytes if shared and i and quantized.outer_scale is not None else 0
+                self._stats[weight] = WeightStats(quantized.nbytes - twice, sqnr_db)
         if len(done) == 1:
             return done[0][0]
-        return concat_rows([q for q, _ in done], [s.shape[0] for s in stored])
+        return concat_rows([q for q, _ in done], [s.shape[0] for s in stored], keep_single=shared)
 
 
 def anchor(param: Tensor) -> Any:

@@ -15,6 +15,24 @@ from qpass.spec import QuantSpec
 CHUNK_ELEMENTS = 1 << 21
 
 
+def memory_of(param: Tensor) -> tuple[object, ...]:
+    """What a weight looks at: the same for tied ones, be they one Parameter or several over the same values."""
+    return param.data_ptr(), param.shape, param.stride(), param.dtype
+
+
+def as_rows(weight: Tensor, transposed: bool) -> Tensor:
+    """[.., N, K], or [.., K, N] if `transposed`, as it is stored: rows [.. * N, K]; experts lie below each other."""
+    rows = weight.mT if transposed else weight
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def from_rows(rows: Tensor, shape: Sequence[int], transposed: bool) -> Tensor:
+    """The weight of logical `shape` from its stored rows: undoes `as_rows`."""
+    if not transposed:
+        return rows.reshape(tuple(shape))
+    return rows.reshape(*shape[:-2], shape[-1], shape[-2]).mT
+
+
 def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
     """Raises `QpassError`, naming the weight, for what cannot be quantized: no data, NaN or inf, a group over the row."""
     if weight.is_meta:
@@ -68,7 +86,7 @@ def concat_rows(weights: Sequence[Quantized], rows: Sequence[int], keep_single: 
     """Stack weights of equal columns and spec into one buffer.
 
     A part with one row (a scale per tensor) is repeated for each row, so that each weight is a row range of the result;
-    `keep_single` keeps one such row, for chunks of one weight, whose single rows are equal.
+    `keep_single` keeps one such row, for chunks of one weight and weights of one group, whose single rows are equal.
     """
 
     def stack(index: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ class FlatExplicit(nn.Module):
         return torch.tanh(x @ p["last"] / 30) * 30
 
 
-def _hf(name: str, **config: object) -> nn.Module:
+def hf(name: str, **config: object) -> nn.Module:
     import transformers
 
     cls = getattr(transformers, name)
@@ -103,52 +104,57 @@ Expected = dict[str, tuple[str, tuple[str, ...]]]
 EMBED, VOCABULARY = ("embedding", ("embedding",)), ("vocab", ("vocab",))
 TIED = ("embedding", ("embedding", "vocab"))
 Q, K, V, OUT = ("qkv", ("q",)), ("qkv", ("k",)), ("qkv", ("v",)), ("attn_out", ("o",))
+LINEAR, FLOAT = ("linear", ()), ("other", ())
 GATE, UP, DOWN = ("ffn", ("gate",)), ("ffn", ("up",)), ("ffn", ("down",))
-_LLAMA = {"q_proj": Q, "k_proj": K, "v_proj": V, "o_proj": OUT, "gate_proj": GATE, "up_proj": UP, "down_proj": DOWN}
+LLAMA = {"q_proj": Q, "k_proj": K, "v_proj": V, "o_proj": OUT, "gate_proj": GATE, "up_proj": UP, "down_proj": DOWN}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How to build a model, and what its sites are."""
+    """How to build a model, and what its sites are. `transposed`: pattern of the Parameters that are [in, out]."""
 
     build: Callable[[], nn.Module]
     sites: Expected
+    transposed: str = r"(?!)"
 
     def expected(self, model: nn.Module) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """Name of every Parameter of two dimensions -> (kind, roles); fails if a pattern is missing for one."""
+        """Name of every Parameter of two dimensions or more -> (kind, roles): of the longest pattern that is found in it."""
         found = {}
         for name, param in model.named_parameters():
-            if param.dim() == 2:
-                (found[name],) = (site for pattern, site in self.sites.items() if pattern in name)
+            if param.dim() > 1:
+                patterns = [p for p in self.sites if re.search(p, name)]
+                assert patterns, name
+                found[name] = self.sites[max(patterns, key=len)]
         return found
 
 
 FAMILIES = {
     "llama": Family(
-        lambda: _hf("LlamaForCausalLM", num_key_value_heads=2), _LLAMA | {"embed_tokens": EMBED, "lm_head": VOCABULARY}
+        lambda: hf("LlamaForCausalLM", num_key_value_heads=2), LLAMA | {"embed_tokens": EMBED, "lm_head": VOCABULARY}
     ),
     "gpt2": Family(
-        lambda: _hf("GPT2LMHeadModel", n_embd=WIDTH, n_head=HEADS, n_layer=BLOCKS, n_positions=256),
+        lambda: hf("GPT2LMHeadModel", n_embd=WIDTH, n_head=HEADS, n_layer=BLOCKS, n_positions=256),
         {"wte": TIED, "wpe": EMBED, "c_attn": ("qkv", ("q", "k", "v")), "attn.c_proj": OUT, "c_fc": UP, "mlp.c_proj": DOWN},
+        transposed=r"c_attn|c_proj|c_fc",
     ),
     "qwen2": Family(
-        lambda: _hf("Qwen2ForCausalLM", num_key_value_heads=2), _LLAMA | {"embed_tokens": EMBED, "lm_head": VOCABULARY}
+        lambda: hf("Qwen2ForCausalLM", num_key_value_heads=2), LLAMA | {"embed_tokens": EMBED, "lm_head": VOCABULARY}
     ),
     "qwen3": Family(
-        lambda: _hf("Qwen3ForCausalLM", num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
-        _LLAMA | {"embed_tokens": TIED},
+        lambda: hf("Qwen3ForCausalLM", num_key_value_heads=2, head_dim=16, tie_word_embeddings=True),
+        LLAMA | {"embed_tokens": TIED},
     ),
     "gemma2": Family(
-        lambda: _hf("Gemma2ForCausalLM", num_key_value_heads=2, head_dim=16, sliding_window=4, attn_implementation="eager"),
-        _LLAMA | {"embed_tokens": TIED},
+        lambda: hf("Gemma2ForCausalLM", num_key_value_heads=2, head_dim=16, sliding_window=4, attn_implementation="eager"),
+        LLAMA | {"embed_tokens": TIED},
     ),
     "bloom": Family(
-        lambda: _hf("BloomForCausalLM", n_head=HEADS, n_layer=BLOCKS),
+        lambda: hf("BloomForCausalLM", n_head=HEADS, n_layer=BLOCKS),
         {"word_embeddings": TIED, "query_key_value": ("qkv", ("q", "k", "v")), "attention.dense": OUT, "h_to_4h": UP,
          "4h_to_h": DOWN},
     ),
     "bert": Family(
-        lambda: _hf("BertForMaskedLM"),
+        lambda: hf("BertForMaskedLM"),
         {"embeddings.word": TIED, "embeddings.position": EMBED, "embeddings.token_type": EMBED, "self.query": Q,
          "self.key": K, "self.value": V, "attention.output": OUT, "intermediate": UP, "r.0.output": DOWN, "r.1.output": DOWN,
          "transform": ("linear", ())},
@@ -161,17 +167,23 @@ FAMILIES = {
         FlatExplicit,
         {"table": EMBED, "last": VOCABULARY}
         | {f"n{i}{k}": s for i in range(BLOCKS) for k, s in zip("abcdefg", (Q, K, V, OUT, GATE, UP, DOWN), strict=True)},
+        transposed=r"p\.(last|n\d[ab])$",
     ),
 }  # fmt: skip
 
 
-def build(family: str, seed: int = 0) -> nn.Module:
+def build_family(family: Family, seed: int = 0) -> nn.Module:
     """A random model of `family` in eval mode; the same weights for the same seed."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = FAMILIES[family].build().eval()
+    model = family.build().eval()
     torch.random.set_rng_state(state)
     return model
+
+
+def build(family: str, seed: int = 0) -> nn.Module:
+    """`build_family` by name."""
+    return build_family(FAMILIES[family], seed)
 
 
 def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> Tensor:
@@ -184,7 +196,7 @@ def logits_of(out: object) -> Tensor:
     return getattr(out, "logits", out)  # type: ignore[return-value]
 
 
-def dequantized_copy(model: nn.Module, spec_of: Callable[[str], str | None]) -> nn.Module:
+def dequantized_copy(model: nn.Module, spec_of: Callable[[str], str | None], transposed: str = r"(?!)") -> nn.Module:
     """The independent reference: the float model with each named weight quantized and dequantized in place."""
     import copy
 
@@ -192,18 +204,12 @@ def dequantized_copy(model: nn.Module, spec_of: Callable[[str], str | None]) -> 
     from qpass.spec import parse_spec
 
     reference = copy.deepcopy(model)
-    conv1d = {f"{n}.weight" for n, m in model.named_modules() if type(m).__name__ == "Conv1D"}
-    flat = {
-        n for n, _ in model.named_parameters() if n in ("p.last", *(f"p.n{i}{k}" for i in range(BLOCKS) for k in "ab"))
-    }
     with torch.no_grad():
         for name, param in reference.named_parameters():
-            text = spec_of(name) if param.dim() == 2 else None
+            text = spec_of(name) if param.dim() > 1 else None
             if text is not None:
-                rows = param.t() if name in conv1d | flat else param
-                param.copy_(
-                    fake_quantize(rows, parse_spec(text)).t()
-                    if rows is not param
-                    else fake_quantize(rows, parse_spec(text))
-                )
+                flipped = re.search(transposed, name) is not None
+                rows = param.mT.contiguous() if flipped else param
+                rounded = fake_quantize(rows, parse_spec(text))
+                param.copy_(rounded.mT if flipped else rounded)
     return reference

@@ -282,7 +282,7 @@ def test_fused_weights_are_stored_once() -> None:
     q, k, v = (p.weight.quantized.data for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()
     calls = [
-        n for n in qpass.backend.captured(model, "test").captures[0].after.nodes if "qpass.linear" in str(n.target)
+        n for n in qpass.registry.captured(model, "test").captures[0].after.nodes if "qpass.linear" in str(n.target)
     ]
     assert len(calls) == 4 * BLOCKS + 1  # qkv, o, gate+up, down; the head
 

@@ -12,7 +12,7 @@ import torch
 from transformers import CompileConfig, GenerationConfig, StaticCache
 
 import qpass
-from qpass.backend import captured
+from qpass.registry import captured
 from tests.models import BLOCKS, HEADS, WIDTH, build, tokens
 
 IDS = tokens(batch=2, length=7)
@@ -188,3 +188,27 @@ def test_a_float_cache_of_the_callers_is_reported() -> None:
 def test_bad_caches_are_refused(make: Any, says: str) -> None:
     with pytest.raises(qpass.QpassError, match=says):
         make(build("llama").config)
+
+
+@pytest.mark.parametrize(
+    "version", ["deepseek v3 (latent attention, shared experts)", "deepseek v2 (latent attention, full queries)"]
+)
+def test_the_compressed_cache_of_latent_attention(version: str) -> None:
+    """What is stored is the latent and the rotary part of the key: both as integers, a fraction of K and V in bytes."""
+    from tests import shapes
+    from tests.zoo.check import FakeQuantizedCache
+
+    model = shapes.build(version)
+    recipe = qpass.Recipe(kv="int8", linear="fp32", qkv="fp32")
+    fast = torch.compile(model, backend=qpass.QPass(recipe, inner="eager"))
+    ours, theirs = qpass.KVCache(model.config, 32), FakeQuantizedCache(config=model.config)
+    with torch.no_grad():
+        for step in (tokens(length=9), tokens(length=1, seed=1), tokens(length=1, seed=2)):
+            found = fast(step, past_key_values=ours, use_cache=True).logits
+            expected = model(step, past_key_values=theirs, use_cache=True).logits
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    rows = [row for row in qpass.report(fast).sites if row.kind == "kv"]
+    assert [row.format for row in rows] == ["int8:channel"] * 2
+    latent, rotary, batch, length = 16, 8, 2, 32
+    assert {row.bytes_before for row in rows} == {batch * length * (latent + rotary) * 4}
+    assert {row.bytes_after for row in rows} == {batch * length * (latent + rotary + 2 * 4)}

@@ -13,13 +13,16 @@ LAYERS = [
     {"errors", "formats", "granularity", "packing", "progress", "memory"},
     {"spec"},
     {"recipe", "numerics"},
-    {"weights", "ops", "graph", "diff"},
-    {"qtensor"},
+    {"weights", "graph", "diff"},
+    {"ops", "qtensor"},
     {"sites"},
-    {"passes", "store"},
+    {"passes", "store", "ready"},
     {"calling"},
     {"backend"},
-    {"api", "cache", "report", "evaluate", "cli"},
+    {"registry"},
+    {"cache", "report", "evaluate"},
+    {"exported"},
+    {"api", "cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)

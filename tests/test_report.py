@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import qpass
-from qpass.backend import captured
 from qpass.diff import diff_graphs
 from qpass.errors import QpassError
-from tests.models import BLOCKS, FAMILIES, build, dequantized_copy, logits_of, tokens
+from qpass.registry import captured
+from tests.models import BLOCKS, FAMILIES, build, dequantized_copy, hf, logits_of, tokens
 
 
 def compiled(family: str, recipe: Any = "int8") -> Any:
@@ -29,14 +29,14 @@ def test_every_site_with_its_bytes_and_sqnr(family: str) -> None:
     expected = FAMILIES[family].expected(fast._orig_mod)
     rows = {r.name: r for r in qpass.report(fast).sites if r.kind != "kv"}
     assert rows.keys() == expected.keys()
+    rounded = dequantized_copy(fast._orig_mod, lambda n: "int4:g16", FAMILIES[family].transposed)
     for name, row in rows.items():
         weight = fast._orig_mod.get_parameter(name)
         kind, roles = expected[name]
         assert row.kind == ("embedding+vocab" if roles == ("embedding", "vocab") else kind)
         assert row.bytes_before == weight.nbytes
         assert row.bytes_after == weight.numel() // 2 + weight.numel() // 16 * 4
-        reference = dict(dequantized_copy(fast._orig_mod, lambda n: "int4:g16").named_parameters())[name]
-        noise = (weight.double() - reference.double()).square().sum()
+        noise = (weight.double() - rounded.get_parameter(name).double()).square().sum()
         assert row.sqnr_db == pytest.approx(float(10 * torch.log10(weight.double().square().sum() / noise)), abs=0.01)
 
 
@@ -85,6 +85,28 @@ def test_diff_agrees_with_what_the_passes_say_they_did(family: str) -> None:
         added = {name for edit in capture.edits for name in edit.added}
         assert removed == {n.name for n in nodes if n.status == "removed"}
         assert added == {n.name for n in nodes if n.status == "added"}
+
+
+def test_eighty_layers_stay_readable() -> None:
+    """Report and diff of 80 layers are as long as those of 8, and still name every kind; nothing is left out of the sums."""
+    lengths = []
+    for layers in (8, 80):
+        model = hf("LlamaForCausalLM", num_key_value_heads=2, num_hidden_layers=layers).eval()
+        fast = torch.compile(model, backend=qpass.QPass("int8", inner="eager"))
+        with torch.no_grad():
+            fast(tokens())
+        found = qpass.report(fast)
+        text, difference = str(found), str(qpass.diff(fast))
+        assert f"model.layers.*.mlp.up_proj.weight x {layers}" in text
+        assert sum(len(sites) for _, sites in found.folded()) == len(found.sites) == 8 * layers + 2  # with its cache
+        lengths.append((len(text.splitlines()), len(difference.splitlines())))
+    assert lengths[0] == lengths[1]
+    assert max(lengths[1]) < 100
+
+
+def test_few_layers_are_shown_one_by_one() -> None:
+    fast = compiled("llama", "int8")
+    assert "model.layers.1.mlp.up_proj.weight" in str(qpass.report(fast))
 
 
 def test_diff_folds_repeated_blocks() -> None:

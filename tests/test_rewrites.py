@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qpass
-from tests.models import build
+from tests.models import VOCAB, FusedBlock, build, dequantized_copy, tokens
 
 WIDTH = 64
 
@@ -110,3 +110,44 @@ def test_a_classifier_of_whole_texts_is_no_vocabulary_projection() -> None:
     quantized = qpass.quantize(model, "int8", inner="eager")
     kinds = {r.name: r.kind for r in qpass.report(quantized).sites}
     assert kinds["classifier.weight"] == "linear"
+
+
+class ExpertsInALoop(nn.Module):
+    """Experts as modules, each called with the tokens that chose it, if there are any: the graph depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.block, self.router = nn.Embedding(VOCAB, WIDTH), FusedBlock(), nn.Linear(WIDTH, 8)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 96), nn.SiLU(), nn.Linear(96, WIDTH)) for _ in range(8)
+        )
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.block(self.table(ids))
+        flat = x.flatten(0, 1)
+        gates, chosen = self.router(flat).softmax(-1).topk(2)
+        y = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            row, place = torch.where(chosen == i)
+            if row.numel() == 0:
+                continue
+            y.index_add_(0, row, expert(flat[row]) * gates[row, place, None])
+        return self.head(x + y.view_as(x))
+
+
+def test_experts_in_a_loop_are_quantized_whole() -> None:
+    """One call of few tokens does not choose every expert: the others are quantized as their siblings."""
+    torch.manual_seed(0)
+    model = ExpertsInALoop().eval()
+    reference = dequantized_copy(model, lambda name: None if "router" in name else "int8")
+    quantized = qpass.quantize(model, "int8", inner="eager")
+    ids = tokens(4, 16)
+    with torch.no_grad():
+        ours, theirs = quantized(ids), reference(ids)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    rows = {row.name: row for row in qpass.report(quantized).sites}
+    assert {row.kind for name, row in rows.items() if "experts" in name} == {"ffn"}
+    assert [name for name, row in rows.items() if row.skipped] == ["router.weight"]
+    assert rows["table.weight"].kind == "embedding"
+    assert rows["head.weight"].kind == "vocab"

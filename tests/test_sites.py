@@ -11,13 +11,14 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import qpass
-from qpass.backend import captured
 from qpass.passes import parameter_nodes
+from qpass.registry import captured
 from qpass.sites.classify import Context
 from qpass.sites.find import find_sites
-from tests.models import FAMILIES, FusedBlock, build, dequantized_copy, logits_of, tokens
+from tests.models import FusedBlock, dequantized_copy, logits_of, tokens
+from tests.shapes import EVERY, build
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", EVERY)
 
 
 def capture(model: nn.Module, *args: Any) -> list[tuple[torch.fx.GraphModule, list[Any]]]:
@@ -36,16 +37,19 @@ def capture(model: nn.Module, *args: Any) -> list[tuple[torch.fx.GraphModule, li
 def kinds_of(
     graph: torch.fx.Graph, parameters: dict[torch.fx.Node, torch.Tensor]
 ) -> dict[int, tuple[str, tuple[str, ...]]]:
-    """id of each Parameter -> (kind, roles)."""
+    """id of each Parameter -> (kind, roles); ("other", ()) for what stays in float."""
     names = {node: f"p{i}" for i, node in enumerate(parameters)}
+    nodes = {name: node for node, name in names.items()}
     matches, skips = find_sites(graph, parameters, names, Context())
-    assert not [s for s in skips if s.site.kind != "kv"], skips
-    return {id(parameters[m.weight]): (m.site.kind, m.site.roles) for m in matches if m.weight is not None}
+    skipped = [s.site for s in skips if s.site.kind != "kv"]
+    return {id(parameters[m.weight]): (m.site.kind, m.site.roles) for m in matches if m.weight is not None} | {
+        id(parameters[nodes[site.name]]): (site.kind, site.roles) for site in skipped
+    }
 
 
 def expected_of(family: str, model: nn.Module) -> dict[int, tuple[str, tuple[str, ...]]]:
     params = dict(model.named_parameters())
-    return {id(params[name]): site for name, site in FAMILIES[family].expected(model).items()}
+    return {id(params[name]): site for name, site in EVERY[family].expected(model).items()}
 
 
 @families
@@ -162,8 +166,8 @@ def test_logits_equal_a_model_with_dequantized_weights(family: str, dtype: torch
         "vocab": "int8",
         "linear": "int3:g16",
     }
-    kinds = FAMILIES[family].expected(model)
-    reference = dequantized_copy(model, lambda name: specs[kinds[name][0]])
+    kinds = EVERY[family].expected(model)
+    reference = dequantized_copy(model, lambda name: specs.get(kinds[name][0]), EVERY[family].transposed)
     backend = qpass.QPass(MIXED, strict=True, inner="eager")
     with torch.no_grad():
         ours = logits_of(torch.compile(model, backend=backend)(tokens()))

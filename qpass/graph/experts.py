@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from qpass.graph.calls import LinearCall, Route, parameter_behind
+from qpass.graph.calls import LinearCall, Route, is_index, parameter_behind
 from qpass.graph.vocabulary import GATHERS, argument, op_name, shape_of
 
 _GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
@@ -44,8 +44,7 @@ def _grouped(node: Node, parameters: Collection[Node]) -> LinearCall | None:
         or argument(node, 3, "bias") is not None
     ):
         return None
-    weight, flipped = found
-    return LinearCall(node, x, weight, None, not flipped, Route("offsets", offsets))
+    return _call(node, x, found, False, Route("offsets", offsets, _count(argument(node, 1, "weight"))))
 
 
 def _one(node: Node, x: Any, weight: Any, natural: bool, parameters: Collection[Node]) -> LinearCall | None:
@@ -61,7 +60,8 @@ def _one(node: Node, x: Any, weight: Any, natural: bool, parameters: Collection[
     found = parameter_behind(weight.args[0], parameters, dims=3)
     if found is None or (op_name(node) == "linear" and argument(node, 2, "bias") is not None):
         return None
-    return LinearCall(node, x, found[0], None, flips == found[1], Route("one", index))
+    count = _count(weight.args[0])
+    return _call(node, x, found, flips, Route("one", index % count, count))
 
 
 def _batched(node: Node, x: Node, weight: Node, right: bool, parameters: Collection[Node]) -> LinearCall | None:
@@ -75,13 +75,28 @@ def _batched(node: Node, x: Node, weight: Node, right: bool, parameters: Collect
     if found is not None:
         if not right:
             return None
-        return LinearCall(node, x, found[0], None, flipped == found[1], Route("each", None))
+        return _call(node, x, found, flipped, Route("each", None, _count(weight)))
     single = (shape_of(x) or ())[1 if right else 2] == 1
     ids = _picked(weight)
     found = parameter_behind(weight.args[0], parameters, dims=3) if ids is not None else None
     if found is None or ids is None or not single:
         return None
-    return LinearCall(node, x, found[0], None, flipped == found[1], Route("ids", ids, 1 if right else 2))
+    return _call(node, x, found, flipped, Route("ids", ids, _count(weight.args[0])), columns=not right)
+
+
+def _call(
+    node: Node, x: Node, found: tuple[Node, bool], natural: bool, route: Route, columns: bool = False
+) -> LinearCall | None:
+    """`natural`: what was found is applied as [out, in]. [experts * in, out] cannot be stored as rows of outputs: None."""
+    weight, flipped = found
+    transposed = natural == flipped
+    if transposed and len(shape_of(weight) or ()) == 2:
+        return None
+    return LinearCall(node, x, weight, None, transposed, columns, route=route)
+
+
+def _count(weights: Any) -> int:
+    return int((shape_of(weights) or (0,))[0])
 
 
 def _picked(node: Node) -> Node | None:
@@ -93,4 +108,4 @@ def _picked(node: Node) -> Node | None:
         return None
     if isinstance(index, list | tuple):
         index = index[0] if len(index) == 1 else None
-    return index if isinstance(index, Node) and len(shape_of(index) or ()) == 1 else None
+    return index if isinstance(index, Node) and is_index(index) and len(shape_of(index) or ()) == 1 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -15,13 +15,26 @@ from qpass.graph.calls import (
     is_float_tensor,
     read_attention,
     read_embedding,
+    read_gather,
     read_linear,
 )
 from qpass.graph.experts import read_experts
-from qpass.graph.vocabulary import ADDS, CASTS, MATMULS, SHAPES, TOKEN_MIXERS, op_name, shape_of, writes_to
+from qpass.graph.vocabulary import (
+    ADDS,
+    CASTS,
+    DROPOUTS,
+    FLIPS,
+    MATMULS,
+    SHAPES,
+    TOKEN_MIXERS,
+    op_name,
+    shape_of,
+    source_of,
+    writes_to,
+)
 
-#: An adapter's inner width is below this share of the base's smaller side (LoRA: r << d).
-_LOW_RANK = 0.25
+#: Operands of an add of linears: q, k, and what a convolution makes of them.
+_MIXED = 4
 
 
 @dataclass
@@ -30,20 +43,25 @@ class Flow:
 
     origins: for a value, the nearest linears, embeddings, attentions, residual adds and inputs that it is made of, with
     nothing of that kind in between: it sees through norms, rotary embedding, activations, soft-capping, cache updates.
-    residuals: adds of two values of different origin; added: all that is an operand of one.
-    adapters: low-rank pairs (down, up) added to a linear of the same input.
+    residuals: adds of two values of different origin; added: all that is an operand of one, in the same width (a step of
+    a state-space layer adds wider things). mixed: adds of linears only (convolved or averaged heads) -> these linears.
+    readers: value -> the linears whose input is made of it. adapters: low-rank pairs (down, up) added to a linear of the
+    same input. positions: linear -> its number in graph order.
     """
 
     graph: Graph
     parameters: Mapping[Node, Tensor]
     linears: dict[Node, LinearCall] = field(default_factory=dict)
+    positions: dict[Node, int] = field(default_factory=dict)
     embeddings: dict[Node, EmbeddingCall] = field(default_factory=dict)
     attentions: dict[Node, AttentionCall] = field(default_factory=dict)
     origins: dict[Node, frozenset[Node]] = field(default_factory=dict)
     written: dict[Node, list[Node]] = field(default_factory=dict)
     added: set[Node] = field(default_factory=set)
     residuals: set[Node] = field(default_factory=set)
+    mixed: dict[Node, frozenset[Node]] = field(default_factory=dict)
     adapters: dict[Node, Node] = field(default_factory=dict)
+    readers: dict[Node, set[Node]] = field(default_factory=dict)
 
     def of(self, value: object) -> frozenset[Node]:
         """Origins of a node; nothing for a constant or an absent operand."""
@@ -51,8 +69,23 @@ class Flow:
 
     def linears_behind(self, value: object) -> list[Node]:
         """The linears among the origins of `value`, in graph order."""
-        behind = self.of(value)
-        return [n for n in self.linears if n in behind]
+        return self.in_order(self.of(value))
+
+    def width(self, node: Node) -> object:
+        """Features of a value: the outputs of a linear, else its last dimension."""
+        if node in self.linears:
+            return self.linears[node].sizes(self.parameters)[0]
+        return (shape_of(node) or (None,))[-1]
+
+    def linears_mixed_in(self, value: object) -> list[Node]:
+        """The linears behind `value`; if there are none, those behind the adds of linears that it is made of."""
+        origins = self.of(value)
+        behind = frozenset().union(*(self.mixed.get(n, frozenset()) for n in origins))
+        return self.linears_behind(value) or self.in_order(behind)
+
+    def in_order(self, nodes: Iterable[Node]) -> list[Node]:
+        """The linears among `nodes`, in graph order."""
+        return sorted((n for n in nodes if n in self.linears), key=self.positions.__getitem__)
 
     @property
     def outputs(self) -> list[Node]:
@@ -70,12 +103,19 @@ def analyze(graph: Graph, parameters: Mapping[Node, Tensor]) -> Flow:
             root = memory_behind(target)
             flow.written.setdefault(root, []).append(node)
             flow.origins[root] = flow.of(root) | flow.of(node)
+    for node, linear in flow.linears.items():
+        for origin in flow.of(linear.x):
+            flow.readers.setdefault(origin, set()).add(node)
     return flow
 
 
-def tokenwise_linears(flow: Flow, value: object) -> list[Node]:
-    """The linears that `value` is made of token by token, in graph order; none if tokens were mixed on the way."""
-    queue, seen = [value], set()
+def tokenwise_linears(flow: Flow, value: Node, width: object = None) -> list[Node]:
+    """The linears that `value` is made of token by token, in graph order; none if tokens were mixed on the way.
+
+    `width`: of the residual stream; at adds of this width the search ends.
+    """
+    queue: list[object] = [value]
+    seen: set[Node] = set()
     while queue:
         node = queue.pop()
         if not isinstance(node, Node) or node in seen:
@@ -89,15 +129,22 @@ def tokenwise_linears(flow: Flow, value: object) -> list[Node]:
         # In-place writes into the memory that this value looks at.
         if any(op_name(w) in TOKEN_MIXERS for w in flow.written.get(node, ())):
             return []
-        if node not in flow.residuals:
+        if node not in flow.residuals or flow.width(node) != width:
             queue.extend(node.all_input_nodes)
-    return [n for n in flow.linears if n in seen]
+    return flow.in_order(seen)
+
+
+def rearranged(node: Node) -> Node:
+    """The node whose values `node` holds in another arrangement (dropout does nothing in inference)."""
+    while op_name(node) in SHAPES | CASTS | FLIPS | DROPOUTS and isinstance(source_of(node), Node):
+        node = source_of(node)
+    return node
 
 
 def memory_behind(node: Node) -> Node:
     """The node that owns the memory a view looks at."""
-    while op_name(node) in SHAPES | CASTS and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while op_name(node) in SHAPES | CASTS and isinstance(source_of(node), Node):
+        node = source_of(node)
     return node
 
 
@@ -106,12 +153,17 @@ def _origins(flow: Flow, node: Node) -> frozenset[Node]:
         return frozenset() if node in flow.parameters else frozenset({node})
     linear = read_linear(node, flow.parameters) or read_experts(node, flow.parameters)
     if linear is not None:
+        flow.positions[node] = len(flow.linears)
         flow.linears[node] = linear
         return frozenset({node})
-    if (embedding := read_embedding(node, flow.parameters)) is not None:
+    embedding = read_embedding(node, flow.parameters) or read_gather(node, flow.parameters)
+    if embedding is not None:
+        if any(n in flow.linears for n in flow.of(embedding.indices)):  # biases of the experts that a router chose
+            return frozenset()
         flow.embeddings[node] = embedding
         return frozenset({node})
-    if (attention := read_attention(node, lambda n: n in flow.linears or n in flow.attentions)) is not None:
+    attention = read_attention(node, lambda n: n in flow.linears or n in flow.attentions)
+    if attention is not None and not _mixes_layers(flow, attention):
         flow.attentions[node] = attention
         return frozenset({node})
     if op_name(node) in ADDS and len(node.all_input_nodes) == 2:
@@ -119,6 +171,12 @@ def _origins(flow: Flow, node: Node) -> frozenset[Node]:
         if is_float_tensor(node) and shape_of(a) == shape_of(b):
             return _add_origins(flow, node, flow.of(a), flow.of(b))
     return frozenset().union(*(flow.of(n) for n in node.all_input_nodes))
+
+
+def _mixes_layers(flow: Flow, attention: AttentionCall) -> bool:
+    """Whether a learned query weighs the outputs of several layers: tokens stay apart."""
+    keys = flow.of(attention.k)
+    return attention.q is not None and not flow.of(attention.q) and any(n not in flow.linears for n in keys)
 
 
 def _add_origins(flow: Flow, node: Node, a: frozenset[Node], b: frozenset[Node]) -> frozenset[Node]:
@@ -135,8 +193,12 @@ def _add_origins(flow: Flow, node: Node, a: frozenset[Node], b: frozenset[Node])
             down, up = pair
             flow.adapters[down] = flow.adapters[up] = next(iter(producers(base)))
             return base
-    flow.added |= producers(a) | producers(b)
+    width = shape_of(node)[-1]  # type: ignore[index]
+    flow.added |= {n for n in producers(a) | producers(b) if flow.width(n) == width}
     flow.residuals.add(node)
+    mixed = [flow.mixed.get(n) or {n} & flow.linears.keys() for n in producers(a) | producers(b)]
+    if all(mixed) and len(mixed) <= _MIXED:
+        flow.mixed[node] = frozenset().union(*mixed)
     return frozenset({node})
 
 
@@ -146,11 +208,9 @@ def _adapter(flow: Flow, base: frozenset[Node], low_rank: frozenset[Node]) -> tu
     (base_node,), (up_node,) = base, low_rank
     if base_node not in flow.linears or up_node not in flow.linears:
         return None
-    up = flow.linears[up_node]
-    behind = flow.of(up.x)
-    down = flow.linears.get(next(iter(behind))) if len(behind) == 1 else None
-    if down is None or memory_behind(down.x) is not memory_behind(flow.linears[base_node].x):
+    up, base_call = flow.linears[up_node], flow.linears[base_node]
+    down = flow.linears.get(rearranged(up.x))  # nothing nonlinear in between
+    if down is None or rearranged(down.x) is not rearranged(base_call.x):
         return None
-    rank = min(flow.parameters[up.weight].shape)
-    small = rank <= _LOW_RANK * min(flow.parameters[flow.linears[base_node].weight].shape)
-    return (down.node, up.node) if small and rank == min(flow.parameters[down.weight].shape) else None
+    rank = down.sizes(flow.parameters)[0]
+    return (down.node, up.node) if rank < min(base_call.sizes(flow.parameters)) else None

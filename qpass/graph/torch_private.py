@@ -8,16 +8,16 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import CodeType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.external_utils import wrap_inline
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary
 
 from qpass.errors import QpassError
@@ -46,7 +46,7 @@ def source_name(node: Node) -> str | None:
     source = getattr(node, "_dynamo_source", None)
     text = getattr(source, "name", None)
     text = text() if callable(text) else text
-    keys = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", text or "")
+    keys = re.findall(r"(?:\.|\.__dict__\[')_(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]", text or "")
     return ".".join(keys) or None
 
 
@@ -108,19 +108,22 @@ def recompile_limit() -> int:
     return int(torch._dynamo.config.recompile_limit)
 
 
-def copy_captured(gm: GraphModule) -> GraphModule:
-    """A copy that may be edited: Dynamo still needs its own graph, and AOTAutograd what hangs on it."""
-    copy = GraphModule(gm, torch.fx.Graph())
+def copy_graph(graph: Graph) -> Graph:
+    """A copy with the same names; its nodes share nothing with those of `graph` but their values."""
     mapping: dict[Node, Node] = {}
-    graph = torch.fx.Graph()
-    output = graph.graph_copy(gm.graph, mapping)
-    graph.output(output)
-    graph.output_node().meta = dict(gm.graph.output_node().meta)
+    copy = Graph()
+    copy.output(copy.graph_copy(graph, mapping))
+    copy.output_node().meta = dict(graph.output_node().meta)
     for old, new in mapping.items():
         new.name = old.name
         if old.op == "placeholder":
             new._dynamo_source = getattr(old, "_dynamo_source", None)
-    copy.graph = graph
+    return copy
+
+
+def copy_captured(gm: GraphModule) -> GraphModule:
+    """A copy that may be edited: Dynamo still needs its own graph, and AOTAutograd what hangs on it."""
+    copy = GraphModule(gm, copy_graph(gm.graph))
     copy.meta = dict(gm.meta)
     for name in ("_param_name_to_source", "compile_subgraph_reason"):
         if hasattr(gm, name):
@@ -140,6 +143,25 @@ def fake_like(reference: Tensor, real: Tensor) -> Tensor:
         reference = getattr(reference, reference.__tensor_flatten__()[0][0])
     mode = getattr(reference, "fake_mode", None)
     return real if mode is None else mode.from_tensor(real, static_shapes=True)
+
+
+def trace_aten(
+    function: Callable[..., Any], values: Sequence[Any], mode: Literal["symbolic", "real"] = "symbolic"
+) -> GraphModule:
+    """The graph of `function` in ATen's spelling, with linear and attention as one operation each.
+
+    `mode`: "symbolic" for traced values, whose sizes stay symbols; "real" to follow one call with these tensors.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with outside_of_capture():
+        return make_fx(function, tracing_mode=mode, pre_dispatch=True)(*values)
+
+
+def fake_mode_of(value: Tensor) -> AbstractContextManager[Any]:
+    """The fake mode that a traced value belongs to."""
+    mode: AbstractContextManager[Any] = value.fake_mode  # type: ignore[attr-defined]
+    return mode
 
 
 def fake_static(tensor: Tensor) -> Tensor:

@@ -16,12 +16,13 @@ SHAPES = {
 }  # fmt: skip
 MATMULS = {"matmul", "mm", "bmm", "baddbmm", "einsum"}
 ADDS = {"add", "iadd", "add_"}
+CATS = {"cat", "concat", "concatenate"}
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
 DROPOUTS = {"dropout", "native_dropout", "alpha_dropout", "feature_dropout"}
 #: Rows picked by a tensor of indices.
 GATHERS = {"getitem", "index", "index_select"}
 #: Decisions about which expert computes.
-SELECTIONS = {"topk", "sort", "argsort", "argmax"}
+SELECTIONS = {"topk", "sort", "argsort", "argmax", "gather"}
 #: What lets one token see others, beside attention and products of activations: state-space and linear-attention layers.
 TOKEN_MIXERS = {
     "conv1d",
@@ -87,10 +88,20 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def source_of(node: Node) -> Any:
+    """What a view, a cast or a function of one tensor is given, by position or by name."""
+    return argument(node, 0, "input", node.kwargs.get("self"))
+
+
 def value_of(node: Node) -> Any:
     """The fake value that the tracer recorded: Dynamo's `example_value` or export's `val`."""
     value = node.meta.get("example_value")
     return node.meta.get("val") if value is None else value
+
+
+def set_value(node: Node, value: Any) -> None:
+    """Record `value` where `value_of` finds it."""
+    node.meta["val" if "val" in node.meta else "example_value"] = value
 
 
 def shape_of(node: Node) -> tuple[Any, ...] | None:

@@ -18,6 +18,7 @@ from qpass.numerics import quantize as _quantize
 from qpass.ops.schemas import LIBRARY
 from qpass.packing import packed_length
 from qpass.spec import parse_spec
+from qpass.weights import row_range
 
 
 def linear(
@@ -36,6 +37,38 @@ def linear(
 
 def _linear_fake(x: Tensor, data: Tensor, *rest: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], data.shape[0]))
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    outer_scale: Tensor | None,
+    experts: int,
+    spec: str,
+) -> Tensor:
+    """x [.., K] and ids, broadcast together, -> [.., N]: the experts that are named, dequantized one at a time."""
+    parts, total = Quantized(data, scale, zero_point, outer_scale), data.shape[0]
+    n, parsed = total // experts, parse_spec(spec)
+    lead = torch.broadcast_shapes(x.shape[:-1], ids.shape)
+    out = x.new_zeros((*lead, n))
+    flat, rows = x.expand(*lead, -1).reshape(-1, x.shape[-1]), out.view(-1, n)
+    ids = torch.where(ids < 0, ids + experts, ids).expand(lead).reshape(-1)
+    for e in ids.unique().tolist():
+        if not 0 <= e <= experts:
+            raise IndexError(f"expert {e} of {experts}")
+        if e < experts:
+            weight = _dequantize(row_range(parts, e * n, n, total), parsed, x.shape[-1], x.dtype)
+            (chosen,) = torch.where(ids == e)
+            rows[chosen] = F.linear(flat[chosen], weight)
+    return out
+
+
+def _experts_fake(x: Tensor, ids: Tensor, data: Tensor, *rest: Any) -> Tensor:
+    experts, _ = rest[-2:]
+    return x.new_empty((*torch.broadcast_shapes(x.shape[:-1], ids.shape), data.shape[0] // experts))
 
 
 def embedding(
@@ -158,6 +191,7 @@ def _cache_positions_fake(length: Tensor, new: int, capacity: int) -> Tensor:
 
 for _name, _implementation, _fake in (
     ("linear", linear, _linear_fake),
+    ("experts", experts, _experts_fake),
     ("embedding", embedding, _embedding_fake),
     ("quantize", quantize, _quantize_fake),
     ("dequantize", dequantize, _dequantize_fake),

@@ -9,6 +9,9 @@ _PARTS = "Tensor {0}data, Tensor? {0}scale, Tensor? {0}zero_point, Tensor? {0}ou
 SCHEMAS = {
     # x [.., K] @ W[N, K]^T + bias -> [.., N] in x's dtype
     "linear": f"(Tensor x, {_PARTS.format('')}, Tensor? bias, str spec) -> Tensor",
+    # x [.., K] and ids, broadcast together, -> [.., N]: each row of x by the expert (N rows of the weight) that ids names for
+    # it. Negative ids count from the end; the id `experts` itself is no expert: zeros. It reads ids on the host.
+    "experts": f"(Tensor x, Tensor ids, {_PARTS.format('')}, int experts, str spec) -> Tensor",
     # indices [..] -> [.., columns]: gathers stored rows, then dequantizes only those
     "embedding": f"(Tensor indices, {_PARTS.format('')}, int columns, str spec, ScalarType dtype) -> Tensor",
     # [.., K] -> the stored parts that the spec has, in the order data, scale, zero_point, outer_scale
@@ -26,4 +29,7 @@ SCHEMAS = {
 
 LIBRARY = torch.library.Library("qpass", "DEF")
 for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema, tags=[torch.Tag.pt2_compliant_tag])
+    _tags = [torch.Tag.pt2_compliant_tag]
+    if _name == "experts" and hasattr(torch.Tag, "cudagraph_unsafe"):
+        _tags.append(torch.Tag.cudagraph_unsafe)
+    LIBRARY.define(_name + _schema, tags=_tags)

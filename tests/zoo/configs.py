@@ -34,10 +34,12 @@ _SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
     "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
-    "qk_head_dim": 24, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "qk_head_dim": 24, "o_lora_rank": 16, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1,
+    
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "mamba_d_state": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "is_decoder": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     "image_size": 32, "patch_size": 8, "num_mel_bins": 16, "projection_dim": 64,
     "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
 }  # fmt: skip
@@ -45,6 +47,9 @@ _SMALL: dict[str, Any] = {
 #: What the rules above get wrong for one architecture (class name without the suffix). None removes a rule's value.
 _OVERRIDES: dict[str, dict[str, Any]] = {
     "Bamba": {"attn_layer_indices": [1]},
+    "Dots3Note": {"swa_q_lora_rank": 32, "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
+                  "swa_v_head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4},
+    "CpmAnt": {"vocab_size": 2048, "prompt_types": 4},
     "CodeGen": {"rotary_dim": 8},
     "Dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8}, "ffn_config": {
         "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
@@ -72,8 +77,11 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "RoCBert": {"pronunciation_embed_dim": 32, "pronunciation_vocab_size": 40, "shape_embed_dim": 32,
                 "shape_vocab_size": 50},
     "RemBert": {"input_embedding_size": 32, "output_embedding_size": 48},
+    "LongcatFlash": {"zero_expert_num": 4},
     "KimiLinear": {"linear_head_dim": 16, "linear_num_heads": 4},
-    "BailingHybrid": {"n_group": 1, "topk_group": 1, "num_expert_group": 1, "group_norm_size": 1},
+    "BailingHybrid": {"n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1,
+     "num_expert_group": 1, "group_norm_size": 1},
     "CohereCompass": {"rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in (
         "full_attention", "sliding_attention")}, "layer_types": ["sliding_attention", "full_attention"]},
     "Dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
