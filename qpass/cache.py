@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.generation import GenerationMixin
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.errors import QpassError
@@ -16,6 +18,8 @@ from qpass.spec import QuantSpec, parse_spec
 
 #: Layer types of transformers configs whose cache is keys and values of every token.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+#: What `generate` calls the cache among its own arguments: transformers 5.24 renamed it (and takes both from a caller).
+_KEYWORD = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 
 
 class QuantizedLayer(StaticLayer):
@@ -182,10 +186,10 @@ class CacheForGenerate:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        given = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None
+        given = model_kwargs.get(_KEYWORD) is not None or generation_config.cache_implementation is not None
         wanted = generation_config.use_cache is not False and not self.model.config.is_encoder_decoder
         if wanted and not given:
             length = -(-max_cache_length // self.STEP) * self.STEP
-            model_kwargs["past_key_values"] = KVCache(self.model.config, length, k=self.k, v=self.v)
+            model_kwargs[_KEYWORD] = KVCache(self.model.config, length, k=self.k, v=self.v)
         prepare = type(self.model)._prepare_cache_for_generation
         return prepare(self.model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

@@ -107,8 +107,8 @@ def _module(node: Node) -> str:
     """Dotted path of the innermost module that the node was traced in."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(list(stack.values())))[0] if stack else ""
-    parts = re.findall(r"[A-Za-z_]\w*|\d+", str(path).replace("_modules", ""))
-    return ".".join(p for p in parts if p not in ("L", "self"))
+    inside = re.sub(r"^[LG](\['?\w+'?\])+", "", str(path)).replace("_modules", "")  # without L['self'] or L['args'][0]
+    return ".".join(re.findall(r"[A-Za-z_]\w*|\d+", inside))
 
 
 def _text(node: Node) -> str:
