@@ -79,7 +79,7 @@ def half_step(spec_text: str, value: torch.Tensor) -> torch.Tensor:
     if fmt.kind == "float8":
         mantissa, smallest = (3, -6) if fmt.storage == torch.float8_e4m3fn else (2, -14)
         exponent = torch.frexp(value)[1].clamp(min=smallest + 1) - 1
-        return torch.ldexp(torch.tensor(0.5), exponent - mantissa)
+        return torch.ldexp(torch.full_like(value, 0.5), exponent - mantissa)
     grid = torch.tensor(sorted(set(fmt.codebook or ())))
     gaps = grid[1:] - grid[:-1]
     return gaps[torch.bucketize(value.contiguous(), grid).clamp(1, len(grid) - 1) - 1] / 2

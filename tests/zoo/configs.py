@@ -28,7 +28,7 @@ _SMALL: dict[str, Any] = {
          "hidden_dim", "dim_ff", "shared_intermediate_size", "block_ff_dim", "dense_intermediate_size"), 128
     ),
     "head_dim": 16, "d_kv": 16, "dim_head": 16, "attention_hidden_size": 64, "embedding_size": 48, "rotary_dim": 8,
-    "vocab_size": VOCAB, "decoder_vocab_size": VOCAB, "type_vocab_size": 2,
+    "vocab_size": VOCAB, "unpadded_vocab_size": VOCAB, "decoder_vocab_size": VOCAB, "type_vocab_size": 2,
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "max_source_positions", "context_length"), 64),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token"), 2),

@@ -19,8 +19,10 @@ _EXCEPTIONS: dict[str, Rules] = {
 
 #: Parts that only a few architectures have, told before the usual ones.
 _UNUSUAL: Rules = (
-    # convolutions, states, positions, hyper-connections
-    (r"[kv]_sconv\.weight_proj", "qkv"),
+    # learned scales of norms, one for each head; convolutions, states, positions, hyper-connections
+    (r"norm\.(scale|weight)$", "float"),
+    (r"[kv]_sconv\.weight_proj|[kv]_proj\.sconv\.weight_proj", "qkv"),
+    (r"relative_position_bias\.(linear|proj)", "linear"),
     (r"conv(1d|2d|_1d)?\d?\.(weight|bias)|sconv|_conv|conv_qk|patch_embeddings?\.|A_log|time_mix|statics", "float"),
     (r"relative_attention_bias", "embedding"),
     (r"relative_pos_embeddings", "linear|router"),
@@ -38,7 +40,7 @@ _UNUSUAL: Rules = (
     (r"attention\.experts\.output_linear|temporal_block\.o_proj", "attn_out"),
     (r"compressor\.|sink_proj", "qkv|linear"),
     # gates on the output of an attention; projections beside or between layers; small gated branches
-    (r"(attn|attention)\.(gate_proj|g_proj|gate)\.|embed(ding)?s?_project|embedding_hidden_mapping", "linear"),
+    (r"(attn|attention)\.(o_proj\.)?(gate_proj|g_proj|gate)\.|embed(ding)?s?_project|embedding_hidden_mapping", "linear"),
     (r"embeds_projector|conv\.(in|out)_proj|lm_head\.dense", "linear"),
     (r"layers\.\d+\.linear\.weight|layernorm\.mlp", "linear|ffn"),
     (r"laurel|per_layer_(input_gate|projection|model_projection)\.", "ffn|linear"),
