@@ -19,7 +19,9 @@ from qpass.spec import QuantSpec, parse_spec
 #: Layer types of transformers configs whose cache is keys and values of every token.
 _ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 #: What `generate` calls the cache among its own arguments: transformers 5.24 renamed it (and takes both from a caller).
-_KEYWORD = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+_KEYWORD = (
+    "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+)
 
 
 class QuantizedLayer(StaticLayer):

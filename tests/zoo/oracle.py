@@ -40,7 +40,10 @@ _UNUSUAL: Rules = (
     (r"attention\.experts\.output_linear|temporal_block\.o_proj", "attn_out"),
     (r"compressor\.|sink_proj", "qkv|linear"),
     # gates on the output of an attention; projections beside or between layers; small gated branches
-    (r"(attn|attention)\.(o_proj\.)?(gate_proj|g_proj|gate)\.|embed(ding)?s?_project|embedding_hidden_mapping", "linear"),
+    (
+        r"(attn|attention)\.(o_proj\.)?(gate_proj|g_proj|gate)\.|embed(ding)?s?_project|embedding_hidden_mapping",
+        "linear",
+    ),
     (r"embeds_projector|conv\.(in|out)_proj|lm_head\.dense", "linear"),
     (r"layers\.\d+\.linear\.weight|layernorm\.mlp", "linear|ffn"),
     (r"laurel|per_layer_(input_gate|projection|model_projection)\.", "ffn|linear"),
