@@ -14,6 +14,7 @@ from typing import Any
 from qpass.api import diff as diff
 from qpass.api import quantize as quantize
 from qpass.backend import QPass as QPass
+from qpass.compute import set_compute as set_compute
 from qpass.errors import QpassError as QpassError
 from qpass.evaluate import evaluate as evaluate
 from qpass.qtensor import QTensor as QTensor

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "qpass"
 LAYERS = [
     {"errors", "formats", "granularity", "packing", "progress", "memory"},
     {"spec"},
-    {"recipe", "numerics"},
+    {"recipe", "numerics", "compute"},
     {"weights", "graph", "diff"},
     {"ops", "qtensor"},
     {"sites"},

@@ -49,9 +49,9 @@ def experts(
     experts: int,
     spec: str,
 ) -> Tensor:
-    """x [.., K] and ids, broadcast together, -> [.., N]: the experts that are named, dequantized one at a time."""
+    """x [.., K] and ids, broadcast together, -> [.., N]: the experts that are named, one at a time."""
     parts, total = Quantized(data, scale, zero_point, outer_scale), data.shape[0]
-    n, parsed = total // experts, parse_spec(spec)
+    n = total // experts
     lead = torch.broadcast_shapes(x.shape[:-1], ids.shape)
     out = x.new_zeros((*lead, n))
     flat, rows = x.expand(*lead, -1).reshape(-1, x.shape[-1]), out.view(-1, n)
@@ -60,9 +60,9 @@ def experts(
         if not 0 <= e <= experts:
             raise IndexError(f"expert {e} of {experts}")
         if e < experts:
-            weight = _dequantize(row_range(parts, e * n, n, total), parsed, x.shape[-1], x.dtype)
             (chosen,) = torch.where(ids == e)
-            rows[chosen] = F.linear(flat[chosen], weight)
+            mine = row_range(parts, e * n, n, total)
+            rows[chosen] = torch.ops.qpass.linear(flat[chosen], *mine.parts, None, spec)
     return out
 
 

@@ -1,0 +1,185 @@
+// Attention of a few queries over a quantized cache: keys and values become floats one block of tokens at a time.
+//
+// Online softmax (Milakov and Gimelshein 2018) over blocks; the tokens of long caches are split over the threads and the
+// parts merged (flash decoding). One split of one key head serves all query heads of its group.
+#pragma once
+#include "linear.h"
+
+constexpr int64_t BLOCK = 64;     // tokens made floats at a time
+constexpr int64_t QUERIES = 32;   // query rows that share them
+constexpr int64_t SPLIT = 512;    // least tokens of a split
+
+// Keys or values: [B, H, S, columns], a token's row contiguous, `capacity` tokens between heads in memory.
+struct Cache {
+  Matrix rows;  // all of them as one matrix: n = B * H * capacity
+  int64_t capacity;
+};
+
+enum MaskType : int32_t { NO_MASK, MASK_BOOL, MASK_FP32 };
+
+struct Attention {
+  const float* q;  // [B, heads, queries, width] float32
+  Cache keys, values;
+  const void* mask;
+  int64_t mask_stride[4];  // of batch, head, query, token, in elements; 0 where it broadcasts
+  int32_t mask_type, causal;
+  int64_t batch, heads, key_heads, queries, tokens, width, value_width;
+  float scale;
+  void* out;  // [B, heads, queries, value_width]
+  int32_t dtype;
+
+  int64_t group() const { return heads / key_heads; }
+};
+
+// Rows [begin, begin + count) of the cache of one head, as floats `padded` apart, zeros behind each.
+static void rows_to_float(const Cache& cache, int64_t head, int64_t begin, int64_t count, int64_t padded, float* out) {
+  float* scales = scratch<float>(SCALES, 2 * cache.rows.blocks());
+  with_reader(*cache.rows.spec, [&](auto read) {
+    for (int64_t t = 0; t < count; t++) {
+      row_to_float<decltype(read)>(cache.rows, head * cache.capacity + begin + t, out + t * padded, scales);
+      for (int64_t k = cache.rows.k; k < padded; k++) out[t * padded + k] = 0.0f;
+    }
+  });
+}
+
+// What is added to the scores of one query and BLOCK tokens from t0; -inf: not seen. Whether it sees one of them.
+static bool mask_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_t t0, int64_t count, float* added) {
+  int64_t end = a.causal ? most(0, least(count, i + 1 - t0)) : count, step = a.mask_stride[3];
+  int64_t at = b * a.mask_stride[0] + h * a.mask_stride[1] + i * a.mask_stride[2] + t0 * step;
+  const uint8_t* flags = (const uint8_t*)a.mask + at;
+  const float* floats = (const float*)a.mask + at;
+  bool seen = false;
+  for (int64_t t = 0; t < end; t++) {
+    if (a.mask_type == MASK_BOOL) added[t] = flags[t * step] ? 0.0f : -INFINITY;
+    else added[t] = a.mask_type == NO_MASK ? 0.0f : floats[t * step];
+    seen |= added[t] != -INFINITY;
+  }
+  for (int64_t t = end; t < BLOCK; t++) added[t] = -INFINITY;
+  return seen;
+}
+
+// Scores of one query become weights e^(s - largest); its accumulated values and total are scaled to the new largest.
+static void weigh(float* s, const float* added, float* acc, int64_t columns, float* largest, float* total) {
+  F tops = all(*largest), sums = zero();
+  for (int64_t t = 0; t < BLOCK; t += W) {
+    F x = add(load(s + t), load(added + t));
+    store(s + t, x);
+    tops = larger(x, tops);
+  }
+  alignas(64) float lanes[W];
+  store(lanes, tops);
+  float top = *largest;
+  for (float x : lanes) top = x > top ? x : top;
+  if (top == -INFINITY) {  // nothing seen so far
+    for (int64_t t = 0; t < BLOCK; t++) {
+      if (std::isnan(s[t])) *largest = 0.0f, *total = NAN;
+      s[t] = 0.0f;
+    }
+    return;
+  }
+  for (int64_t t = 0; t < BLOCK; t += W) {
+    F p = exponential(sub(load(s + t), all(top)));
+    store(s + t, p);
+    sums = add(sums, p);
+  }
+  float keep = std::exp(*largest - top);
+  if (keep != 1.0f)
+    for (int64_t d = 0; d < columns; d++) acc[d] *= keep;
+  *total = *total * keep + sum(sums);
+  *largest = top;
+}
+
+// acc[r] += sum_t p[r, t] * v[t], for R rows at once and two vectors of columns.
+template <int R> INLINE void add_values(const float* p, int64_t p_stride, const float* v, int64_t count, int64_t padded, float* acc) {
+  for (int64_t d = 0; d < padded; d += W) {
+    F sum[R];
+    UNROLL for (int r = 0; r < R; r++) sum[r] = load(acc + r * padded + d);
+    for (int64_t t = 0; t < count; t++) {
+      F x = load(v + t * padded + d);
+      UNROLL for (int r = 0; r < R; r++) sum[r] = fma(all(p[r * p_stride + t]), x, sum[r]);
+    }
+    UNROLL for (int r = 0; r < R; r++) store(acc + r * padded + d, sum[r]);
+  }
+}
+
+// Query rows [q_begin, q_end) of a key head's group against tokens [begin, end): acc [rows, padded values], largest and sum.
+// Row r is query r % queries of head r / queries of the group.
+static void attend(const Attention& a, int64_t b, int64_t key_head, int64_t q_begin, int64_t q_end, int64_t begin, int64_t end,
+                   float* acc, float* largest, float* total) {
+  int64_t rows = q_end - q_begin, kp = round_up(a.width, W), vp = round_up(a.value_width, W);
+  int64_t head = b * a.key_heads + key_head, first = key_head * a.group();
+  float* keys = scratch<float>(KEYS, BLOCK * kp + rows * kp);
+  float* queries = keys + BLOCK * kp;
+  float* values = scratch<float>(VALUES, BLOCK * vp);
+  float* scores = scratch<float>(SCORES, 2 * rows * BLOCK);
+  float* added = scores + rows * BLOCK;
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t row = q_begin + r, h = first + row / a.queries, i = row % a.queries;
+    const float* q = a.q + ((b * a.heads + h) * a.queries + i) * a.width;
+    for (int64_t k = 0; k < kp; k++) queries[r * kp + k] = k < a.width ? q[k] * a.scale : 0.0f;
+    largest[r] = -INFINITY, total[r] = 0.0f;
+  }
+  std::memset(acc, 0, rows * vp * sizeof(float));
+  for (int64_t t0 = begin; t0 < end; t0 += BLOCK) {
+    int64_t count = least(BLOCK, end - t0);
+    bool seen = false, shared = a.mask_stride[1] == 0;  // one mask for all heads
+    for (int64_t r = 0; r < rows; r++) {
+      int64_t row = q_begin + r;
+      if (shared && r >= a.queries) std::memcpy(added + r * BLOCK, added + (r - a.queries) * BLOCK, BLOCK * sizeof(float));
+      else seen |= mask_row(a, b, first + row / a.queries, row % a.queries, t0, count, added + r * BLOCK);
+    }
+    if (!seen) continue;  // an unused end of a static cache is not read
+    rows_to_float(a.keys, head, t0, count, kp, keys);
+    for (int64_t t = 0; t < count; t += ROWS_AT_ONCE) {
+      const float* w[ROWS_AT_ONCE];
+      for (int i = 0; i < ROWS_AT_ONCE; i++) w[i] = keys + least(t + i, count - 1) * kp;
+      dot_all(w, queries, rows, kp, kp, [&](int i, int64_t r, float s) { scores[r * BLOCK + t + i] = s; });
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      for (int64_t t = round_up(count, ROWS_AT_ONCE); t < BLOCK; t++) scores[r * BLOCK + t] = 0.0f;
+      weigh(scores + r * BLOCK, added + r * BLOCK, acc + r * vp, vp, largest + r, total + r);
+    }
+    rows_to_float(a.values, head, t0, count, vp, values);
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) add_values<4>(scores + r * BLOCK, BLOCK, values, count, vp, acc + r * vp);
+    for (; r < rows; r++) add_values<1>(scores + r * BLOCK, BLOCK, values, count, vp, acc + r * vp);
+  }
+}
+
+static void attention(const Attention& a, int threads) {
+  int64_t rows = a.group() * a.queries, vp = round_up(a.value_width, W), heads = a.batch * a.key_heads;
+  int64_t row_blocks = (rows + QUERIES - 1) / QUERIES;
+  int64_t wanted = most(1, 4 * threads / most(1, heads * row_blocks));
+  int64_t splits = most(1, least(wanted, a.tokens / SPLIT));
+  int64_t split = round_up((a.tokens + splits - 1) / splits, BLOCK), per_row = vp + 2;
+  float* parts = scratch<float>(SUMS, heads * splits * rows * per_row);
+  parallel(heads * row_blocks * splits, 1, threads, [&](int64_t item, int64_t) {
+    int64_t s = item % splits, block = item / splits % row_blocks, head = item / splits / row_blocks;
+    int64_t begin = block * QUERIES, end = least(rows, begin + QUERIES);
+    float* acc = parts + ((head * splits + s) * rows + begin) * vp;
+    float* stats = parts + heads * splits * rows * vp + ((head * splits + s) * rows + begin) * 2;
+    attend(a, head / a.key_heads, head % a.key_heads, begin, end, least(a.tokens, s * split), least(a.tokens, (s + 1) * split),
+           acc, stats, stats + (end - begin));
+  });
+  parallel(heads * rows, 16, threads, [&](int64_t from, int64_t to) {
+    float* y = scratch<float>(SCORES, vp);
+    for (int64_t item = from; item < to; item++) {
+      int64_t head = item / rows, row = item % rows, begin = row / QUERIES * QUERIES, width = least(QUERIES, rows - begin);
+      auto stats = [&](int64_t s) { return parts + heads * splits * rows * vp + ((head * splits + s) * rows + begin) * 2 + row - begin; };
+      float top = -INFINITY, total = 0.0f;
+      for (int64_t s = 0; s < splits; s++) top = *stats(s) > top || std::isnan(*stats(s)) ? *stats(s) : top;
+      for (int64_t d = 0; d < vp; d++) y[d] = 0.0f;
+      for (int64_t s = 0; s < splits; s++) {
+        float weight = *stats(s) == -INFINITY ? 0.0f : std::exp(*stats(s) - top);
+        total += weight * stats(s)[width];
+        const float* acc = parts + ((head * splits + s) * rows + row) * vp;
+        if (weight != 0.0f) for (int64_t d = 0; d < vp; d++) y[d] += weight * acc[d];
+      }
+      float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // a query that sees nothing: zeros, as torch gives
+      for (int64_t d = 0; d < vp; d++) y[d] *= inverse;
+      int64_t b = head / a.key_heads, h = head % a.key_heads * a.group() + row / a.queries;
+      int64_t at = ((b * a.heads + h) * a.queries + row % a.queries) * a.value_width;
+      to_dtype(y, a.value_width, a.dtype, (char*)a.out + at * size_of(a.dtype));
+    }
+  });
+}

@@ -1,0 +1,183 @@
+"""Compiling the C++ kernels at first use, and finding out which instruction set the machine has.
+
+The kernels have a plain C interface and know nothing of torch, so any compiler takes a few seconds for them. A library is
+kept under a name made of everything that it depends on. It is written beside its place and moved there in one step, so that
+several processes may build it at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from qpass.errors import QpassError
+
+_SOURCES = Path(__file__).parent
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
+
+
+@dataclass(frozen=True)
+class ISA:
+    """An instruction set: the features it needs, as the operating system names them, and what the compiler is told."""
+
+    name: str
+    needs: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+#: From the best to the one that every machine has.
+ISAS = (
+    ISA("avx512-vnni", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"), (*_AVX512, "-mavx512vnni")),
+    ISA("avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq"), _AVX512),
+    ISA("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
+    ISA("portable", (), ()),
+)
+_FLAGS = ("-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A loaded library. `openmp`: whether it uses the threads of torch; without, one thread."""
+
+    isa: str
+    path: Path
+    compiler: str
+    openmp: bool
+    seconds: float
+    library: ctypes.CDLL
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why there are no kernels; the reference serves instead."""
+
+    reason: str
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """What the processor and the operating system offer; empty where that is not known."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    lines = [line.partition(":")[2] for line in text.splitlines() if line.lower().startswith(("flags", "features"))]
+    return frozenset(lines[0].split()) if lines else frozenset()
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this machine can run, the best first."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [isa.name for isa in ISAS if not isa.needs or (x86 and cpu_features() >= set(isa.needs))]
+
+
+def find_compiler() -> str | None:
+    """$CXX, or the first of g++, clang++, c++ on the path."""
+    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
+        if name and shutil.which(name):
+            return shutil.which(name)
+    return None
+
+
+def _folders() -> Iterator[Path]:
+    """Where libraries are kept: the user's cache, or, if that can not be written, a folder of this process."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    yield Path(base) / "qpass"
+    yield Path(tempfile.mkdtemp(prefix="qpass-"))
+
+
+def _run(command: list[str]) -> str | None:
+    """What went wrong, or None."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None if done.returncode == 0 else (done.stderr or done.stdout).strip()[-500:] or f"exit {done.returncode}"
+
+
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    for text in (compiler, version, torch.__version__, platform.machine(), *flags):
+        digest.update(text.encode() + b"\0")
+    for source in sorted((*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp"))):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def build(isa: ISA, compiler: str) -> Kernels | Missing:
+    """The library for `isa`, from the cache or compiled now."""
+    start, problem = time.perf_counter(), ""
+    for folder in _folders():
+        for openmp in (True, False):
+            flags = (*_FLAGS, *isa.flags, *(("-fopenmp",) if openmp else ()))
+            path = folder / f"kernels-{isa.name}-{_key(compiler, flags)}.so"
+            try:
+                if not path.exists():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as unfinished:
+                        pass
+                    try:
+                        error = _run([compiler, *flags, str(_SOURCES / "kernels.cpp"), "-o", unfinished.name])
+                        if error is not None:
+                            problem = error
+                            continue
+                        os.replace(unfinished.name, path)
+                    finally:
+                        Path(unfinished.name).unlink(missing_ok=True)
+                library = ctypes.CDLL(str(path))
+            except OSError as error:  # no place to write, or a library that does not load
+                problem = str(error)
+                continue
+            return Kernels(isa.name, path, compiler, openmp, time.perf_counter() - start, library)
+    return Missing(f"{compiler} failed: {problem}")
+
+
+_chosen: list[str] = []
+
+
+@cache
+def _load(name: str) -> Kernels | Missing:
+    compiler = find_compiler()
+    if compiler is None:
+        found: Kernels | Missing = Missing("no C++ compiler: neither $CXX nor g++, clang++ or c++")
+    else:
+        found = build(next(isa for isa in ISAS if isa.name == name), compiler)
+    if isinstance(found, Missing):
+        warnings.warn(
+            f"qpass: no CPU kernels ({found.reason}); quantized models run through the slow reference. "
+            "Install a C++ compiler, and look at `qpass doctor`.",
+            stacklevel=2,
+        )
+    return found
+
+
+def kernels() -> Kernels | Missing:
+    """The kernels in use. Built at the first call; if that fails it warns, once."""
+    return _load(_chosen[-1] if _chosen else available_isas()[0])
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Within it the kernels of another instruction set of this machine are used. `QpassError` if it has no such."""
+    if name not in available_isas():
+        raise QpassError(f"this machine cannot run {name!r}; it can run {', '.join(available_isas())}")
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()

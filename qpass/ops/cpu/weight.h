@@ -1,0 +1,194 @@
+// Stored parts of a quantized matrix (see qpass.numerics.Quantized), and its rows as floats.
+#pragma once
+#include <vector>
+
+#include "vec.h"
+
+enum Kind : int32_t { FP32, BF16, FP16, E4M3, E5M2, INT8, CODES, CODEBOOK };
+enum ScaleType : int32_t { NO_SCALE, SCALE_FP32, SCALE_FP16, SCALE_BF16, SCALE_E8M0, SCALE_E4M3, SCALE_UINT8 };
+enum Dtype : int32_t { X_FP32, X_BF16, X_FP16 };
+
+// What a spec says; made once for each by Python.
+struct Spec {
+  int32_t kind, bits;
+  int32_t group;  // elements that share a scale; 0: the whole row
+  int32_t scale;  // a ScaleType
+  int32_t zero_point;
+  float unit;  // a codebook's values are, nearly for nf4, these integers times this, for int8 products
+  float codebook[16];
+  int8_t integers[16];
+};
+
+struct Matrix {
+  const Spec* spec;
+  const uint8_t *data, *scale, *zero;
+  const float* outer;
+  int64_t n, k;
+  int64_t scale_rows, outer_rows;  // n, or 1 where all rows share them
+
+  int64_t blocks() const { return spec->group ? (k + spec->group - 1) / spec->group : 1; }
+  int64_t row_bytes() const { return packed(k); }
+  int64_t zero_bytes() const { return packed(blocks()); }
+  const uint8_t* row(int64_t r) const { return data + r * row_bytes(); }
+
+  int64_t packed(int64_t count) const {  // qpass.packing: rows are padded to whole units
+    if (spec->bits >= 8) return count * spec->bits / 8;
+    int64_t per_unit = spec->bits == 4 ? 2 : spec->bits == 2 ? 4 : spec->bits == 6 ? 4 : 8;
+    return (count + per_unit - 1) / per_unit * per_unit * spec->bits / 8;
+  }
+};
+
+INLINE uint32_t code_at(const uint8_t* row, int64_t i, int bits) {
+  int64_t bit = i * bits;
+  uint32_t word = row[bit >> 3];
+  if ((bit & 7) + bits > 8) word |= uint32_t(row[(bit >> 3) + 1]) << 8;
+  return (word >> (bit & 7)) & ((1u << bits) - 1);
+}
+
+// --- scales and zero points of a row ------------------------------------------------------------------------------
+
+// float32 numbers that multiply the codes of row r; `scratch` holds blocks() of them where they are stored otherwise.
+INLINE const float* scales_of(const Matrix& m, int64_t r, float* scratch) {
+  static const float one[1] = {1.0f};
+  int64_t blocks = m.blocks(), at = m.scale_rows == 1 ? 0 : r * blocks;
+  float outer = m.outer ? m.outer[m.outer_rows == 1 ? 0 : r] : 1.0f;
+  switch (m.spec->scale) {
+    case NO_SCALE: return one;
+    case SCALE_FP32: return (const float*)m.scale + at;
+    case SCALE_FP16: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_fp16(((const uint16_t*)m.scale)[at + i]); break;
+    case SCALE_BF16: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_bf16(((const uint16_t*)m.scale)[at + i]); break;
+    case SCALE_E8M0: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_e8m0(m.scale[at + i]); break;
+    case SCALE_E4M3: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_e4m3(m.scale[at + i]) * outer; break;
+    case SCALE_UINT8: for (int64_t i = 0; i < blocks; i++) scratch[i] = float(m.scale[at + i]) * outer; break;
+  }
+  return scratch;
+}
+
+// What is subtracted from the codes of row r, as they are stored: zero point and the offset of unsigned storage.
+INLINE const float* zeros_of(const Matrix& m, int64_t r, float* scratch) {
+  int64_t blocks = m.blocks();
+  if (!m.zero) {
+    float offset = m.spec->kind == CODES ? float(1 << (m.spec->bits - 1)) : 0.0f;
+    for (int64_t i = 0; i < blocks; i++) scratch[i] = offset;
+    return scratch;
+  }
+  const uint8_t* row = m.zero + (m.scale_rows == 1 ? 0 : r * m.zero_bytes());
+  int64_t done = 0;
+  if (m.spec->kind == CODES && m.spec->bits == 4)
+    for (; done + W <= blocks; done += W) store(scratch + done, to_float(load_codes<4>(row + done / 2)));
+  for (int64_t i = done; i < blocks; i++)
+    scratch[i] = m.spec->kind == INT8 ? float(int8_t(row[i])) : float(code_at(row, i, m.spec->bits));
+  return scratch;
+}
+
+// --- codes as floats ----------------------------------------------------------------------------------------------
+
+// Each reads W elements from element k of a row (a multiple of 8).
+struct ReadFp32 { static constexpr int bits = 32; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load((const float*)row + k); } };
+struct ReadBf16 { static constexpr int bits = 16; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_bf16(row + 2 * k); } };
+struct ReadFp16 { static constexpr int bits = 16; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_fp16(row + 2 * k); } };
+struct ReadE4m3 { static constexpr int bits = 8; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e4m3(row + k); } };
+struct ReadE5m2 { static constexpr int bits = 8; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e5m2(row + k); } };
+struct ReadInt8 { static constexpr int bits = 8; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_i8(row + k); } };
+template <int B> struct ReadCodes {
+  static constexpr int bits = B;
+  INLINE F at(const uint8_t* row, int64_t k, const float*) { return to_float(load_codes<B>(row + k * B / 8)); }
+};
+struct ReadCodebook {
+  static constexpr int bits = 4;
+  INLINE F at(const uint8_t* row, int64_t k, const float* book) { return look_up(book, load_codes<4>(row + k / 2)); }
+};
+
+// Calls f with the reader of the matrix's format.
+template <class Function> INLINE void with_reader(const Spec& spec, Function&& f) {
+  switch (spec.kind) {
+    case FP32: return f(ReadFp32());
+    case BF16: return f(ReadBf16());
+    case FP16: return f(ReadFp16());
+    case E4M3: return f(ReadE4m3());
+    case E5M2: return f(ReadE5m2());
+    case INT8: return f(ReadInt8());
+    case CODEBOOK: return f(ReadCodebook());
+    default:
+      switch (spec.bits) {
+        case 2: return f(ReadCodes<2>());
+        case 3: return f(ReadCodes<3>());
+        case 4: return f(ReadCodes<4>());
+        case 5: return f(ReadCodes<5>());
+        default: return f(ReadCodes<6>());
+      }
+  }
+}
+
+// The W elements from k where fewer than W are left in the row: nothing past its end is read.
+template <class Read> INLINE F read_tail(const uint8_t* row, int64_t row_bytes, int64_t k, const float* book) {
+  uint8_t buffer[W * 4] = {};
+  int64_t at = k * Read::bits / 8;
+  std::memcpy(buffer, row + at, row_bytes - at);
+  return Read::at(buffer, 0, book);
+}
+
+INLINE bool needs_zeros(const Spec& spec) { return spec.kind == CODES || spec.zero_point; }
+
+// Whether groups begin where vectors begin.
+INLINE bool groups_fit(const Matrix& m) { return m.spec->group % W == 0 || m.spec->group >= m.k; }
+
+// Row r as floats: (code - zero) * scale. `out` has room for k rounded up to W; `scratch` for 2 * blocks().
+template <class Read> void row_to_float(const Matrix& m, int64_t r, float* out, float* scratch) {
+  const uint8_t* row = m.row(r);
+  const float* scale = scales_of(m, r, scratch);
+  const float* zeros = needs_zeros(*m.spec) ? zeros_of(m, r, scratch + m.blocks()) : nullptr;
+  const float* book = m.spec->codebook;
+  int64_t whole = m.k / W * W;
+  bool direct = groups_fit(m) || m.blocks() == 1;
+  int64_t group = direct && m.blocks() > 1 ? m.spec->group : m.k;
+  for (int64_t start = 0, g = 0; start < m.k; start += group, g++) {
+    int64_t end = start + group < m.k ? start + group : m.k;
+    F s = direct ? all(scale[g]) : all(1.0f), z = direct && zeros ? all(zeros[g]) : zero();
+    for (int64_t k = start; k < end; k += W) {
+      F v = k < whole ? Read::at(row, k, book) : read_tail<Read>(row, m.row_bytes(), k, book);
+      store(out + k, mul(zeros ? sub(v, z) : v, s));
+    }
+  }
+  if (direct) return;
+  for (int64_t k = 0; k < m.k; k++) {
+    int64_t g = k / m.spec->group;
+    out[k] = (zeros ? out[k] - zeros[g] : out[k]) * scale[g];
+  }
+}
+
+INLINE void to_dtype(const float* x, int64_t count, int32_t dtype, void* out) {
+  if (dtype == X_FP32) std::memcpy(out, x, count * sizeof(float));
+  else if (dtype == X_BF16) for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[i] = to_bf16(x[i]);
+  else for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[i] = to_fp16(x[i]);
+}
+
+INLINE void from_dtype(const void* x, int64_t count, int32_t dtype, float* out) {
+  if (dtype == X_FP32) std::memcpy(out, x, count * sizeof(float));
+  else if (dtype == X_BF16) for (int64_t i = 0; i < count; i++) out[i] = from_bf16(((const uint16_t*)x)[i]);
+  else for (int64_t i = 0; i < count; i++) out[i] = from_fp16(((const uint16_t*)x)[i]);
+}
+
+INLINE int64_t size_of(int32_t dtype) { return dtype == X_FP32 ? 4 : 2; }
+INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Memory of a thread that outlives the call; its contents do not. A slot for each use that may be live with others.
+enum Slot { ROWS, SCALES, INPUT, SCORES, KEYS, VALUES, SUMS, SLOTS };
+
+template <class T> INLINE T* scratch(Slot slot, int64_t count) {
+  static thread_local std::vector<uint64_t> memory[SLOTS];
+  size_t words = (count * sizeof(T) + 7) / 8;
+  if (memory[slot].size() < words) memory[slot].resize(words);
+  return (T*)memory[slot].data();
+}
+
+// body(begin, end) for pieces of [0, count), on `threads` threads that take the next piece when done with one.
+template <class Body> INLINE void parallel(int64_t count, int64_t piece, int threads, Body&& body) {
+  int64_t pieces = (count + piece - 1) / piece;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && pieces > 1)
+#endif
+  for (int64_t i = 0; i < pieces; i++) body(i * piece, least(count, (i + 1) * piece));
+}
