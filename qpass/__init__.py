@@ -15,6 +15,7 @@ from qpass.api import diff as diff
 from qpass.api import quantize as quantize
 from qpass.backend import QPass as QPass
 from qpass.compute import set_compute as set_compute
+from qpass.doctor import doctor as doctor
 from qpass.errors import QpassError as QpassError
 from qpass.evaluate import evaluate as evaluate
 from qpass.qtensor import QTensor as QTensor

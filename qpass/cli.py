@@ -24,7 +24,10 @@ def _show(result: Any, as_json: bool) -> None:
         print(json.dumps(result.to_json(), indent=1))
     else:
         Console().print(
-            result.__rich__() if hasattr(result, "__rich__") else str(result), highlight=False, markup=False
+            result.__rich__() if hasattr(result, "__rich__") else str(result),
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
 
 
@@ -48,6 +51,14 @@ def _quantized(model: Path, recipe: str) -> Any:
     quantized = qpass.quantize(quantized, recipe, inner="eager")
     quantized(**inputs)  # captured once: the report and the diff are of real graphs
     return quantized
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine offers, what qpass uses of it, and why."""
+    import qpass
+
+    _show(qpass.doctor(), as_json)
 
 
 @app.command()

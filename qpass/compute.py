@@ -9,8 +9,8 @@ from qpass.spec import QuantSpec
 
 Compute = Literal["float", "int8"]
 
-#: Formats of four bits whose kernels multiply int8 activations unless told otherwise: in float they would be limited by
-#: arithmetic, not by memory. All others are exact.
+#: Formats whose kernels multiply int8 activations unless told otherwise: with four bits a product in float is limited by
+#: arithmetic, not by memory. The same on every instruction set.
 INT8_BY_DEFAULT = frozenset({"int4", "nf4", "fp4_e2m1", "mxfp4", "nvfp4"})
 
 _chosen: list[Compute | None] = [None]
@@ -20,7 +20,9 @@ class set_compute:
     """`set_compute("float")`: from now on, or within a `with`; "int8"; None: as the table of formats says.
 
     "float" dequantizes inside the kernel and is exact but for rounding. "int8" quantizes the activations to int8 as they
-    come, with a scale for every 32 of a row; formats that it does not serve stay in float.
+    come, with a scale for every 32 of a row: what is lost is at most half a step, 1/254 of the largest of the 32, for each
+    activation, and for nf4 1/254 of each weight's scale. Formats that it does not serve stay in float. Inputs of many rows
+    in bfloat16 are multiplied in bfloat16 where the processor has such products.
     """
 
     def __init__(self, compute: Compute | None) -> None:
@@ -36,10 +38,7 @@ class set_compute:
         _chosen[0] = self._before
 
 
-def compute_of(spec: QuantSpec, columns: int) -> Compute:
-    """How the CPU kernels multiply a weight of `columns` inputs in this format."""
-    name = spec.format.name
-    if name not in INT8_BY_DEFAULT or _chosen[0] == "float":
-        return "float"
-    # A lane of the integer products holds eight inputs.
-    return "int8" if spec.group_size % 8 == 0 or spec.group_size >= columns else "float"
+def compute_of(spec: QuantSpec, device: str = "cpu") -> Compute:
+    """How a weight in this format is multiplied. The int8 products of the CPU kernels take groups of whole eights."""
+    served = spec.format.name in INT8_BY_DEFAULT and spec.group_size % 8 == 0 and device == "cpu"
+    return "int8" if served and _chosen[0] != "float" else "float"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qpass.errors import QpassError
 from qpass.progress import track
+from qpass.report import report
 
 #: Positions whose logits are compared at a time: bounds the float32 temporaries at a large vocabulary.
 _POSITIONS = 256
@@ -23,6 +24,7 @@ class Evaluation:
 
     `kl`: mean KL(reference || model) per token in nats, `kl_standard_error` over the windows. `perplexity`,
     `reference_perplexity`: exp of the mean negative log-likelihood. `top1`: share of positions with the same argmax.
+    `compute`: format -> what its products were computed in.
     """
 
     kl: float
@@ -31,6 +33,7 @@ class Evaluation:
     reference_perplexity: float
     top1: float
     tokens: int
+    compute: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain data."""
@@ -40,6 +43,7 @@ class Evaluation:
         return (
             f"KL {self.kl:.5f} +- {self.kl_standard_error:.5f}, perplexity {self.perplexity:.3f} "
             f"(reference {self.reference_perplexity:.3f}), top-1 {self.top1:.4f}, {self.tokens} tokens"
+            + "".join(f", {name} in {compute}" for name, compute in self.compute.items())
         )
 
 
@@ -73,9 +77,17 @@ def evaluate(model: Any, reference: Any, batches: Iterable[Tensor | Mapping[str,
     means = torch.tensor([total / n for total, n in windows], dtype=torch.float64)
     error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
     ppl = (nll / tokens).exp()
-    return Evaluation(
-        sum(total for total, _ in windows) / tokens, error, float(ppl[0]), float(ppl[1]), same / tokens, tokens
-    )
+    mean = sum(total for total, _ in windows) / tokens
+    return Evaluation(mean, error, float(ppl[0]), float(ppl[1]), same / tokens, tokens, _computes(model))
+
+
+def _computes(model: Any) -> dict[str, str]:
+    """Format -> compute of the quantized sites of a model that qpass compiled."""
+    try:
+        sites = report(model).sites
+    except QpassError:
+        return {}
+    return {s.format: s.compute for s in sites if s.format is not None and s.compute is not None}
 
 
 def _ids_and_mask(batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from qpass.backend import Capture, QPass
+from qpass.compute import compute_of
 from qpass.errors import QpassError
 from qpass.graph.torch_private import original_module, recompile_limit
 from qpass.qtensor import QTensor
@@ -28,7 +29,10 @@ _HOOKS = (
 
 @dataclass(frozen=True)
 class SiteReport:
-    """One site: bytes of the float weight and of what is stored, SQNR in dB, or why it stays in float."""
+    """One site: bytes of the float weight and of what is stored, SQNR in dB, or why it stays in float.
+
+    `compute`: what its products are computed in, if there are any (see qpass.set_compute).
+    """
 
     kind: str
     name: str
@@ -37,6 +41,7 @@ class SiteReport:
     bytes_after: int
     sqnr_db: float | None
     skipped: str | None
+    compute: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,15 +81,18 @@ class Report:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table("kind", "name", "format", "bytes before", "after", "SQNR dB", box=None, pad_edge=False)
-        for column in table.columns[3:]:
+        columns = ("kind", "name", "format", "compute", "bytes before", "after", "SQNR dB")
+        table = Table(*columns, box=None, pad_edge=False)
+        for column in table.columns[4:]:
             column.justify = "right"
         for name, sites in self.folded():
             s, decibels = sites[0], [s.sqnr_db for s in sites if s.sqnr_db is not None]
             sqnr = " .. ".join(dict.fromkeys(f"{d:.1f}" for d in (min(decibels), max(decibels)))) if decibels else ""
             format_or_reason = s.format if s.skipped is None else f"float: {s.skipped}"
             totals = sum(s.bytes_before for s in sites), sum(s.bytes_after for s in sites)
-            table.add_row(s.kind, name, format_or_reason, *(f"{b:,}" if b else "" for b in totals), sqnr)
+            table.add_row(
+                s.kind, name, format_or_reason, s.compute or "", *(f"{b:,}" if b else "" for b in totals), sqnr
+            )
         return Group(table, *self._summary())
 
     def folded(self) -> list[tuple[str, list[SiteReport]]]:
@@ -172,7 +180,8 @@ def _weight_rows(name: str, param: Tensor, backend: QPass, eager: bool) -> list[
     assert stats is not None
     sqnr = stats.sqnr_db if math.isfinite(stats.sqnr_db) else None
     kind = "+".join(dict.fromkeys((site.kind, *(r for r in site.roles if r in ("embedding", "vocab")))))
-    return [SiteReport(kind, name, str(decision.spec), before, stats.nbytes, sqnr, None)]
+    compute = None if site.roles == ("embedding",) else compute_of(decision.spec, param.device.type)
+    return [SiteReport(kind, name, str(decision.spec), before, stats.nbytes, sqnr, None, compute)]
 
 
 def _cache_rows(captures: Sequence[Capture]) -> list[SiteReport]:

@@ -15,7 +15,7 @@ LAYERS = [
     {"recipe", "numerics", "compute"},
     {"weights", "graph", "diff"},
     {"ops", "qtensor"},
-    {"sites"},
+    {"sites", "doctor"},
     {"passes", "store", "ready"},
     {"calling"},
     {"backend"},

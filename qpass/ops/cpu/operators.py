@@ -18,7 +18,9 @@ from qpass.packing import packed_length
 from qpass.spec import QuantSpec, parse_spec
 
 #: From this many rows of x on, a product in float goes through tiles of the dequantized weight and torch's own product.
-WIDE = 17
+WIDE = {"avx512-vnni": 1024, "avx512": 1024, "avx2": 33, "portable": 9}
+#: The same for a bfloat16 product, in whatever type the kernels compute, where the processor multiplies bfloat16 itself.
+WIDE_BF16 = 33
 #: Elements of a tile: with the weight it comes from it stays in the caches.
 _TILE = 1 << 20
 
@@ -100,6 +102,13 @@ def _library() -> Any:
     return _functions(found) if isinstance(found, Kernels) else None
 
 
+def _goes_through_tiles(count: int, dtype: torch.dtype, int8: bool) -> bool:
+    if dtype == torch.bfloat16 and count >= WIDE_BF16 and _has_bf16_products():
+        return True
+    found = kernels()
+    return not int8 and isinstance(found, Kernels) and count >= WIDE[found.isa]
+
+
 def _contiguous(part: Tensor | None) -> Tensor | None:
     return part if part is None or part.is_contiguous() else part.contiguous()
 
@@ -145,8 +154,8 @@ def linear(
         bias = bias.to(x.dtype).contiguous()
     count = x.numel() // k
     matrix = _Matrix((data, scale, zero_point, outer_scale), n, k, known)
-    int8 = compute_of(known.spec, k) == "int8"
-    if count >= WIDE and not int8:
+    int8 = compute_of(known.spec) == "int8"
+    if _goes_through_tiles(count, x.dtype, int8):
         return _through_tiles(library, x.reshape(count, k), matrix, n, bias).view(*x.shape[:-1], n)
     y = x.new_empty((*x.shape[:-1], n))
     if count:
@@ -275,7 +284,7 @@ def _of_cache(parts: tuple[Tensor | None, ...], columns: int, known: _Known) -> 
 
 
 def _is_cut(part: Tensor, capacity: int) -> bool:
-    batch, heads, tokens, width = part.shape
+    _, heads, tokens, width = part.shape
     expected = (heads * capacity * width, capacity * width, width, 1)
     return (
         all(n == 1 or s == e for n, s, e in zip(part.shape, part.stride(), expected, strict=True))
