@@ -31,13 +31,35 @@ struct Attention {
   int64_t group() const { return heads / key_heads; }
 };
 
+// The usual case of row_to_float, for rows so short that preparing each of them would cost more than reading it.
+template <class Read> INLINE void plain_rows(const Matrix& m, int64_t first, int64_t count, float* out) {
+  const float* scale = (const float*)m.scale + first * m.blocks;
+  const float* book = m.spec->codebook;
+  int64_t group = m.blocks == 1 ? m.k : m.spec->group;
+  F offset = all(float(1 << (m.spec->bits - 1)));
+  for (int64_t t = 0; t < count; t++, out += m.k) {
+    const uint8_t* row = m.row(first + t);
+    for (int64_t start = 0; start < m.k; start += group) {
+      F s = all(*scale++);
+      for (int64_t k = start; k < least(m.k, start + group); k += W) {
+        F v = Read::at(row, k, book);
+        store(out + k, mul(Read::offset ? sub(v, offset) : v, s));
+      }
+    }
+  }
+}
+
 // Rows [begin, begin + count) of the cache of one head, as floats `padded` apart, zeros behind each.
 static void rows_to_float(const Cache& cache, int64_t head, int64_t begin, int64_t count, int64_t padded, float* out) {
-  float* scales = scratch<float>(SCALES, 2 * cache.rows.blocks());
-  with_reader(*cache.rows.spec, [&](auto read) {
+  const Matrix& m = cache.rows;
+  float* scales = scratch<float>(SCALES, 2 * m.blocks);
+  bool plain = m.scale_rows == m.n && m.spec->scale == SCALE_FP32 && !m.zero && m.k % W == 0 && (groups_fit(m) || m.blocks == 1);
+  with_reader(*m.spec, [&](auto read) {
+    using Read = decltype(read);
+    if (plain) return plain_rows<Read>(m, head * cache.capacity + begin, count, out);
     for (int64_t t = 0; t < count; t++) {
-      row_to_float<decltype(read)>(cache.rows, head * cache.capacity + begin + t, out + t * padded, scales);
-      for (int64_t k = cache.rows.k; k < padded; k++) out[t * padded + k] = 0.0f;
+      row_to_float<Read>(m, head * cache.capacity + begin + t, out + t * padded, scales);
+      for (int64_t k = m.k; k < padded; k++) out[t * padded + k] = 0.0f;
     }
   });
 }
@@ -48,11 +70,15 @@ static bool mask_row(const Attention& a, int64_t b, int64_t h, int64_t i, int64_
   int64_t at = b * a.mask_stride[0] + h * a.mask_stride[1] + i * a.mask_stride[2] + t0 * step;
   const uint8_t* flags = (const uint8_t*)a.mask + at;
   const float* floats = (const float*)a.mask + at;
-  bool seen = false;
-  for (int64_t t = 0; t < end; t++) {
-    if (a.mask_type == MASK_BOOL) added[t] = flags[t * step] ? 0.0f : -INFINITY;
-    else added[t] = a.mask_type == NO_MASK ? 0.0f : floats[t * step];
-    seen |= added[t] != -INFINITY;
+  bool seen = end > 0;
+  if (a.mask_type == NO_MASK || (a.mask_type == MASK_BOOL && step == 1 && !std::memchr(flags, 0, end))) {
+    std::memset(added, 0, end * sizeof(float));
+  } else {
+    seen = false;
+    for (int64_t t = 0; t < end; t++) {
+      added[t] = a.mask_type == MASK_FP32 ? floats[t * step] : flags[t * step] ? 0.0f : -INFINITY;
+      seen |= added[t] != -INFINITY;
+    }
   }
   for (int64_t t = end; t < BLOCK; t++) added[t] = -INFINITY;
   return seen;
@@ -89,17 +115,26 @@ static void weigh(float* s, const float* added, float* acc, int64_t columns, flo
   *largest = top;
 }
 
-// acc[r] += sum_t p[r, t] * v[t], for R rows at once and two vectors of columns.
-template <int R> INLINE void add_values(const float* p, int64_t p_stride, const float* v, int64_t count, int64_t padded, float* acc) {
-  for (int64_t d = 0; d < padded; d += W) {
-    F sum[R];
-    UNROLL for (int r = 0; r < R; r++) sum[r] = load(acc + r * padded + d);
-    for (int64_t t = 0; t < count; t++) {
-      F x = load(v + t * padded + d);
-      UNROLL for (int r = 0; r < R; r++) sum[r] = fma(all(p[r * p_stride + t]), x, sum[r]);
+// acc[r] += sum_t p[r, t] * v[t], for R rows and C vectors of columns at once.
+template <int R, int C> INLINE void add_columns(const float* p, const float* v, int64_t count, int64_t padded, float* acc) {
+  F sum[R][C];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) sum[r][c] = load(acc + r * padded + c * W);
+  for (int64_t t = 0; t < count; t++) {
+    F x[C];
+    UNROLL for (int c = 0; c < C; c++) x[c] = load(v + t * padded + c * W);
+    UNROLL for (int r = 0; r < R; r++) {
+      F weight = all(p[r * BLOCK + t]);
+      UNROLL for (int c = 0; c < C; c++) sum[r][c] = fma(weight, x[c], sum[r][c]);
     }
-    UNROLL for (int r = 0; r < R; r++) store(acc + r * padded + d, sum[r]);
   }
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) store(acc + r * padded + c * W, sum[r][c]);
+}
+
+template <int R> INLINE void add_values(const float* p, const float* v, int64_t count, int64_t padded, float* acc) {
+  constexpr int C = R == 1 ? 4 : 2;
+  int64_t d = 0;
+  for (; d + C * W <= padded; d += C * W) add_columns<R, C>(p, v + d, count, padded, acc + d);
+  for (; d < padded; d += W) add_columns<R, 1>(p, v + d, count, padded, acc + d);
 }
 
 // Query rows [q_begin, q_end) of a key head's group against tokens [begin, end): acc [rows, padded values], largest and sum.
@@ -141,8 +176,8 @@ static void attend(const Attention& a, int64_t b, int64_t key_head, int64_t q_be
     }
     rows_to_float(a.values, head, t0, count, vp, values);
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) add_values<4>(scores + r * BLOCK, BLOCK, values, count, vp, acc + r * vp);
-    for (; r < rows; r++) add_values<1>(scores + r * BLOCK, BLOCK, values, count, vp, acc + r * vp);
+    for (; r + 4 <= rows; r += 4) add_values<4>(scores + r * BLOCK, values, count, vp, acc + r * vp);
+    for (; r < rows; r++) add_values<1>(scores + r * BLOCK, values, count, vp, acc + r * vp);
   }
 }
 

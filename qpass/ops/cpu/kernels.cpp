@@ -31,7 +31,7 @@ int64_t qpass_rows(MATRIX(w_), const int64_t* indices, int64_t first, int64_t co
   if (w.k * count < 1 << 15) threads = 1;
   parallel(count, most(1, (1 << 14) / most(1, w.k)), threads, [&](int64_t begin, int64_t end) {
     float* row = scratch<float>(ROWS, round_up(w.k, W));
-    float* scales = scratch<float>(SCALES, 2 * w.blocks());
+    float* scales = scratch<float>(SCALES, 2 * w.blocks);
     with_reader(*w.spec, [&](auto read) {
       for (int64_t i = begin; i < end; i++) {
         row_to_float<decltype(read)>(w, indices ? indices[i] : first + i, row, scales);

@@ -2,7 +2,7 @@
 #pragma once
 #include "weight.h"
 
-constexpr int ROWS_AT_ONCE = 4;             // weight rows that share the reading of x
+constexpr int ROWS_AT_ONCE = 4;  // weight rows that share the reading of x
 constexpr int64_t COLUMNS_AT_ONCE = 1024;   // of rows and inputs that stay in the first-level cache
 constexpr int INPUTS_AT_ONCE = W == 16 ? 4 : 2;  // inputs that share the reading of the weight, as registers allow
 
@@ -11,7 +11,7 @@ template <class Read, bool Grouped, bool Zeros>
 INLINE void dot_stored(const Matrix& m, const int64_t* rows, const float* x, float* scales, float* out) {
   const uint8_t* p[ROWS_AT_ONCE];
   const float *s[ROWS_AT_ONCE], *z[ROWS_AT_ONCE];
-  int64_t blocks = m.blocks(), whole = m.k / W * W;
+  int64_t blocks = m.blocks, whole = m.k / W * W;
   for (int r = 0; r < ROWS_AT_ONCE; r++) {
     p[r] = m.row(rows[r]);
     s[r] = scales_of(m, rows[r], scales + 2 * r * blocks);
@@ -38,25 +38,26 @@ INLINE void dot_stored(const Matrix& m, const int64_t* rows, const float* x, flo
       UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) add_row(r, Read::at(p[r], k, book), xs);
     }
     if (k < end)
-      for (int r = 0; r < ROWS_AT_ONCE; r++) add_row(r, read_tail<Read>(p[r], m.row_bytes(), k, book), load(x + k));
+      for (int r = 0; r < ROWS_AT_ONCE; r++) add_row(r, read_tail<Read>(p[r], m.row_bytes, k, book), load(x + k));
   }
-  for (int r = 0; r < ROWS_AT_ONCE; r++) out[r] = sum(acc[r]) * (Grouped ? 1.0f : s[r][0]);
+  sum4(acc, out);
+  if (!Grouped) for (int r = 0; r < ROWS_AT_ONCE; r++) out[r] *= s[r][0];
 }
 
-// out[r * M + m] = w[r] . x[m]: rows of floats `w_stride` apart, inputs `x_stride` apart, both padded to a multiple of W.
+// out[m * ROWS_AT_ONCE + r] = w[r] . x[m]: rows of floats `w_stride` apart, inputs `x_stride` apart, both padded to a multiple of W.
 template <int M>
 INLINE void dot_floats(const float* const* w, const float* x, int64_t x_stride, int64_t k_padded, float* out) {
-  F acc[ROWS_AT_ONCE][M];
+  F acc[M][ROWS_AT_ONCE];
   for (auto& row : acc) for (F& a : row) a = zero();
   for (int64_t k = 0; k < k_padded; k += W) {
     F v[ROWS_AT_ONCE];
     UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) v[r] = load(w[r] + k);
     UNROLL for (int m = 0; m < M; m++) {
       F xs = load(x + m * x_stride + k);
-      UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) acc[r][m] = fma(v[r], xs, acc[r][m]);
+      UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) acc[m][r] = fma(v[r], xs, acc[m][r]);
     }
   }
-  for (int r = 0; r < ROWS_AT_ONCE; r++) for (int m = 0; m < M; m++) out[r * M + m] = sum(acc[r][m]);
+  for (int m = 0; m < M; m++) sum4(acc[m], out + m * ROWS_AT_ONCE);
 }
 
 // Four rows of floats by `count` inputs: put(r, m, value) for each pair.
@@ -67,7 +68,7 @@ INLINE void dot_all(const float* const* w, const float* x, int64_t count, int64_
   for (; m + INPUTS_AT_ONCE <= count; m += INPUTS_AT_ONCE) {
     dot_floats<INPUTS_AT_ONCE>(w, x + m * x_stride, x_stride, k_padded, out);
     for (int r = 0; r < ROWS_AT_ONCE; r++)
-      for (int i = 0; i < INPUTS_AT_ONCE; i++) put(r, m + i, out[r * INPUTS_AT_ONCE + i]);
+      for (int i = 0; i < INPUTS_AT_ONCE; i++) put(r, m + i, out[i * ROWS_AT_ONCE + r]);
   }
   for (; m < count; m++) {
     dot_floats<1>(w, x + m * x_stride, x_stride, k_padded, out);
@@ -109,7 +110,7 @@ INLINE void next_rows(int64_t row, int64_t end, int64_t* rows) {
 
 template <class Read>
 static void linear_rows(const Matrix& w, const float* x, int64_t count, int64_t begin, int64_t end, const Output& out) {
-  int64_t padded = round_up(w.k, W), blocks = w.blocks();
+  int64_t padded = round_up(w.k, W), blocks = w.blocks;
   float* scales = scratch<float>(SCALES, 2 * ROWS_AT_ONCE * blocks);
   bool stored = count == 1 && (blocks == 1 || groups_fit(w)), zeros = needs_zeros(*w.spec);
   float* floats = stored ? nullptr : scratch<float>(ROWS, ROWS_AT_ONCE * padded);
@@ -144,7 +145,7 @@ static void linear_rows(const Matrix& w, const float* x, int64_t count, int64_t 
 
 // Rows that a thread takes at a time.
 static int64_t piece_of(const Matrix& w, int threads) {
-  return round_up(most(1, least(w.n / (4 * threads), (1 << 16) / most(1, w.row_bytes()))), ROWS_AT_ONCE);
+  return round_up(most(1, least(w.n / (4 * threads), (1 << 16) / most(1, w.row_bytes))), ROWS_AT_ONCE);
 }
 
 static void linear_float(const Matrix& w, const void* x, int32_t dtype, int64_t count, const Output& out, int threads) {

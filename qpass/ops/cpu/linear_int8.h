@@ -18,15 +18,15 @@ INLINE Bytes look_up_bytes(Bytes table, Bytes codes) { return _mm512_shuffle_epi
 INLINE F lanes_to_float(Bytes x) { return _mm512_cvtepi32_ps(x); }
 #if defined(__AVX512VNNI__)
 constexpr bool WIDE_TABLE = true;  // unsigned bytes up to 255
-INLINE Bytes products(Bytes low, Bytes high, Bytes even, Bytes odd) {
-  return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), low, even), high, odd);
+INLINE Bytes products(Bytes start, Bytes low, Bytes high, Bytes even, Bytes odd) {
+  return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(start, low, even), high, odd);
 }
 #else
 constexpr bool WIDE_TABLE = false;
 // vpmaddubsw saturates at 2^15: the sum of two pairs fits for unsigned factors below 64 (63 * 127 * 4 < 2^15).
-INLINE Bytes products(Bytes low, Bytes high, Bytes even, Bytes odd) {
+INLINE Bytes products(Bytes start, Bytes low, Bytes high, Bytes even, Bytes odd) {
   Bytes pairs = _mm512_add_epi16(_mm512_maddubs_epi16(low, even), _mm512_maddubs_epi16(high, odd));
-  return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+  return _mm512_add_epi32(start, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 }
 INLINE Bytes signed_pairs(Bytes w, Bytes x) {
   Bytes flipped = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
@@ -46,9 +46,9 @@ INLINE Bytes table_of(const int8_t* t) { return _mm256_broadcastsi128_si256(_mm_
 INLINE Bytes look_up_bytes(Bytes table, Bytes codes) { return _mm256_shuffle_epi8(table, codes); }
 INLINE F lanes_to_float(Bytes x) { return _mm256_cvtepi32_ps(x); }
 constexpr bool WIDE_TABLE = false;
-INLINE Bytes products(Bytes low, Bytes high, Bytes even, Bytes odd) {
+INLINE Bytes products(Bytes start, Bytes low, Bytes high, Bytes even, Bytes odd) {
   Bytes pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, even), _mm256_maddubs_epi16(high, odd));
-  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return _mm256_add_epi32(start, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 INLINE Bytes signed_pairs(Bytes w, Bytes x) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1));
@@ -66,8 +66,9 @@ INLINE Bytes table_of(const int8_t* t) { Bytes r; for (int i = 0; i < BYTES; i++
 INLINE Bytes look_up_bytes(Bytes table, Bytes codes) { for (auto& b : codes.v) b = table.v[b]; return codes; }
 constexpr bool WIDE_TABLE = true;
 struct Lanes { int32_t v[W]; };
-INLINE Lanes products(Bytes low, Bytes high, Bytes even, Bytes odd) {
-  Lanes r = {};
+INLINE Lanes products(Bytes start, Bytes low, Bytes high, Bytes even, Bytes odd) {
+  Lanes r;
+  std::memcpy(r.v, start.v, sizeof r.v);
   for (int i = 0; i < BYTES; i++) r.v[i / 4] += int(low.v[i]) * int8_t(even.v[i]) + int(high.v[i]) * int8_t(odd.v[i]);
   return r;
 }
@@ -77,28 +78,33 @@ INLINE F lanes_to_float(Lanes x) { F r; for (int i = 0; i < W; i++) r.v[i] = flo
 // How packed halves become factors: as they are; by a table of unsigned bytes; by a table of signed ones.
 enum Codes { PLAIN, TABLE, SIGNED_TABLE };
 
-template <Codes How> INLINE auto multiply(Bytes low, Bytes high, Bytes even, Bytes odd) {
+template <Codes How> INLINE auto multiply(Bytes start, Bytes low, Bytes high, Bytes even, Bytes odd) {
 #if !defined(__AVX512VNNI__) && defined(__AVX2__)
   if constexpr (How == SIGNED_TABLE) return signed_products(low, high, even, odd);
   else
 #endif
-  return products(low, high, even, odd);
+  return products(start, low, high, even, odd);
 }
 
 constexpr int64_t STEP = 2 * BYTES;  // elements
 constexpr int64_t INPUTS8 = 4;       // inputs that share the unpacking of a weight
 
-// Quantized inputs: codes [count, padded] in step order; a scale for each lane [count, padded / 8]; for each group of the
-// weight the sum of its inputs as quantized [count, sums_stride], which multiplies the zero points.
+// Quantized inputs: codes [count, padded] in step order; for each lane [count, padded / 8] its scale, and the sum of its codes
+// times -bias, where products start; for each group of a weight with zero points the sum of its inputs as quantized
+// [count, sums_stride].
 struct Inputs8 {
   int8_t* codes;
-  float *lanes, *sums;
+  float* lanes;
+  int32_t* starts;
+  float* sums;
   int64_t padded, blocks, sums_stride;
+  int bias;  // what is too much in the factors of the weight
 };
 
 static void quantize_input(const float* x, int64_t k, int64_t group, int64_t m, const Inputs8& to) {
   int8_t* codes = to.codes + m * to.padded;
   float* lanes = to.lanes + m * to.padded / 8;
+  int32_t* starts = to.starts + m * to.padded / 8;
   float* sums = to.sums + m * to.sums_stride;
   for (int64_t g = 0; g < to.sums_stride; g++) sums[g] = 0.0f;
   for (int64_t start = 0; start < to.padded; start += INPUT_GROUP) {
@@ -118,7 +124,13 @@ static void quantize_input(const float* x, int64_t k, int64_t group, int64_t m, 
     for (int64_t i = 0; i < INPUT_GROUP; i++) q[i] = int8_t(int32_t(rounded[i]));
     int8_t* even = codes + start / STEP * STEP + start % STEP / 2;
     for (int64_t i = 0; i < INPUT_GROUP / 2; i++) even[i] = q[2 * i], even[BYTES + i] = q[2 * i + 1];
-    for (int64_t lane = 0; lane < INPUT_GROUP / 8; lane++) lanes[start / 8 + lane] = scale;
+    for (int64_t lane = 0; lane < INPUT_GROUP / 8; lane++) {
+      int total = 0;
+      for (int64_t i = 0; i < 8; i++) total += q[lane * 8 + i];
+      lanes[start / 8 + lane] = scale;
+      starts[start / 8 + lane] = -to.bias * total;
+    }
+    if (!to.sums_stride) continue;
     if (group % INPUT_GROUP == 0 || to.blocks == 1) {
       int total = 0;
       for (int64_t i = 0; i < here; i++) total += q[i];
@@ -137,7 +149,7 @@ struct Scales {
   uint32_t lane[W];    // which of them belongs to each lane
 
   Scales(const Matrix& w, int64_t all_steps) : lane{} {
-    int64_t group = w.blocks() == 1 ? all_steps * STEP : w.spec->group;
+    int64_t group = w.blocks == 1 ? all_steps * STEP : w.spec->group;
     whole = group % STEP == 0;
     steps = whole ? group / STEP : 0;
     per_step = STEP % group == 0 ? STEP / group : W;  // groups that straddle steps: the scales are spread beforehand
@@ -149,22 +161,24 @@ struct Scales {
 template <int M, Codes How, bool Whole>
 INLINE void dot_int8(const uint8_t* const* rows, const uint8_t (*tails)[BYTES], const float* const* scales, const Scales& groups,
                      int64_t whole_steps, int64_t steps, const int8_t* table, const Inputs8& in, int64_t m0, float* out) {
-  F acc[ROWS_AT_ONCE][M];
+  F acc[M][ROWS_AT_ONCE];
   for (auto& row : acc) for (F& a : row) a = zero();
   const int8_t* codes = in.codes + m0 * in.padded;
   const float* lanes = in.lanes + m0 * in.padded / 8;
+  const int32_t* starts = in.starts + m0 * in.padded / 8;
   Bytes book;
   if constexpr (How != PLAIN) book = table_of(table);
-  I lane = indices(groups.lane);
+  I scale_of_lane = indices(groups.lane);
   auto one = [&](int64_t step, int64_t g, auto&& packed) __attribute__((always_inline)) {
     UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) {
       Bytes bytes = packed(r), low = low_half(bytes), high = high_half(bytes);
       if constexpr (How != PLAIN) low = look_up_bytes(book, low), high = look_up_bytes(book, high);
-      F scale = Whole ? all(scales[r][g]) : pick(load(scales[r] + step * groups.per_step), lane);
+      F scale = Whole ? all(scales[r][g]) : pick(load(scales[r] + step * groups.per_step), scale_of_lane);
       UNROLL for (int m = 0; m < M; m++) {
         const int8_t* q = codes + m * in.padded + step * STEP;
-        F p = lanes_to_float(multiply<How>(low, high, load_bytes(q), load_bytes(q + BYTES)));
-        acc[r][m] = fma(p, mul(scale, load(lanes + m * (in.padded / 8) + step * W)), acc[r][m]);
+        int64_t lane = m * (in.padded / 8) + step * W;
+        F p = lanes_to_float(multiply<How>(load_bytes(starts + lane), low, high, load_bytes(q), load_bytes(q + BYTES)));
+        acc[m][r] = fma(p, mul(scale, load(lanes + lane)), acc[m][r]);
       }
     }
   };
@@ -175,16 +189,16 @@ INLINE void dot_int8(const uint8_t* const* rows, const uint8_t (*tails)[BYTES], 
   }
   for (; step < whole_steps; step++) one(step, g, [&](int r) { return load_bytes(rows[r] + step * BYTES); });
   if (step < steps) one(step, g, [&](int r) { return load_bytes(tails[r]); });
-  for (int r = 0; r < ROWS_AT_ONCE; r++) for (int m = 0; m < M; m++) out[r * M + m] = sum(acc[r][m]);
+  for (int m = 0; m < M; m++) sum4(acc[m], out + m * ROWS_AT_ONCE);
 }
 
-// The table of a codebook as factors, and what was added to make them unsigned.
+// The table of a codebook as factors, and what is added to the values of codes to make them unsigned.
 struct Table {
   int8_t bytes[16];
   int bias;
   Codes how;
 
-  explicit Table(const Spec& spec) : bytes{}, bias(0), how(PLAIN) {
+  explicit Table(const Spec& spec) : bytes{}, bias(8), how(PLAIN) {
     if (spec.kind != CODEBOOK) return;
     int low = 0, high = 0;
     for (int8_t v : spec.integers) low = v < low ? v : low, high = v > high ? v : high;
@@ -198,24 +212,26 @@ struct Table {
 // What the products of one weight row need beside its codes; the arrays are padded with zeros.
 struct Row8 {
   const uint8_t* bytes;
-  float *scales, *shift;  // of each group, and times the zero point; scales spread over lanes if Scales says so
+  float *scales, *shift;  // of each group, spread over lanes if Scales says so; and times the zero point
 };
 
 static Row8 prepare_row(const Matrix& w, int64_t r, const Scales& groups, const Table& table, int64_t lanes, float* memory, uint8_t* tail) {
-  int64_t blocks = w.blocks(), padded = round_up(blocks, W), whole = w.row_bytes() / BYTES * BYTES;
-  Row8 row{w.row(r), memory, memory + padded + lanes + W};
+  int64_t blocks = w.blocks, padded = round_up(blocks, W), whole = w.row_bytes / BYTES * BYTES;
+  Row8 row{w.row(r), memory, memory + padded + W};
   float* zeros = row.shift + padded;
   std::memset(tail, 0, BYTES);
-  std::memcpy(tail, row.bytes + whole, w.row_bytes() - whole);
-  std::memset(memory, 0, (padded + lanes + W) * sizeof(float));
+  std::memcpy(tail, row.bytes + whole, w.row_bytes - whole);
+  std::memset(row.scales + blocks, 0, (padded + W - blocks) * sizeof(float));
   const float* scale = scales_of(w, r, row.scales);
   if (scale != row.scales) std::memcpy(row.scales, scale, blocks * sizeof(float));
-  zeros_of(w, r, zeros);
-  for (int64_t g = blocks; g < padded; g++) zeros[g] = 0.0f;
-  F bias = all(float(table.bias));
-  for (int64_t g = 0; g < padded; g += W) store(row.shift + g, mul(load(row.scales + g), table.how == PLAIN ? load(zeros + g) : bias));
+  if (w.zero) {
+    zeros_of(w, r, zeros);
+    for (int64_t g = blocks; g < padded; g++) zeros[g] = 0.0f;
+    F bias = all(float(table.bias));
+    for (int64_t g = 0; g < padded; g += W) store(row.shift + g, mul(load(row.scales + g), sub(load(zeros + g), bias)));
+  }
   if (!groups.whole && groups.per_step == W) {
-    float* spread = zeros;
+    float* spread = zeros + padded;
     for (int64_t lane = 0; lane < lanes; lane++) {
       int64_t g = lane * 8 / w.spec->group;
       spread[lane] = g < blocks ? row.scales[g] : 0.0f;
@@ -228,8 +244,8 @@ static Row8 prepare_row(const Matrix& w, int64_t r, const Scales& groups, const 
 template <Codes How, bool Whole>
 static void linear_int8_rows(const Matrix& w, const Inputs8& in, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end,
                              const Table& table, const Scales& groups, const Output& out) {
-  int64_t whole = w.row_bytes() / BYTES, steps = in.padded / STEP, lanes = in.padded / 8;
-  int64_t each = 3 * round_up(w.blocks(), W) + 2 * lanes + 2 * W;
+  int64_t whole = w.row_bytes / BYTES, steps = in.padded / STEP, lanes = in.padded / 8;
+  int64_t each = 3 * round_up(w.blocks, W) + lanes + 2 * W;
   float* memory = scratch<float>(SCALES, ROWS_AT_ONCE * each);
   uint8_t tails[ROWS_AT_ONCE][BYTES];
   Row8 row[ROWS_AT_ONCE];
@@ -243,21 +259,24 @@ static void linear_int8_rows(const Matrix& w, const Inputs8& in, int64_t m_begin
       bytes[r] = row[r].bytes, scales[r] = row[r].scales;
     }
     int64_t here = least(ROWS_AT_ONCE, end - n), m = m_begin;
-    auto put = [&](int64_t input, const float* y, int stride, int i) {
-      for (int r = 0; r < here; r++) {
-        F zeros = zero();
-        for (int64_t g = 0; g < in.sums_stride; g += W) zeros = fma(load(row[r].shift + g), load(in.sums + input * in.sums_stride + g), zeros);
-        out.put(input, n + r, (y[r * stride + i] - sum(zeros)) * w.spec->unit);
+    auto put = [&](int64_t input, const float* y) {
+      float zeros[ROWS_AT_ONCE] = {};
+      const float* sums = in.sums + input * in.sums_stride;
+      for (int r = 0; r < ROWS_AT_ONCE && in.sums_stride; r++) {
+        F products = zero();
+        for (int64_t g = 0; g < in.sums_stride; g += W) products = fma(load(row[r].shift + g), load(sums + g), products);
+        zeros[r] = sum(products);
       }
+      for (int r = 0; r < here; r++) out.put(input, n + r, (y[r] - zeros[r]) * w.spec->unit);
     };
     float y[ROWS_AT_ONCE * INPUTS8];
     for (; m + INPUTS8 <= m_end; m += INPUTS8) {
       dot_int8<INPUTS8, How, Whole>(bytes, tails, scales, groups, whole, steps, table.bytes, in, m, y);
-      for (int i = 0; i < INPUTS8; i++) put(m + i, y, INPUTS8, i);
+      for (int i = 0; i < INPUTS8; i++) put(m + i, y + i * ROWS_AT_ONCE);
     }
     for (; m < m_end; m++) {
       dot_int8<1, How, Whole>(bytes, tails, scales, groups, whole, steps, table.bytes, in, m, y);
-      put(m, y, 1, 0);
+      put(m, y);
     }
   }
 }
@@ -276,9 +295,11 @@ template <Codes How> static void linear_int8_as(const Matrix& w, const Inputs8& 
 
 // For four-bit formats with one scale a row, or groups of a multiple of eight.
 static void linear_int8(const Matrix& w, const void* x, int32_t dtype, int64_t count, const Output& out, int threads) {
-  int64_t padded = round_up(w.k, STEP), blocks = w.blocks(), sums = round_up(blocks, W);
-  float* floats = scratch<float>(INPUT, count * (padded / 8 + sums + padded / 4));
-  Inputs8 in{(int8_t*)(floats + count * (padded / 8 + sums)), floats, floats + count * padded / 8, padded, blocks, sums};
+  Table table(*w.spec);
+  int64_t padded = round_up(w.k, STEP), blocks = w.blocks, lanes = padded / 8, sums = w.zero ? round_up(blocks, W) : 0;
+  float* memory = scratch<float>(INPUT, count * (2 * lanes + sums + padded / 4));
+  float* after = memory + count * 2 * lanes;
+  Inputs8 in{(int8_t*)(after + count * sums), memory, (int32_t*)(memory + count * lanes), after, padded, blocks, sums, table.bias};
   parallel(count, 8, threads, [&](int64_t begin, int64_t end) {
     float* row = scratch<float>(ROWS, w.k);
     for (int64_t m = begin; m < end; m++) {
@@ -286,7 +307,6 @@ static void linear_int8(const Matrix& w, const void* x, int32_t dtype, int64_t c
       quantize_input(row, w.k, blocks == 1 ? w.k : w.spec->group, m, in);
     }
   });
-  Table table(*w.spec);
   if (table.how == PLAIN) linear_int8_as<PLAIN>(w, in, count, table, out, threads);
   else if (table.how == TABLE) linear_int8_as<TABLE>(w, in, count, table, out, threads);
   else linear_int8_as<SIGNED_TABLE>(w, in, count, table, out, threads);

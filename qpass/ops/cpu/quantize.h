@@ -7,7 +7,7 @@
 // Whether all scales are finite.
 static bool quantize_row(const Matrix& m, const float* x, int64_t r) {
   const Spec& spec = *m.spec;
-  int64_t blocks = m.blocks(), group = blocks == 1 ? m.k : spec.group, zero_bytes = m.zero_bytes();
+  int64_t blocks = m.blocks, group = blocks == 1 ? m.k : spec.group, zero_bytes = m.zero_bytes;
   uint8_t* data = (uint8_t*)m.row(r);
   float* scales = spec.scale == NO_SCALE ? nullptr : (float*)m.scale + r * blocks;
   uint8_t* zeros = m.zero ? (uint8_t*)m.zero + r * zero_bytes : nullptr;
@@ -15,7 +15,7 @@ static bool quantize_row(const Matrix& m, const float* x, int64_t r) {
   float top = spec.kind == E4M3 ? 448.0f : spec.kind == E5M2 ? 57344.0f : high_code;
   bool nibbles = spec.bits == 4;
   bool finite = true;
-  if (nibbles) std::memset(data, 0, m.row_bytes());
+  if (nibbles) std::memset(data, 0, m.row_bytes);
   if (nibbles && zeros) std::memset(zeros, 0, zero_bytes);
   for (int64_t g = 0; g < blocks; g++) {
     int64_t start = g * group, end = least(m.k, start + group);

@@ -114,6 +114,11 @@ INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
+INLINE __m128 sums_of(F a, F b, F c, F d) {
+  auto fold = [](F x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
+  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(fold(a), fold(b)), _mm256_hadd_ps(fold(c), fold(d)));
+  return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
 INLINE F load_i8(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 INLINE F load_bf16(const void* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
@@ -169,6 +174,10 @@ INLINE float sum(F x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+INLINE __m128 sums_of(F a, F b, F c, F d) {
+  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 INLINE F load_i8(const void* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 INLINE F load_bf16(const void* p) {
@@ -251,6 +260,15 @@ INLINE F zero_below(F x, float bound, F value) { EACH(x.v[i] < bound ? 0.0f : va
 #undef EACH
 
 #endif
+
+// Sums of four vectors.
+INLINE void sum4(const F* x, float* out) {
+#if defined(__AVX2__)
+  _mm_storeu_ps(out, sums_of(x[0], x[1], x[2], x[3]));
+#else
+  for (int i = 0; i < 4; i++) out[i] = sum(x[i]);
+#endif
+}
 
 // e^x for x <= 0, to 2 ulp; NaN stays NaN. 2^n * p(r) with r = x - n log 2 in two parts; p: the Taylor series to r^6.
 INLINE F exponential(F x) {

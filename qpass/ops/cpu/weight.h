@@ -19,23 +19,28 @@ struct Spec {
   int8_t integers[16];
 };
 
+// Bytes of a packed row: rows are padded to whole units (qpass.packing).
+INLINE int64_t packed_bytes(int64_t count, int64_t bits) {
+  if (bits >= 8) return count * bits / 8;
+  int64_t per_unit = bits == 4 ? 2 : bits == 2 || bits == 6 ? 4 : 8;
+  return (count + per_unit - 1) / per_unit * per_unit * bits / 8;
+}
+
 struct Matrix {
   const Spec* spec;
   const uint8_t *data, *scale, *zero;
   const float* outer;
   int64_t n, k;
   int64_t scale_rows, outer_rows;  // n, or 1 where all rows share them
+  int64_t blocks, row_bytes, zero_bytes;
 
-  int64_t blocks() const { return spec->group ? (k + spec->group - 1) / spec->group : 1; }
-  int64_t row_bytes() const { return packed(k); }
-  int64_t zero_bytes() const { return packed(blocks()); }
-  const uint8_t* row(int64_t r) const { return data + r * row_bytes(); }
+  Matrix(const Spec* spec, const uint8_t* data, const uint8_t* scale, const uint8_t* zero, const float* outer, int64_t n, int64_t k,
+         int64_t scale_rows, int64_t outer_rows)
+      : spec(spec), data(data), scale(scale), zero(zero), outer(outer), n(n), k(k), scale_rows(scale_rows), outer_rows(outer_rows),
+        blocks(spec->group ? (k + spec->group - 1) / spec->group : 1), row_bytes(packed_bytes(k, spec->bits)),
+        zero_bytes(packed_bytes(blocks, spec->bits)) {}
 
-  int64_t packed(int64_t count) const {  // qpass.packing: rows are padded to whole units
-    if (spec->bits >= 8) return count * spec->bits / 8;
-    int64_t per_unit = spec->bits == 4 ? 2 : spec->bits == 2 ? 4 : spec->bits == 6 ? 4 : 8;
-    return (count + per_unit - 1) / per_unit * per_unit * spec->bits / 8;
-  }
+  const uint8_t* row(int64_t r) const { return data + r * row_bytes; }
 };
 
 INLINE uint32_t code_at(const uint8_t* row, int64_t i, int bits) {
@@ -47,10 +52,10 @@ INLINE uint32_t code_at(const uint8_t* row, int64_t i, int bits) {
 
 // --- scales and zero points of a row ------------------------------------------------------------------------------
 
-// float32 numbers that multiply the codes of row r; `scratch` holds blocks() of them where they are stored otherwise.
+// float32 numbers that multiply the codes of row r; `scratch` holds blocks of them where they are stored otherwise.
 INLINE const float* scales_of(const Matrix& m, int64_t r, float* scratch) {
   static const float one[1] = {1.0f};
-  int64_t blocks = m.blocks(), at = m.scale_rows == 1 ? 0 : r * blocks;
+  int64_t blocks = m.blocks, at = m.scale_rows == 1 ? 0 : r * blocks;
   float outer = m.outer ? m.outer[m.outer_rows == 1 ? 0 : r] : 1.0f;
   switch (m.spec->scale) {
     case NO_SCALE: return one;
@@ -66,13 +71,13 @@ INLINE const float* scales_of(const Matrix& m, int64_t r, float* scratch) {
 
 // What is subtracted from the codes of row r, as they are stored: zero point and the offset of unsigned storage.
 INLINE const float* zeros_of(const Matrix& m, int64_t r, float* scratch) {
-  int64_t blocks = m.blocks();
+  int64_t blocks = m.blocks;
   if (!m.zero) {
     float offset = m.spec->kind == CODES ? float(1 << (m.spec->bits - 1)) : 0.0f;
     for (int64_t i = 0; i < blocks; i++) scratch[i] = offset;
     return scratch;
   }
-  const uint8_t* row = m.zero + (m.scale_rows == 1 ? 0 : r * m.zero_bytes());
+  const uint8_t* row = m.zero + (m.scale_rows == 1 ? 0 : r * m.zero_bytes);
   int64_t done = 0;
   if (m.spec->kind == CODES && m.spec->bits == 4)
     for (; done + W <= blocks; done += W) store(scratch + done, to_float(load_codes<4>(row + done / 2)));
@@ -84,18 +89,19 @@ INLINE const float* zeros_of(const Matrix& m, int64_t r, float* scratch) {
 // --- codes as floats ----------------------------------------------------------------------------------------------
 
 // Each reads W elements from element k of a row (a multiple of 8).
-struct ReadFp32 { static constexpr int bits = 32; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load((const float*)row + k); } };
-struct ReadBf16 { static constexpr int bits = 16; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_bf16(row + 2 * k); } };
-struct ReadFp16 { static constexpr int bits = 16; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_fp16(row + 2 * k); } };
-struct ReadE4m3 { static constexpr int bits = 8; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e4m3(row + k); } };
-struct ReadE5m2 { static constexpr int bits = 8; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e5m2(row + k); } };
-struct ReadInt8 { static constexpr int bits = 8; INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_i8(row + k); } };
+template <int B> struct Plain { static constexpr int bits = B; static constexpr bool offset = false; };
+struct ReadFp32 : Plain<32> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load((const float*)row + k); } };
+struct ReadBf16 : Plain<16> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_bf16(row + 2 * k); } };
+struct ReadFp16 : Plain<16> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_fp16(row + 2 * k); } };
+struct ReadE4m3 : Plain<8> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e4m3(row + k); } };
+struct ReadE5m2 : Plain<8> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e5m2(row + k); } };
+struct ReadInt8 : Plain<8> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_i8(row + k); } };
 template <int B> struct ReadCodes {
   static constexpr int bits = B;
+  static constexpr bool offset = true;  // stored as unsigned numbers
   INLINE F at(const uint8_t* row, int64_t k, const float*) { return to_float(load_codes<B>(row + k * B / 8)); }
 };
-struct ReadCodebook {
-  static constexpr int bits = 4;
+struct ReadCodebook : Plain<4> {
   INLINE F at(const uint8_t* row, int64_t k, const float* book) { return look_up(book, load_codes<4>(row + k / 2)); }
 };
 
@@ -133,20 +139,20 @@ INLINE bool needs_zeros(const Spec& spec) { return spec.kind == CODES || spec.ze
 // Whether groups begin where vectors begin.
 INLINE bool groups_fit(const Matrix& m) { return m.spec->group % W == 0 || m.spec->group >= m.k; }
 
-// Row r as floats: (code - zero) * scale. `out` has room for k rounded up to W; `scratch` for 2 * blocks().
+// Row r as floats: (code - zero) * scale. `out` has room for k rounded up to W; `scratch` for 2 * blocks.
 template <class Read> void row_to_float(const Matrix& m, int64_t r, float* out, float* scratch) {
   const uint8_t* row = m.row(r);
   const float* scale = scales_of(m, r, scratch);
-  const float* zeros = needs_zeros(*m.spec) ? zeros_of(m, r, scratch + m.blocks()) : nullptr;
+  const float* zeros = needs_zeros(*m.spec) ? zeros_of(m, r, scratch + m.blocks) : nullptr;
   const float* book = m.spec->codebook;
   int64_t whole = m.k / W * W;
-  bool direct = groups_fit(m) || m.blocks() == 1;
-  int64_t group = direct && m.blocks() > 1 ? m.spec->group : m.k;
+  bool direct = groups_fit(m) || m.blocks == 1;
+  int64_t group = direct && m.blocks > 1 ? m.spec->group : m.k;
   for (int64_t start = 0, g = 0; start < m.k; start += group, g++) {
     int64_t end = start + group < m.k ? start + group : m.k;
     F s = direct ? all(scale[g]) : all(1.0f), z = direct && zeros ? all(zeros[g]) : zero();
     for (int64_t k = start; k < end; k += W) {
-      F v = k < whole ? Read::at(row, k, book) : read_tail<Read>(row, m.row_bytes(), k, book);
+      F v = k < whole ? Read::at(row, k, book) : read_tail<Read>(row, m.row_bytes, k, book);
       store(out + k, mul(zeros ? sub(v, z) : v, s));
     }
   }
