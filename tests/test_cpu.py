@@ -70,7 +70,9 @@ def int8_bound(x: Tensor, values: Tensor, text: str) -> Tensor:
     bound = step / 2 @ values.abs().T
     if text.startswith("nf4"):
         spec = parse_spec(text)
-        largest = F.pad(values.abs(), (0, -values.shape[1] % spec.group_size)).unflatten(1, (-1, spec.group_size)).amax(-1)
+        largest = (
+            F.pad(values.abs(), (0, -values.shape[1] % spec.group_size)).unflatten(1, (-1, spec.group_size)).amax(-1)
+        )
         scales = largest.repeat_interleave(spec.group_size, 1)[:, : x.shape[1]]  # of each weight: nf4 reaches 1
         bound = bound + (x.double().abs() + step / 2) @ (scales / 254).T
     return bound
@@ -112,7 +114,9 @@ def test_inputs_of_any_layout(text: str) -> None:
     for same in (x.T.contiguous().T, misaligned, x.view(2, 3, 256), x.repeat(1, 2)[:, :256]):
         found = torch.ops.qpass.linear(same, *stored.parts, None, text)
         assert torch.equal(found.reshape(6, 37), expected)
-    torch.testing.assert_close(torch.ops.qpass.linear(x[2], *stored.parts, None, text), expected[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.ops.qpass.linear(x[2], *stored.parts, None, text), expected[2], rtol=1e-5, atol=1e-5
+    )
     every_other = Quantized(*(None if p is None else p.repeat_interleave(2, 0)[::2] for p in stored.parts))
     assert torch.equal(torch.ops.qpass.linear(x, *every_other.parts, None, text), expected)
     assert torch.ops.qpass.linear(x[:0], *stored.parts, None, text).shape == (0, 37)
@@ -177,8 +181,19 @@ def test_an_index_outside_of_the_table(index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["int8", "int8:asym", "int8:g16", "int4:g32", "int4:g7:asym", "int4:channel:asym", "fp8_e4m3", "fp8_e4m3:channel",
-             "fp8_e5m2", "fp8_e5m2:g16"]  # fmt: skip
+    "text",
+    [
+        "int8",
+        "int8:asym",
+        "int8:g16",
+        "int4:g32",
+        "int4:g7:asym",
+        "int4:channel:asym",
+        "fp8_e4m3",
+        "fp8_e4m3:channel",
+        "fp8_e5m2",
+        "fp8_e5m2:g16",
+    ],  # fmt: skip
 )
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_quantize_is_the_reference_to_the_bit(text: str, dtype: torch.dtype) -> None:
@@ -215,7 +230,9 @@ def _four(parts: list[Tensor], text: str) -> list[Tensor | None]:
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Quantized, v: Quantized, text: str, size: int, mask: Tensor | None, causal: bool = False) -> Tensor:
+def attend(
+    q: Tensor, k: Quantized, v: Quantized, text: str, size: int, mask: Tensor | None, causal: bool = False
+) -> Tensor:
     return torch.ops.qpass.attention(q, *k.parts, text, *v.parts, size, text, mask, causal, None)
 
 
@@ -231,7 +248,9 @@ def expected_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cau
     return scores.softmax(-1).nan_to_num(0.0) @ v
 
 
-@pytest.mark.parametrize("text", ["int8", "int4:g32:asym", "fp8_e4m3", "fp8_e5m2:channel", "int8:tensor", "mxfp8", "bf16", "int3:g32"])
+@pytest.mark.parametrize(
+    "text", ["int8", "int4:g32:asym", "fp8_e4m3", "fp8_e5m2:channel", "int8:tensor", "mxfp8", "bf16", "int3:g32"]
+)
 @pytest.mark.parametrize("tokens", [1, 63, 65, 1500])
 @pytest.mark.parametrize("queries", [1, 5, 20])
 def test_attention_over_a_cache(text: str, tokens: int, queries: int) -> None:
@@ -244,7 +263,9 @@ def test_attention_over_a_cache(text: str, tokens: int, queries: int) -> None:
     by_head = torch.where(kept, 0.0, -torch.inf) + random(1, 6, 1, tokens, seed=4)
     for mask, causal in ((None, False), (None, True), (kept, False), (by_head, False), (kept[:1, :, :1], False)):
         found = attend(q, k, v, text, 36, mask, causal)
-        torch.testing.assert_close(found.double(), expected_attention(q, keys, values, mask, causal), rtol=1e-4, atol=2e-6)
+        torch.testing.assert_close(
+            found.double(), expected_attention(q, keys, values, mask, causal), rtol=1e-4, atol=2e-6
+        )
 
 
 def test_attention_over_the_filled_part_of_a_cache() -> None:

@@ -33,6 +33,14 @@ INLINE void dot_stored(const Matrix& m, const int64_t* rows, const float* x, flo
       if constexpr (Grouped) v = mul(v, scale[r]);
       acc[r] = fma(v, xs, acc[r]);
     };
+    constexpr int64_t line = 64 * 8 / Read::bits / W * W;  // elements in a cache line
+    for (; k + line <= vectors; k += line) {
+      UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) prefetch(p[r] + k * Read::bits / 8);
+      UNROLL for (int64_t i = 0; i < line; i += W) {
+        F xs = load(x + k + i);
+        UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) add_row(r, Read::at(p[r], k + i, book), xs);
+      }
+    }
     for (; k < vectors; k += W) {
       F xs = load(x + k);
       UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) add_row(r, Read::at(p[r], k, book), xs);

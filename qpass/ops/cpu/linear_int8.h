@@ -182,12 +182,16 @@ INLINE void dot_int8(const uint8_t* const* rows, const uint8_t (*tails)[BYTES], 
       }
     }
   };
+  auto fetch = [&](int r, int64_t at) __attribute__((always_inline)) {
+    prefetch(rows[r] + at * BYTES);
+    return load_bytes(rows[r] + at * BYTES);
+  };
   int64_t step = 0, g = 0;
   if constexpr (Whole) {
     for (; step + groups.steps <= whole_steps; g++)
-      for (int64_t end = step + groups.steps; step < end; step++) one(step, g, [&](int r) { return load_bytes(rows[r] + step * BYTES); });
+      for (int64_t end = step + groups.steps; step < end; step++) one(step, g, [&](int r) { return fetch(r, step); });
   }
-  for (; step < whole_steps; step++) one(step, g, [&](int r) { return load_bytes(rows[r] + step * BYTES); });
+  for (; step < whole_steps; step++) one(step, g, [&](int r) { return fetch(r, step); });
   if (step < steps) one(step, g, [&](int r) { return load_bytes(tails[r]); });
   for (int m = 0; m < M; m++) sum4(acc[m], out + m * ROWS_AT_ONCE);
 }

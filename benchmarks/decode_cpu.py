@@ -1,0 +1,230 @@
+"""A decode step on the CPU: qpass beside transformers, torchao, llama.cpp and onnxruntime, on the same random Llama.
+
+    python benchmarks/decode_cpu.py [--contexts 128 2048] [--batches 1 4] [--prefill 512] [--engines REGEX] [--isa avx2]
+                                    [--rounds 7] [--json build/decode_cpu.json] [--chart docs/decode_cpu.svg] [--profile]
+
+Every round takes a step of each engine in turn, so that all see the same machine; medians and quartiles over the rounds.
+`bandwidth`: bytes of weights and cache that a step must read, by its time, as a share of the measured read bandwidth.
+`error`: largest difference of a logit from the float model's, by the largest logit, on the first token. Engines that are not
+installed are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from engines import Engine, Step, of_llama_cpp, of_onnxruntime, of_qpass, of_torchao, of_transformers, random_llama
+
+import qpass
+from qpass.ops.cpu.build import use_isa
+
+#: Llama shape of 418 M weights read in a step.
+SHAPE = {"layers": 8, "hidden": 2048, "ffn": 5632, "heads": 32, "key_heads": 4, "vocab": 32000}
+_FLOAT = "torch.compile fp32"
+
+
+def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list[Engine], dict[str, str]]:
+    """Those whose name matches, and why others are absent."""
+    count = sum(p.numel() for n, p in reference.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
+
+    def plain(dtype: torch.dtype, compiled: bool) -> Callable[[str], Engine]:
+        model = reference if dtype == torch.float32 else reference.__class__(reference.config).to(dtype)
+        return lambda name: of_transformers(name, model, dtype, compiled, count * dtype.itemsize)
+
+    known: dict[str, Callable[[str], Engine | str]] = {
+        "transformers fp32": plain(torch.float32, False),
+        _FLOAT: plain(torch.float32, True),
+        "torch.compile bf16": lambda n: plain(torch.bfloat16, True)(n),
+        "torchao int8": lambda n: of_torchao(n, reference, 8),
+        "torchao int4 g128": lambda n: of_torchao(n, reference, 4),
+        "llama.cpp Q8_0": lambda n: of_llama_cpp(n, reference, "Q8_0", threads),
+        "llama.cpp Q4_0": lambda n: of_llama_cpp(n, reference, "Q4_0", threads),
+        "onnxruntime int4 g128 (products only)": lambda n: of_onnxruntime(n, reference, threads),
+        "qpass int8": lambda n: of_qpass(n, reference, "int8"),
+        "qpass int4 g128": lambda n: of_qpass(n, reference, "int4:g128"),
+        "qpass int4 g32 asym": lambda n: of_qpass(n, reference, "int4:g32:asym"),
+        "qpass nf4": lambda n: of_qpass(n, reference, "nf4"),
+        "qpass fp8": lambda n: of_qpass(n, reference, "fp8_e4m3"),
+    }
+    if long:
+        known["qpass int8, int8 cache"] = lambda n: of_qpass(n, reference, "int8", kv="int8")
+        known["qpass int4 g128, int4 cache"] = lambda n: of_qpass(n, reference, "int4:g128", kv="int4:g32")
+    found, absent = [], {}
+    for name, make in known.items():
+        if not re.search(wanted, name):
+            continue
+        engine = make(name)
+        if isinstance(engine, str):
+            absent[name] = engine
+            print(f"absent: {name}: {engine}")
+        else:
+            found.append(engine)
+    return found, absent
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that a sum over 512 MB reads: the best of ten."""
+    memory = torch.ones(1 << 27)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        memory.sum()
+        seconds.append(time.perf_counter() - start)
+    return memory.nbytes / min(seconds)
+
+
+@torch.no_grad()
+def compare(
+    found: list[Engine], batch: int, context: int, rows: int, rounds: int, bandwidth: float
+) -> list[dict[str, Any]]:
+    """`rows` tokens at once for each of `batch` sequences behind `context` tokens; a row of the table for each engine."""
+    torch._dynamo.reset()
+    steps: dict[str, Step] = {}
+    first: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 1000, (batch, rows), generator=generator)
+    for e in found:
+        if context > e.largest or (batch > 1 and "llama.cpp" in e.name):
+            continue
+        fresh = e.start(batch, 0, rows * 2 + 8)
+        first[e.name] = fresh(ids)
+        steps[e.name] = e.start(batch, context, (rounds + 3) * rows)
+        for _ in range(2):
+            steps[e.name](ids)
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(ids)
+            taken[name].append(time.perf_counter() - start)
+    table = []
+    by_name = {e.name: e for e in found}
+    for name, seconds in taken.items():
+        e, median = by_name[name], statistics.median(seconds)
+        quartiles = statistics.quantiles(seconds, n=4)
+        read = e.bytes_read + batch * context * e.cache_bytes_per_token
+        row = {
+            "engine": name, "batch": batch, "context": context, "rows": rows, "ms": median * 1e3,
+            "ms_quartiles": [quartiles[0] * 1e3, quartiles[2] * 1e3], "tokens_per_second": batch * rows / median,
+            "bytes": read, "bandwidth_share": read / median / bandwidth if rows == 1 else None,
+            "speedup": statistics.median(taken[_FLOAT]) / median if _FLOAT in taken else None,
+            "error": _error(first.get(name), first.get(_FLOAT)),
+        }  # fmt: skip
+        table.append(row)
+    return table
+
+
+def _error(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> float | None:
+    if ours is None or theirs is None or ours.shape != theirs.shape:
+        return None
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def show(table: list[dict[str, Any]], title: str) -> None:
+    print(f"\n{title}")
+    print(f"{'':38} {'ms':>8} {'quartiles':>15} {'tok/s':>8} {'x float':>8} {'MB':>6} {'bandwidth':>9} {'error':>8}")
+    for r in sorted(table, key=lambda r: -r["ms"]):
+        share = "" if r["bandwidth_share"] is None else f"{r['bandwidth_share']:.2f}"
+        speedup = "" if r["speedup"] is None else f"{r['speedup']:.2f}"
+        error = "" if r["error"] is None else f"{r['error']:.4f}"
+        low, high = r["ms_quartiles"]
+        print(
+            f"{r['engine']:38} {r['ms']:8.2f} {low:7.2f}-{high:7.2f} {r['tokens_per_second']:8.1f} {speedup:>8} "
+            f"{r['bytes'] / 1e6:6.0f} {share:>9} {error:>8}",
+            flush=True,
+        )
+
+
+@torch.no_grad()
+def profile(engine: Engine, context: int) -> dict[str, float]:
+    """Milliseconds of one step: in the kernels of qpass by operator, in the kernels of Inductor, and between them."""
+    torch._dynamo.reset()
+    step, ids = engine.start(1, context, 40), torch.ones(1, 1, dtype=torch.long)
+    for _ in range(5):
+        step(ids)
+    start = time.perf_counter()
+    for _ in range(10):
+        step(ids)
+    whole = (time.perf_counter() - start) * 100
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+        for _ in range(10):
+            step(ids)
+    parts = {e.key: e.cpu_time_total / 10e3 for e in recorded.key_averages() if e.key.startswith("qpass::")}
+    return {"step": whole, **parts, "everything else": whole - sum(parts.values())}
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of tokens a second, as SVG."""
+    rows = sorted(rows, key=lambda r: r["tokens_per_second"])
+    top, height = max(r["tokens_per_second"] for r in rows), 24
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height * len(rows) + 40}" font-family="sans-serif" '
+        'font-size="13">',
+        f'<rect width="100%" height="100%" fill="white"/><text x="10" y="22" font-weight="bold">{title}</text>',
+    ]
+    for i, r in enumerate(rows):
+        y, width = 36 + i * height, 400 * r["tokens_per_second"] / top
+        color = "#2563eb" if r["engine"].startswith("qpass") else "#9ca3af"
+        lines.append(f'<text x="270" y="{y + 14}" text-anchor="end">{r["engine"]}</text>')
+        lines.append(f'<rect x="278" y="{y + 2}" width="{width:.0f}" height="{height - 8}" fill="{color}"/>')
+        lines.append(f'<text x="{284 + width:.0f}" y="{y + 14}">{r["tokens_per_second"]:.0f}</text>')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, "</svg>", ""]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[128, 2048])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[512])
+    parser.add_argument("--engines", default=".")
+    parser.add_argument("--isa")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=SHAPE["layers"])
+    parser.add_argument("--json", type=Path, default=Path("build/decode_cpu.json"))
+    parser.add_argument("--chart", type=Path)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    threads, bandwidth = torch.get_num_threads(), read_bandwidth()
+    with use_isa(args.isa) if args.isa else contextlib.nullcontext():
+        isa = qpass.doctor().kernels["isa"]
+        print(f"{threads} threads, kernels {isa}, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+        reference = random_llama(**{**SHAPE, "layers": args.layers})
+        found, absent = engines(reference, args.engines, threads, long=max(args.contexts, default=0) > 1024)
+        results: list[dict[str, Any]] = []
+        for batch, context in [(1, c) for c in args.contexts] + [(b, args.contexts[0]) for b in args.batches if b > 1]:
+            results += compare(found, batch, context, 1, args.rounds, bandwidth)
+            show(results[-len(found) :], f"decode, batch {batch}, behind {context} tokens")
+        for rows in args.prefill:
+            chosen = [e for e in found if "cache" not in e.name]
+            results += compare(chosen, 1, 0, rows, min(args.rounds, 5), bandwidth)
+            show([r for r in results if r["rows"] == rows], f"prefill of {rows} tokens")
+        profiles = {}
+        if args.profile:
+            for e in found:
+                if e.name.startswith("qpass"):
+                    profiles[e.name] = profile(e, args.contexts[0])
+                    print(e.name, {k: round(v, 2) for k, v in profiles[e.name].items()})
+    about = {"machine": platform.machine(), "threads": threads, "isa": isa, "read_bandwidth": bandwidth,
+             "torch": torch.__version__, "absent": absent}  # fmt: skip
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({**about, "rows": results, "profiles": profiles}, indent=1))
+    if args.chart and args.contexts:
+        first = [r for r in results if r["batch"] == 1 and r["context"] == args.contexts[0] and r["rows"] == 1]
+        draw(first, args.chart, f"tokens a second, batch 1, {args.contexts[0]} tokens of context, {isa}")
+
+
+if __name__ == "__main__":
+    main()
