@@ -32,6 +32,7 @@ from qpass.ops.cpu.build import use_isa
 #: Llama shape of 418 M weights read in a step.
 SHAPE = {"layers": 8, "hidden": 2048, "ffn": 5632, "heads": 32, "key_heads": 4, "vocab": 32000}
 _FLOAT = "torch.compile fp32"
+_READ = "reading memory"
 
 
 def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list[Engine], dict[str, str]]:
@@ -73,22 +74,12 @@ def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list
     return found, absent
 
 
-def read_bandwidth() -> float:
-    """Bytes a second that a sum over 512 MB reads: the best of ten."""
-    memory = torch.ones(1 << 27)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        memory.sum()
-        seconds.append(time.perf_counter() - start)
-    return memory.nbytes / min(seconds)
-
-
 @torch.no_grad()
-def compare(
-    found: list[Engine], batch: int, context: int, rows: int, rounds: int, bandwidth: float
-) -> list[dict[str, Any]]:
-    """`rows` tokens at once for each of `batch` sequences behind `context` tokens; a row of the table for each engine."""
+def compare(found: list[Engine], batch: int, context: int, rows: int, rounds: int) -> list[dict[str, Any]]:
+    """`rows` tokens at once for each of `batch` sequences behind `context` tokens; a row of the table for each engine.
+
+    The read bandwidth is that of a sum over 512 MB, which takes its turn in every round.
+    """
     torch._dynamo.reset()
     steps: dict[str, Step] = {}
     first: dict[str, torch.Tensor] = {}
@@ -102,6 +93,8 @@ def compare(
         steps[e.name] = e.start(batch, context, (rounds + 3) * rows)
         for _ in range(2):
             steps[e.name](ids)
+    memory = torch.ones(1 << 27)
+    steps[_READ] = lambda _: memory.sum()
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -110,6 +103,7 @@ def compare(
             taken[name].append(time.perf_counter() - start)
     table = []
     by_name = {e.name: e for e in found}
+    bandwidth = memory.nbytes / statistics.median(taken.pop(_READ))
     for name, seconds in taken.items():
         e, median = by_name[name], statistics.median(seconds)
         quartiles = statistics.quantiles(seconds, n=4)
@@ -117,7 +111,7 @@ def compare(
         row = {
             "engine": name, "batch": batch, "context": context, "rows": rows, "ms": median * 1e3,
             "ms_quartiles": [quartiles[0] * 1e3, quartiles[2] * 1e3], "tokens_per_second": batch * rows / median,
-            "bytes": read, "bandwidth_share": read / median / bandwidth if rows == 1 else None,
+            "bytes": read, "read_bandwidth": bandwidth, "bandwidth_share": read / median / bandwidth if rows == 1 else None,
             "speedup": statistics.median(taken[_FLOAT]) / median if _FLOAT in taken else None,
             "error": _error(first.get(name), first.get(_FLOAT)),
         }  # fmt: skip
@@ -132,7 +126,7 @@ def _error(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> float | No
 
 
 def show(table: list[dict[str, Any]], title: str) -> None:
-    print(f"\n{title}")
+    print(f"\n{title}, read bandwidth {table[0]['read_bandwidth'] / 1e9:.1f} GB/s")
     print(f"{'':38} {'ms':>8} {'quartiles':>15} {'tok/s':>8} {'x float':>8} {'MB':>6} {'bandwidth':>9} {'error':>8}")
     for r in sorted(table, key=lambda r: -r["ms"]):
         share = "" if r["bandwidth_share"] is None else f"{r['bandwidth_share']:.2f}"
@@ -197,19 +191,20 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    threads, bandwidth = torch.get_num_threads(), read_bandwidth()
+    threads = torch.get_num_threads()
     with use_isa(args.isa) if args.isa else contextlib.nullcontext():
         isa = qpass.doctor().kernels["isa"]
-        print(f"{threads} threads, kernels {isa}, read bandwidth {bandwidth / 1e9:.1f} GB/s")
+        print(f"{threads} threads, kernels {isa}")
         reference = random_llama(**{**SHAPE, "layers": args.layers})
         found, absent = engines(reference, args.engines, threads, long=max(args.contexts, default=0) > 1024)
         results: list[dict[str, Any]] = []
         for batch, context in [(1, c) for c in args.contexts] + [(b, args.contexts[0]) for b in args.batches if b > 1]:
-            results += compare(found, batch, context, 1, args.rounds, bandwidth)
-            show(results[-len(found) :], f"decode, batch {batch}, behind {context} tokens")
+            table = compare(found, batch, context, 1, args.rounds)
+            results += table
+            show(table, f"decode, batch {batch}, behind {context} tokens")
         for rows in args.prefill:
             chosen = [e for e in found if "cache" not in e.name]
-            results += compare(chosen, 1, 0, rows, min(args.rounds, 5), bandwidth)
+            results += compare(chosen, 1, 0, rows, min(args.rounds, 5))
             show([r for r in results if r["rows"] == rows], f"prefill of {rows} tokens")
         profiles = {}
         if args.profile:
@@ -217,7 +212,7 @@ def main() -> None:
                 if e.name.startswith("qpass"):
                     profiles[e.name] = profile(e, args.contexts[0])
                     print(e.name, {k: round(v, 2) for k, v in profiles[e.name].items()})
-    about = {"machine": platform.machine(), "threads": threads, "isa": isa, "read_bandwidth": bandwidth,
+    about = {"machine": platform.machine(), "threads": threads, "isa": isa,
              "torch": torch.__version__, "absent": absent}  # fmt: skip
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({**about, "rows": results, "profiles": profiles}, indent=1))

@@ -214,19 +214,11 @@ def of_onnxruntime(name: str, reference: Any, threads: int) -> Engine | str:
         constants += [numpy_helper.from_array(data, f"w{i}"), numpy_helper.from_array(scales.reshape(-1), f"s{i}")]
         inputs[f"x{columns}"] = columns
         outputs.append(f"y{i}")
+        sizes = {"K": columns, "N": rows, "bits": 4, "block_size": 128, "accuracy_level": 4}
         nodes.append(
             helper.make_node(
-                "MatMulNBits",
-                [f"x{columns}", f"w{i}", f"s{i}"],
-                [f"y{i}"],
-                n,
-                domain="com.microsoft",
-                K=columns,
-                N=rows,
-                bits=4,
-                block_size=128,
-                accuracy_level=4,
-            )  # fmt: skip
+                "MatMulNBits", [f"x{columns}", f"w{i}", f"s{i}"], [f"y{i}"], n, domain="com.microsoft", **sizes
+            )
         )
     graph = helper.make_graph(
         nodes, "products",

@@ -22,9 +22,13 @@ from qpass.ops.cpu.build import ISAS, Kernels, Missing, available_isas, use_isa
 from qpass.spec import parse_spec
 
 SPECS = ["int8", "int8:g48:asym", "int8:tensor", "int6", "int5:g20", "int4:g32:asym", "int4:g128", "int4:channel", "int4:g7",
-         "int4:g40:scale=fp16", "int3:g24", "int2:g16:asym", "nf4", "nf4:g32:dq", "nf4:g8:scale=bf16", "fp4_e2m1", "mxfp8", "mxfp4",
-         "nvfp4", "fp8_e4m3", "fp8_e4m3:channel", "fp8_e5m2:g16", "bf16", "fp16", "fp32"]  # fmt: skip
+         "int4:g40:scale=fp16", "int3:g24", "int2:g16:asym", "nf4", "nf4:g32:dq", "nf4:g8:scale=bf16", "fp4_e2m1", "mxfp8",
+         "mxfp4", "nvfp4", "fp8_e4m3", "fp8_e4m3:channel", "fp8_e5m2:g16", "bf16", "fp16", "fp32"]  # fmt: skip
 specs = pytest.mark.parametrize("text", SPECS)
+#: What the kernel that quantizes serves.
+WRITTEN = ["int8", "int8:asym", "int8:g16", "int4:g32", "int4:g7:asym", "int4:channel:asym", "fp8_e4m3", "fp8_e4m3:channel",
+           "fp8_e5m2", "fp8_e5m2:g16"]  # fmt: skip
+CACHES = ["int8", "int4:g32:asym", "fp8_e4m3", "fp8_e5m2:channel", "int8:tensor", "mxfp8", "bf16", "int3:g32"]
 FOUR_BITS = [s for s in SPECS if compute_of(parse_spec(s)) == "int8"]
 #: Of the largest result: rounding of the sums, and of the result to its type.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -51,8 +55,8 @@ def weight(rows: int, columns: int, text: str) -> tuple[Quantized, Tensor]:
 
 
 @specs
-@pytest.mark.parametrize("rows", [1, 3, 18, 40])
-@pytest.mark.parametrize("columns", [8, 77, 256, 1100])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("columns", [77, 1100])
 def test_float_products(text: str, rows: int, columns: int) -> None:
     """40 rows go through tiles on AVX2; 1100 columns are more than are taken at once."""
     stored, values = weight(37, columns, text)
@@ -79,8 +83,8 @@ def int8_bound(x: Tensor, values: Tensor, text: str) -> Tensor:
 
 
 @pytest.mark.parametrize("text", FOUR_BITS)
-@pytest.mark.parametrize("rows", [1, 3, 18, 70])
-@pytest.mark.parametrize("columns", [8, 77, 256, 1100])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("columns", [8, 77, 1100])
 def test_int8_products_stay_within_their_bound(text: str, rows: int, columns: int) -> None:
     stored, values = weight(37, columns, text)
     x = random(rows, values.shape[1], seed=1)
@@ -180,21 +184,7 @@ def test_an_index_outside_of_the_table(index: int) -> None:
         torch.ops.qpass.embedding(torch.tensor([3, index]), *stored.parts, 64, "int8", torch.float32)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "int8",
-        "int8:asym",
-        "int8:g16",
-        "int4:g32",
-        "int4:g7:asym",
-        "int4:channel:asym",
-        "fp8_e4m3",
-        "fp8_e4m3:channel",
-        "fp8_e5m2",
-        "fp8_e5m2:g16",
-    ],  # fmt: skip
-)
+@pytest.mark.parametrize("text", WRITTEN)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_quantize_is_the_reference_to_the_bit(text: str, dtype: torch.dtype) -> None:
     x = random(3, 4, 77) * torch.logspace(-30, 4, 77)
@@ -248,9 +238,7 @@ def expected_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cau
     return scores.softmax(-1).nan_to_num(0.0) @ v
 
 
-@pytest.mark.parametrize(
-    "text", ["int8", "int4:g32:asym", "fp8_e4m3", "fp8_e5m2:channel", "int8:tensor", "mxfp8", "bf16", "int3:g32"]
-)
+@pytest.mark.parametrize("text", CACHES)
 @pytest.mark.parametrize("tokens", [1, 63, 65, 1500])
 @pytest.mark.parametrize("queries", [1, 5, 20])
 def test_attention_over_a_cache(text: str, tokens: int, queries: int) -> None:

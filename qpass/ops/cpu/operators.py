@@ -33,7 +33,7 @@ _SCALES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 class _Spec(ctypes.Structure):
     """struct Spec of weight.h."""
 
-    _fields_ = [  # noqa: RUF012  the way of ctypes
+    _fields_ = [
         *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "scale", "zero_point")),
         ("unit", ctypes.c_float),
         ("codebook", ctypes.c_float * 16),
