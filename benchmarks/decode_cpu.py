@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import platform
 import re
 import statistics
@@ -190,7 +189,7 @@ def main() -> None:
     parser.add_argument("--chart", type=Path)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    torch._dynamo.config.recompile_limit = 64  # all engines share the code of transformers
     threads = torch.get_num_threads()
     with use_isa(args.isa) if args.isa else contextlib.nullcontext():
         isa = qpass.doctor().kernels["isa"]
