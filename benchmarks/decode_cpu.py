@@ -3,7 +3,7 @@
     python benchmarks/decode_cpu.py [--contexts 128 2048] [--batches 1 4] [--prefill 512] [--engines REGEX] [--isa avx2]
                                     [--rounds 7] [--json build/decode_cpu.json] [--chart docs/decode_cpu.svg] [--profile]
 
-Every round takes a step of each engine in turn, so that all see the same machine; medians and quartiles over the rounds.
+Every round takes some steps of each engine in turn, so that all see the same machine; medians and quartiles over all steps.
 `bandwidth`: bytes of weights and cache that a step must read, by its time, as a share of the measured read bandwidth.
 `error`: largest difference of a logit from the float model's, by the largest logit, on the first token. Engines that are not
 installed are named.
@@ -32,6 +32,8 @@ from qpass.ops.cpu.build import use_isa
 SHAPE = {"layers": 8, "hidden": 2048, "ffn": 5632, "heads": 32, "key_heads": 4, "vocab": 32000}
 _FLOAT = "torch.compile fp32"
 _READ = "reading memory"
+#: Timed steps of an engine's turn.
+_STEPS = 3
 
 
 def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list[Engine], dict[str, str]]:
@@ -89,7 +91,7 @@ def compare(found: list[Engine], batch: int, context: int, rows: int, rounds: in
             continue
         fresh = e.start(batch, 0, rows * 2 + 8)
         first[e.name] = fresh(ids)
-        steps[e.name] = e.start(batch, context, (rounds + 3) * rows)
+        steps[e.name] = e.start(batch, context, (rounds * (_STEPS + 1) + 3) * rows)
         for _ in range(2):
             steps[e.name](ids)
     memory = torch.ones(1 << 27)
@@ -97,9 +99,11 @@ def compare(found: list[Engine], batch: int, context: int, rows: int, rounds: in
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step(ids)
-            taken[name].append(time.perf_counter() - start)
+            step(ids)  # threads of the engine before may still spin
+            for _ in range(_STEPS):
+                start = time.perf_counter()
+                step(ids)
+                taken[name].append(time.perf_counter() - start)
     table = []
     by_name = {e.name: e for e in found}
     bandwidth = memory.nbytes / statistics.median(taken.pop(_READ))

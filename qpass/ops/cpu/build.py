@@ -79,6 +79,11 @@ def cpu_features() -> frozenset[str]:
     return frozenset(lines[0].split()) if lines else frozenset()
 
 
+@cache
+def _best_isa() -> str:
+    return available_isas()[0]
+
+
 def available_isas() -> list[str]:
     """The instruction sets that this machine can run, the best first."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -168,7 +173,7 @@ def _load(name: str) -> Kernels | Missing:
 
 def kernels() -> Kernels | Missing:
     """The kernels in use. Built at the first call; if that fails it warns, once."""
-    return _load(_chosen[-1] if _chosen else available_isas()[0])
+    return _load(_chosen[-1] if _chosen else _best_isa())
 
 
 @contextmanager

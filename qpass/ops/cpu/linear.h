@@ -153,7 +153,7 @@ static void linear_rows(const Matrix& w, const float* x, int64_t count, int64_t 
 
 // Rows that a thread takes at a time.
 static int64_t piece_of(const Matrix& w, int threads) {
-  return round_up(most(1, least(w.n / (4 * threads), (1 << 16) / most(1, w.row_bytes))), ROWS_AT_ONCE);
+  return round_up(most(1, least(w.n / (4 * threads), (1 << 18) / most(1, w.row_bytes))), ROWS_AT_ONCE);
 }
 
 static void linear_float(const Matrix& w, const void* x, int32_t dtype, int64_t count, const Output& out, int threads) {

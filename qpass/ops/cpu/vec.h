@@ -270,9 +270,10 @@ INLINE void sum4(const F* x, float* out) {
 #endif
 }
 
-// Rows are read side by side, each too short for the hardware to see a stream: what comes next is asked for beforehand.
-constexpr int64_t AHEAD = 8192;  // bytes
-INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p + AHEAD); }
+// Rows are read side by side, each too short for the hardware to see a stream: what comes next is asked for beforehand, and as
+// read once only.
+constexpr int64_t AHEAD = 16384;  // bytes
+INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p + AHEAD, 0, 0); }
 
 // e^x for x <= 0, to 2 ulp; NaN stays NaN. 2^n * p(r) with r = x - n log 2 in two parts; p: the Taylor series to r^6.
 INLINE F exponential(F x) {
