@@ -1,4 +1,4 @@
-"""Each test starts with an empty Dynamo cache: models of transformers share code, and its recompilations are limited."""
+"""Each test starts with an empty Dynamo cache (models of transformers share code, and its recompilations are limited)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ import pytest
 import torch
 from hypothesis import settings
 
+import qpass
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """Graphs are compared with dequantized weights in float; what int8 activations lose is for test_cpu.py to say."""
+    with qpass.set_compute("float"):
+        yield
 
 
 settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)

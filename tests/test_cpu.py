@@ -35,8 +35,8 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @pytest.fixture(autouse=True, params=available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with use_isa(request.param):
+def isa(request: pytest.FixtureRequest, exact_products: None) -> Iterator[str]:
+    with use_isa(request.param), qpass.set_compute(None):
         yield request.param
 
 
@@ -106,6 +106,15 @@ def test_half_precision_activations(text: str, dtype: torch.dtype, rows: int) ->
     expected = x.double() @ values.T
     assert found.dtype == dtype
     assert float((found - expected).abs().max()) <= TOLERANCE[dtype] * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("shape", [(1,), (1, 37), (0, 37)], ids=str)
+def test_what_is_added_may_be_broadcast(rows: int, shape: tuple[int, ...]) -> None:
+    stored, values = weight(37, 256, "int8")
+    x, added = random(rows, 256, seed=1), random(*(rows if n == 0 else n for n in shape), seed=2)
+    found = torch.ops.qpass.linear(x, *stored.parts, added, "int8")
+    torch.testing.assert_close(found.double(), x.double() @ values.T + added.double(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("text", ["int8", "int4:g128", "nf4"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -17,12 +15,6 @@ SPECS = ["int8", "int8:asym", "int6", "int5", "int4:g32:asym", "int3:g32", "int2
 specs = pytest.mark.parametrize("text", SPECS)
 #: Relative float error of a product of some hundred terms, and of its rounding to the type.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-
-
-@pytest.fixture(autouse=True)
-def float_compute() -> Iterator[None]:
-    with qpass.set_compute("float"):
-        yield
 
 
 def stored(rows: int, columns: int, text: str, seed: int = 0) -> Quantized:

@@ -147,6 +147,8 @@ def linear(
     k, n = x.shape[-1], data.shape[0]
     if library is None or dtype is None or not (k and n):
         return reference.linear(x, data, scale, zero_point, outer_scale, bias, spec)
+    if bias is not None and bias.shape != (n,):  # what addmm adds may be a matrix
+        return linear(x, data, scale, zero_point, outer_scale, None, spec) + bias.to(x.dtype)
     known = _known(spec)
     if not x.is_contiguous():
         x = x.contiguous()
@@ -313,7 +315,8 @@ def attention(
     library = _library()
     batch, heads, queries, width = q.shape
     keys, values = (k_data, k_scale, k_zero_point, k_outer_scale), (v_data, v_scale, v_zero_point, v_outer_scale)
-    if library is None or q.dtype not in _DTYPES or not (q.numel() and v_columns and k_data.shape[2]):
+    empty = not (q.numel() and v_columns and k_data.numel())
+    if library is None or q.dtype not in _DTYPES or empty or heads % k_data.shape[1]:
         return reference.attention(q, *keys, k_spec, *values, v_columns, v_spec, mask, is_causal, scale)
     k_known, v_known = _known(k_spec), _known(v_spec)
     k_matrix, k_capacity = _of_cache(keys, width, k_known)
