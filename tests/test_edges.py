@@ -123,7 +123,7 @@ def test_dropout_inside_torchs_attention_is_refused() -> None:
 
 
 def test_linears_of_two_dtypes_are_not_joined() -> None:
-    """One inside autocast, one outside: the second is computed in fp32."""
+    """One inside autocast, one outside: the second is computed in fp32. The kernels do not round the weight of the first."""
 
     def use(m: Net, ids: Tensor) -> Tensor:
         x = m.t(ids)
@@ -134,7 +134,8 @@ def test_linears_of_two_dtypes_are_not_joined() -> None:
     model = Net(use).eval()
     fast = torch.compile(model, backend=qpass.QPass("fp32", inner="eager"))
     with torch.no_grad():
-        torch.testing.assert_close(fast(IDS), model(IDS), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(fast(IDS), model(IDS), rtol=1e-2, atol=1e-2)
+    assert str(qpass.diff(fast)).count("+ qpass::linear(fp32)") == 3
 
 
 # --- kinds -------------------------------------------------------------------------------------------------------------
