@@ -17,22 +17,23 @@ _chosen: list[Compute | None] = [None]
 
 
 class set_compute:
-    """`set_compute("float")`: from now on, or within a `with`; "int8"; None: as the table of formats says.
+    """`set_compute("float")`: from now on in this process, or within a `with`; "int8"; None: as the table of formats says.
 
     "float" dequantizes inside the kernel and is exact but for rounding. "int8" quantizes the activations to int8 as they
     come, with a scale for every 32 of a row: what is lost is at most half a step, 1/254 of the largest of the 32, for each
-    activation, and for nf4 1/254 of each weight's scale. Formats that it does not serve stay in float. Inputs of many rows
-    in bfloat16 are multiplied in bfloat16 where the processor has such products.
+    activation, and for nf4 1/254 of each weight's scale. A row that holds NaN or infinity gives NaN. Formats that it does
+    not serve stay in float. Inputs of many rows in bfloat16 are multiplied in bfloat16 where the processor has such
+    products.
     """
 
     def __init__(self, compute: Compute | None) -> None:
         if compute not in (None, "float", "int8"):
             raise QpassError(f"compute {compute!r}: 'float', 'int8' or None")
-        self._before = _chosen[0]
+        self._compute, self._before = compute, _chosen[0]
         _chosen[0] = compute
 
     def __enter__(self) -> None:
-        pass
+        _chosen[0] = self._compute
 
     def __exit__(self, *_: Any) -> None:
         _chosen[0] = self._before

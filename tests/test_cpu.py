@@ -158,6 +158,28 @@ def test_zeros(text: str) -> None:
     assert bool(torch.ops.qpass.linear(tiny, *stored.parts, None, text).isfinite().all())
 
 
+@pytest.mark.parametrize(("text", "rows"), [("int8", 2), ("int8", 1100), ("int4:g32", 1100), ("nf4:g16", 2)])
+def test_inputs_that_require_grad_and_many_of_them(text: str, rows: int) -> None:
+    stored, values = weight(5, 64, text)
+    x = random(rows, 64, seed=1).requires_grad_()
+    found = torch.ops.qpass.linear(x, *stored.parts, torch.ones(5, requires_grad=True), text)
+    expected = x.detach().double() @ values.T + 1
+    assert bool(((found - expected).abs() <= int8_bound(x.detach(), values, text) + 1e-5).all())
+
+
+@pytest.mark.parametrize("text", ["int8", "nvfp4", "int4:g32:asym"])
+def test_parts_that_are_not_what_the_spec_says(text: str) -> None:
+    """Cast by someone, the reference reads them as they are; of another size, it says so."""
+    stored, _ = weight(8, 64, text)
+    x = random(2, 64, seed=1)
+    assert stored.scale is not None
+    cast = Quantized(stored.data, stored.scale.to(torch.bfloat16), stored.zero_point, stored.outer_scale)
+    found = torch.ops.qpass.linear(x, *cast.parts, None, text)
+    torch.testing.assert_close(found, reference.linear(x, *cast.parts, None, text))
+    with pytest.raises(RuntimeError):
+        torch.ops.qpass.linear(random(2, 128), *stored.parts, None, text)
+
+
 @pytest.mark.parametrize("text", ["int8", "int4:g32", "nf4"])
 def test_threads_change_nothing(text: str) -> None:
     stored, _ = weight(300, 512, text)
@@ -389,9 +411,24 @@ def test_source_that_does_not_compile(small_source: Path) -> None:
     assert "error" in found.reason
 
 
+@pytest.mark.parametrize("kind", ["no program", "a program that fails"])
+def test_a_compiler_that_is_none(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "cxx"
+    program.write_text("rubbish" if kind == "no program" else "#!/bin/sh\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(build, "find_compiler", lambda: str(program))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build._load.cache_clear()
+    try:
+        assert isinstance(build._load("portable"), Missing)
+    finally:
+        build._load.cache_clear()
+
+
 def test_without_a_compiler_the_reference_serves_and_one_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "find_compiler", lambda: None)
     build._load.cache_clear()
+    build._warn.cache_clear()
     stored, values = weight(5, 64, "int4:g32")
     x = random(2, 64)
     try:
@@ -424,7 +461,11 @@ def test_set_compute() -> None:
         with qpass.set_compute(None):
             assert compute_of(int4) == "int8"
         assert compute_of(int4) == "float"
-    assert compute_of(int4) == "int8"
+    again = qpass.set_compute("float")
+    for _ in range(2):
+        with again:
+            assert compute_of(int4) == "float"
+        assert compute_of(int4) == "int8"
     with pytest.raises(qpass.QpassError, match="compute 'fp16': 'float', 'int8' or None"):
         qpass.set_compute("fp16")  # type: ignore[arg-type]
 

@@ -7,6 +7,7 @@ several processes may build it at once.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -102,7 +103,9 @@ def _folders() -> Iterator[Path]:
     """Where libraries are kept: the user's cache, or, if that can not be written, a folder of this process."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     yield Path(base) / "qpass"
-    yield Path(tempfile.mkdtemp(prefix="qpass-"))
+    own = Path(tempfile.mkdtemp(prefix="qpass-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    yield own
 
 
 def _run(command: list[str]) -> str | None:
@@ -128,6 +131,7 @@ def build(isa: ISA, compiler: str) -> Kernels | Missing:
     """The library for `isa`, from the cache or compiled now."""
     start, problem = time.perf_counter(), ""
     for folder in _folders():
+        refused = 0
         for openmp in (True, False):
             flags = (*_FLAGS, *isa.flags, *(("-fopenmp",) if openmp else ()))
             path = folder / f"kernels-{isa.name}-{_key(compiler, flags)}.so"
@@ -139,7 +143,7 @@ def build(isa: ISA, compiler: str) -> Kernels | Missing:
                     try:
                         error = _run([compiler, *flags, str(_SOURCES / "kernels.cpp"), "-o", unfinished.name])
                         if error is not None:
-                            problem = error
+                            problem, refused = error, refused + 1
                             continue
                         os.replace(unfinished.name, path)
                     finally:
@@ -149,6 +153,8 @@ def build(isa: ISA, compiler: str) -> Kernels | Missing:
                 problem = str(error)
                 continue
             return Kernels(isa.name, path, compiler, openmp, time.perf_counter() - start, library)
+        if refused == 2:  # another folder would not help
+            break
     return Missing(f"{compiler} failed: {problem}")
 
 
@@ -159,21 +165,28 @@ _chosen: list[str] = []
 def _load(name: str) -> Kernels | Missing:
     compiler = find_compiler()
     if compiler is None:
-        found: Kernels | Missing = Missing("no C++ compiler: neither $CXX nor g++, clang++ or c++")
-    else:
-        found = build(next(isa for isa in ISAS if isa.name == name), compiler)
-    if isinstance(found, Missing):
-        warnings.warn(
-            f"qpass: no CPU kernels ({found.reason}); quantized models run through the slow reference. "
-            "Install a C++ compiler, and look at `qpass doctor`.",
-            stacklevel=2,
-        )
-    return found
+        return Missing("no C++ compiler: neither $CXX nor g++, clang++ or c++")
+    try:
+        return build(next(isa for isa in ISAS if isa.name == name), compiler)
+    except (OSError, subprocess.SubprocessError) as error:  # no program, no temporary folder
+        return Missing(f"{compiler}: {error}")
+
+
+@cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"qpass: no CPU kernels ({reason}); quantized models run through the slow reference. "
+        "Install a C++ compiler, and look at `qpass doctor`.",
+        stacklevel=3,
+    )
 
 
 def kernels() -> Kernels | Missing:
     """The kernels in use. Built at the first call; if that fails it warns, once."""
-    return _load(_chosen[-1] if _chosen else _best_isa())
+    found = _load(_chosen[-1] if _chosen else _best_isa())
+    if isinstance(found, Missing):
+        _warn(found.reason)
+    return found
 
 
 @contextmanager

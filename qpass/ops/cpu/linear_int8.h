@@ -297,8 +297,7 @@ template <Codes How> static void linear_int8_as(const Matrix& w, const Inputs8& 
   });
 }
 
-// For four-bit formats with one scale a row, or groups of a multiple of eight.
-static void linear_int8(const Matrix& w, const void* x, int32_t dtype, int64_t count, const Output& out, int threads) {
+static void linear_int8_inputs(const Matrix& w, const void* x, int32_t dtype, int64_t count, const Output& out, int threads) {
   Table table(*w.spec);
   int64_t padded = round_up(w.k, STEP), blocks = w.blocks, lanes = padded / 8, sums = w.zero ? round_up(blocks, W) : 0;
   float* memory = scratch<float>(INPUT, count * (2 * lanes + sums + padded / 4));
@@ -314,4 +313,14 @@ static void linear_int8(const Matrix& w, const void* x, int32_t dtype, int64_t c
   if (table.how == PLAIN) linear_int8_as<PLAIN>(w, in, count, table, out, threads);
   else if (table.how == TABLE) linear_int8_as<TABLE>(w, in, count, table, out, threads);
   else linear_int8_as<SIGNED_TABLE>(w, in, count, table, out, threads);
+}
+
+// For four-bit formats with one scale a row, or groups of a multiple of eight. Some inputs at a time: they are kept as int8.
+static void linear_int8(const Matrix& w, const void* x, int32_t dtype, int64_t count, const Output& out, int threads) {
+  constexpr int64_t some = 512;
+  for (int64_t m = 0; m < count; m += some) {
+    Output part = out;
+    part.y = (char*)out.y + m * out.n * size_of(dtype);
+    linear_int8_inputs(w, (const char*)x + m * w.k * size_of(dtype), dtype, least(some, count - m), part, threads);
+  }
 }

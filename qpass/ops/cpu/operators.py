@@ -113,11 +113,49 @@ def _contiguous(part: Tensor | None) -> Tensor | None:
     return part if part is None or part.is_contiguous() else part.contiguous()
 
 
+_SCALE_TYPES: dict[int, tuple[torch.dtype, ...]] = {
+    **{code: (dtype,) for dtype, code in _SCALES.items()},
+    4: (torch.float8_e8m0fnu, torch.uint8),
+    5: (torch.float8_e4m3fn, torch.uint8),
+    6: (torch.uint8,),
+}
+
+
+@cache
+def _layout(text: str, k: int) -> tuple[int, int, tuple[torch.dtype, ...], tuple[torch.dtype, ...]]:
+    """Of k columns in a spec: width of the data, blocks, types that data and scales may have."""
+    known = _known(text)
+    fmt = known.spec.format
+    width = packed_length(k, fmt.bits) if fmt.bits < 8 else k
+    bytes_too = (torch.uint8,) if fmt.kind == "float8" else ()
+    return width, known.blocks(k), (fmt.storage, *bytes_too), _SCALE_TYPES.get(known.struct.scale, ())
+
+
+def _fits(parts: tuple[Tensor | None, ...], k: int, text: str) -> bool:
+    """Whether the stored parts are what the spec says of k columns: a kernel believes it. The reference sees to the rest."""
+    data, scale, zero, outer = parts
+    width, blocks, data_types, scale_types = _layout(text, k)
+    if data is None or data.dtype not in data_types or data.shape[-1] != width:
+        return False
+    rows = data.numel() // width
+    spec = _known(text).spec
+    if (scale is not None) != bool(scale_types) or (zero is not None) != spec.has_zero_point:
+        return False
+    if scale is not None and (scale.dtype not in scale_types or scale.numel() not in (blocks, rows * blocks)):
+        return False
+    if zero is not None:
+        zero_width = packed_length(blocks, spec.format.bits) if spec.format.bits < 8 else blocks
+        if zero.dtype != spec.format.storage or zero.numel() * blocks != scale.numel() * zero_width:  # type: ignore[union-attr]
+            return False
+    return outer is None or (outer.dtype == torch.float32 and outer.numel() in (1, rows))
+
+
 class _Matrix:
     """The arguments that name a matrix of n rows and k columns to a kernel; holds what they point to."""
 
     def __init__(self, parts: tuple[Tensor | None, ...], n: int, k: int, known: _Known, cut: bool = False) -> None:
         """`cut`: the parts are views that the kernel steps through by itself."""
+        self.known = known
         self.parts = data, scale, zero, outer = parts if cut else tuple(_contiguous(p) for p in parts)
         assert data is not None
         self.arguments = (
@@ -145,7 +183,7 @@ def linear(
     """[.., K] -> [.., N]. One row and a few go through kernels that read the stored weight, many in float through tiles."""
     library, dtype = _library(), _DTYPES.get(x.dtype)
     k, n = x.shape[-1], data.shape[0]
-    if library is None or dtype is None or not (k and n):
+    if library is None or dtype is None or not (k and n) or not _fits((data, scale, zero_point, outer_scale), k, spec):
         return reference.linear(x, data, scale, zero_point, outer_scale, bias, spec)
     if bias is not None and bias.shape != (n,):  # what addmm adds may be a matrix
         return linear(x, data, scale, zero_point, outer_scale, None, spec) + bias.to(x.dtype)
@@ -184,7 +222,7 @@ def _has_bf16_products() -> bool:
 def _through_tiles(library: Any, x: Tensor, matrix: _Matrix, n: int, bias: Tensor | None) -> Tensor:
     """[M, K] -> [M, N], some rows of the weight at a time."""
     dtype = x.dtype if x.dtype == torch.bfloat16 and _has_bf16_products() else torch.float32
-    inputs, k = x.to(dtype), x.shape[1]
+    inputs, k = x.detach().to(dtype), x.shape[1]
     y = inputs.new_empty((x.shape[0], n))
     rows = max(1, min(n, _TILE // k))
     tile = inputs.new_empty((rows, k))
@@ -195,7 +233,7 @@ def _through_tiles(library: Any, x: Tensor, matrix: _Matrix, n: int, bias: Tenso
         )
         torch.mm(inputs, tile[:count].t(), out=y[:, start : start + count])
     if bias is not None:
-        y += bias
+        y += bias.detach()
     return y.to(x.dtype)
 
 
@@ -211,11 +249,12 @@ def embedding(
 ) -> Tensor:
     """[..] -> [.., columns]. Raises `IndexError` for an index outside of the table."""
     library, n = _library(), data.shape[0]
-    if library is None or dtype not in _DTYPES or not (columns and n):
-        return reference.embedding(indices, data, scale, zero_point, outer_scale, columns, spec, dtype)
+    parts = (data, scale, zero_point, outer_scale)
+    if library is None or dtype not in _DTYPES or not (columns and n) or not _fits(parts, columns, spec):
+        return reference.embedding(indices, *parts, columns, spec, dtype)
     wanted = indices.to(torch.int64).contiguous()
     y = data.new_empty((*indices.shape, columns), dtype=dtype)
-    matrix = _Matrix((data, scale, zero_point, outer_scale), n, columns, _known(spec))
+    matrix = _Matrix(parts, n, columns, _known(spec))
     bad = library.qpass_rows(
         *matrix.arguments, wanted.data_ptr(), 0, wanted.numel(), y.data_ptr(), _DTYPES[dtype], torch.get_num_threads()
     )
@@ -235,11 +274,12 @@ def dequantize(
 ) -> Tensor:
     """Stored parts -> [.., columns] in `dtype`."""
     library = _library()
-    if library is None or dtype not in _DTYPES or not (columns and data.numel()):
-        return reference.dequantize(data, scale, zero_point, outer_scale, columns, spec, dtype)
+    parts = (data, scale, zero_point, outer_scale)
+    if library is None or dtype not in _DTYPES or not (columns and data.numel()) or not _fits(parts, columns, spec):
+        return reference.dequantize(*parts, columns, spec, dtype)
     y = data.new_empty((*data.shape[:-1], columns), dtype=dtype)
     n = y.numel() // columns
-    matrix = _Matrix((data, scale, zero_point, outer_scale), n, columns, _known(spec))
+    matrix = _Matrix(parts, n, columns, _known(spec))
     library.qpass_rows(*matrix.arguments, None, 0, n, y.data_ptr(), _DTYPES[dtype], torch.get_num_threads())
     return y
 
@@ -315,8 +355,15 @@ def attention(
     library = _library()
     batch, heads, queries, width = q.shape
     keys, values = (k_data, k_scale, k_zero_point, k_outer_scale), (v_data, v_scale, v_zero_point, v_outer_scale)
-    empty = not (q.numel() and v_columns and k_data.numel())
-    if library is None or q.dtype not in _DTYPES or empty or heads % k_data.shape[1]:
+    served = q.numel() and v_columns and k_data.numel() and q.dtype in _DTYPES and library is not None
+    if not (
+        served
+        and k_data.shape[:3] == v_data.shape[:3]
+        and k_data.shape[0] == batch
+        and heads % k_data.shape[1] == 0
+        and _fits(keys, width, k_spec)
+        and _fits(values, v_columns, v_spec)
+    ):
         return reference.attention(q, *keys, k_spec, *values, v_columns, v_spec, mask, is_causal, scale)
     k_known, v_known = _known(k_spec), _known(v_spec)
     k_matrix, k_capacity = _of_cache(keys, width, k_known)

@@ -33,10 +33,11 @@ INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even
 }
 
 INLINE float from_fp16(uint16_t x) {
-  float magnitude = bits_as<float>(uint32_t(x & 0x7fff) << 13) * 0x1p112f;
-  uint32_t u = bits_as<uint32_t>(magnitude);
-  if ((x & 0x7c00) == 0x7c00) u = 0x7f800000 | uint32_t(x & 0x3ff) << 13;
-  return bits_as<float>(u | uint32_t(x & 0x8000) << 16);
+  uint32_t sign = uint32_t(x & 0x8000) << 16, exponent = x & 0x7c00, u = uint32_t(x & 0x7fff) << 13;
+  if (exponent == 0x7c00) u |= 0x7f800000;
+  else if (exponent == 0) u = bits_as<uint32_t>(float(x & 0x3ff) * 0x1p-24f);  // right with flushed subnormals too
+  else u += 112u << 23;
+  return bits_as<float>(sign | u);
 }
 
 // Nearest number with `mantissa` bits and this exponent bias, ties to even; subnormals are multiples of `least`. Gives the
