@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import platform
 import re
@@ -41,7 +42,7 @@ def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list
     count = sum(p.numel() for n, p in reference.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
 
     def plain(dtype: torch.dtype, compiled: bool) -> Callable[[str], Engine]:
-        model = reference if dtype == torch.float32 else reference.__class__(reference.config).to(dtype)
+        model = reference if dtype == torch.float32 else copy.deepcopy(reference).to(dtype)
         return lambda name: of_transformers(name, model, dtype, compiled, count * dtype.itemsize)
 
     known: dict[str, Callable[[str], Engine | str]] = {
