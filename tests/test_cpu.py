@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ from qpass.numerics import Quantized, dequantize, quantize
 from qpass.ops import reference
 from qpass.ops.cpu import build, operators
 from qpass.ops.cpu.build import ISAS, Kernels, Missing, available_isas, use_isa
+from qpass.ops.cpu.matrix import SpecStruct
 from qpass.spec import parse_spec
 
 SPECS = ["int8", "int8:g48:asym", "int8:tensor", "int6", "int5:g20", "int4:g32:asym", "int4:g128", "int4:channel", "int4:g7",
@@ -472,4 +474,4 @@ def test_set_compute() -> None:
 
 def test_the_struct_of_a_spec_is_that_of_the_kernels() -> None:
     library = operators._library()
-    assert library.qpass_spec_bytes() == operators.ctypes.sizeof(operators._Spec)
+    assert library.qpass_spec_bytes() == ctypes.sizeof(SpecStruct)

@@ -1,0 +1,131 @@
+"""What a kernel is told of a quantized matrix: its spec as a C struct, and where its stored parts lie."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qpass.packing import packed_length
+from qpass.spec import QuantSpec, parse_spec
+
+#: Activation type -> enum Dtype of weight.h.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "fp8_e4m3": 3, "mxfp8": 3, "fp8_e5m2": 4, "int8": 5}
+_CODES, _CODEBOOK = 6, 7
+_SCALES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+class SpecStruct(ctypes.Structure):
+    """struct Spec of weight.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "scale", "zero_point")),
+        ("unit", ctypes.c_float),
+        ("codebook", ctypes.c_float * 16),
+        ("integers", ctypes.c_int8 * 16),
+    ]
+
+
+@dataclass(frozen=True)
+class CpuSpec:
+    """A spec, and the same for the kernels."""
+
+    spec: QuantSpec
+    struct: SpecStruct
+    address: int
+
+    def blocks(self, columns: int) -> int:
+        g = self.spec.group_size
+        return -(-columns // g) if g else 1
+
+
+@cache
+def cpu_spec(text: str) -> CpuSpec:
+    spec = parse_spec(text)
+    fmt = spec.format
+    book, unit = fmt.codebook or (), 1.0
+    if book:  # nf4 is rounded to 127ths; twice the numbers of E2M1 are integers
+        unit = 0.5 if fmt.qmax == 6 else 1 / 127
+    if spec.granularity is None:
+        scale = 0
+    elif spec.double_quantized:
+        scale = 6
+    else:
+        scale = {"e8m0": 4, "e4m3": 5}.get(fmt.scale) or _SCALES[spec.scale_dtype]
+    struct = SpecStruct(
+        _KINDS.get(fmt.name, _CODEBOOK if book else _CODES),
+        fmt.bits,
+        spec.group_size,
+        scale,
+        spec.has_zero_point,
+        unit,
+        (ctypes.c_float * 16)(*book),
+        (ctypes.c_int8 * 16)(*(round(v / unit) for v in book)),
+    )
+    return CpuSpec(spec, struct, ctypes.addressof(struct))
+
+
+def contiguous(part: Tensor | None) -> Tensor | None:
+    return part if part is None or part.is_contiguous() else part.contiguous()
+
+
+_SCALE_TYPES: dict[int, tuple[torch.dtype, ...]] = {
+    **{code: (dtype,) for dtype, code in _SCALES.items()},
+    4: (torch.float8_e8m0fnu, torch.uint8),
+    5: (torch.float8_e4m3fn, torch.uint8),
+    6: (torch.uint8,),
+}
+
+
+@cache
+def _layout(text: str, k: int) -> tuple[int, int, tuple[torch.dtype, ...], tuple[torch.dtype, ...]]:
+    """Of k columns in a spec: width of the data, blocks, types that data and scales may have."""
+    known = cpu_spec(text)
+    fmt = known.spec.format
+    width = packed_length(k, fmt.bits) if fmt.bits < 8 else k
+    bytes_too = (torch.uint8,) if fmt.kind == "float8" else ()
+    return width, known.blocks(k), (fmt.storage, *bytes_too), _SCALE_TYPES.get(known.struct.scale, ())
+
+
+def fits(parts: tuple[Tensor | None, ...], k: int, text: str) -> bool:
+    """Whether the stored parts are what the spec says of k columns: a kernel believes it. The reference sees to the rest."""
+    data, scale, zero, outer = parts
+    width, blocks, data_types, scale_types = _layout(text, k)
+    if data is None or data.dtype not in data_types or data.shape[-1] != width:
+        return False
+    rows = data.numel() // width
+    spec = cpu_spec(text).spec
+    if (scale is not None) != bool(scale_types) or (zero is not None) != spec.has_zero_point:
+        return False
+    if scale is not None and (scale.dtype not in scale_types or scale.numel() not in (blocks, rows * blocks)):
+        return False
+    if zero is not None:
+        zero_width = packed_length(blocks, spec.format.bits) if spec.format.bits < 8 else blocks
+        if zero.dtype != spec.format.storage or zero.numel() * blocks != scale.numel() * zero_width:  # type: ignore[union-attr]
+            return False
+    return outer is None or (outer.dtype == torch.float32 and outer.numel() in (1, rows))
+
+
+class Matrix:
+    """The arguments that name a matrix of n rows and k columns to a kernel; holds what they point to."""
+
+    def __init__(self, parts: tuple[Tensor | None, ...], n: int, k: int, known: CpuSpec, cut: bool = False) -> None:
+        """`cut`: the parts are views that the kernel steps through by itself."""
+        self.known = known
+        self.parts = data, scale, zero, outer = parts if cut else tuple(contiguous(p) for p in parts)
+        assert data is not None
+        self.arguments = (
+            known.address,
+            data.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            None if zero is None else zero.data_ptr(),
+            None if outer is None else outer.data_ptr(),
+            n,
+            k,
+            n if scale is not None and scale.numel() > known.blocks(k) else 1,
+            n if outer is not None and outer.numel() > 1 else 1,
+        )
