@@ -158,6 +158,7 @@ def build(isa: ISA, compiler: str) -> Kernels | Missing:
     return Missing(f"{compiler} failed: {problem}")
 
 
+REFERENCE = "reference"
 _chosen: list[str] = []
 
 
@@ -183,6 +184,8 @@ def _warn(reason: str) -> None:
 
 def kernels() -> Kernels | Missing:
     """The kernels in use. Built at the first call; if that fails it warns, once."""
+    if _chosen and _chosen[-1] == REFERENCE:
+        return Missing("the reference was asked for")
     found = _load(_chosen[-1] if _chosen else _best_isa())
     if isinstance(found, Missing):
         _warn(found.reason)
@@ -191,8 +194,8 @@ def kernels() -> Kernels | Missing:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Within it the kernels of another instruction set of this machine are used. `QpassError` if it has no such."""
-    if name not in available_isas():
+    """Within it the kernels of another instruction set of this machine, or "reference": none. `QpassError` if it has no such."""
+    if name not in (*available_isas(), REFERENCE):
         raise QpassError(f"this machine cannot run {name!r}; it can run {', '.join(available_isas())}")
     _chosen.append(name)
     try:
