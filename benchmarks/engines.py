@@ -25,7 +25,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 class Engine:
     """`start(batch, context, room)`: a step function whose cache holds `context` tokens and has room for as many more.
 
-    `bytes_read`: of weights, in a step. `needs`: a package it is left out without. `largest`: contexts it can be put at.
+    `bytes_read`: of weights, in a step. `largest`: the longest context it can be put at.
     """
 
     name: str

@@ -53,7 +53,7 @@ template <class Read> INLINE void plain_rows(const Matrix& m, int64_t first, int
 static void rows_to_float(const Cache& cache, int64_t head, int64_t begin, int64_t count, int64_t padded, float* out) {
   const Matrix& m = cache.rows;
   float* scales = scratch<float>(SCALES, 2 * m.blocks);
-  bool plain = m.scale_rows == m.n && m.spec->scale == SCALE_FP32 && !m.zero && m.k % W == 0 && (groups_fit(m) || m.blocks == 1);
+  bool plain = m.scale_rows == m.n && m.spec->scale == SCALE_FP32 && !m.zero && m.k % W == 0 && groups_fit(m);
   with_reader(*m.spec, [&](auto read) {
     using Read = decltype(read);
     if (plain) return plain_rows<Read>(m, head * cache.capacity + begin, count, out);

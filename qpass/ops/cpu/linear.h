@@ -120,7 +120,7 @@ template <class Read>
 static void linear_rows(const Matrix& w, const float* x, int64_t count, int64_t begin, int64_t end, const Output& out) {
   int64_t padded = round_up(w.k, W), blocks = w.blocks;
   float* scales = scratch<float>(SCALES, 2 * ROWS_AT_ONCE * blocks);
-  bool stored = count == 1 && (blocks == 1 || groups_fit(w)), zeros = needs_zeros(*w.spec);
+  bool stored = count == 1 && groups_fit(w), zeros = needs_zeros(*w.spec);
   float* floats = stored ? nullptr : scratch<float>(ROWS, ROWS_AT_ONCE * padded);
   int64_t rows[ROWS_AT_ONCE];
   for (int64_t n = begin; n < end; n += ROWS_AT_ONCE) {

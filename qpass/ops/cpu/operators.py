@@ -20,6 +20,7 @@ from qpass.packing import packed_length
 WIDE = {"avx512-vnni": 1024, "avx512": 1024, "avx2": 33, "portable": 9}
 #: The same for a bfloat16 product, in whatever type the kernels compute, where the processor multiplies bfloat16 itself.
 WIDE_BF16 = 33
+_FEWEST_WIDE = min(WIDE_BF16, *WIDE.values())
 #: Elements of a tile: with the weight it comes from it stays in the caches.
 _TILE = 1 << 20
 
@@ -47,6 +48,8 @@ def _library() -> Any:
 
 
 def _goes_through_tiles(count: int, dtype: torch.dtype, int8: bool) -> bool:
+    if count < _FEWEST_WIDE:
+        return False
     if dtype == torch.bfloat16 and count >= WIDE_BF16 and _has_bf16_products():
         return True
     found = kernels()

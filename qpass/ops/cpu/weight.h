@@ -136,7 +136,7 @@ template <class Read> INLINE F read_tail(const uint8_t* row, int64_t row_bytes, 
 
 INLINE bool needs_zeros(const Spec& spec) { return spec.kind == CODES || spec.zero_point; }
 
-// Whether groups begin where vectors begin.
+// Whether groups begin where vectors begin; one group a row does.
 INLINE bool groups_fit(const Matrix& m) { return m.spec->group % W == 0 || m.spec->group >= m.k; }
 
 // Row r as floats: (code - zero) * scale. `out` has room for k rounded up to W; `scratch` for 2 * blocks.
@@ -146,7 +146,7 @@ template <class Read> void row_to_float(const Matrix& m, int64_t r, float* out, 
   const float* zeros = needs_zeros(*m.spec) ? zeros_of(m, r, scratch + m.blocks) : nullptr;
   const float* book = m.spec->codebook;
   int64_t whole = m.k / W * W;
-  bool direct = groups_fit(m) || m.blocks == 1;
+  bool direct = groups_fit(m);
   int64_t group = direct && m.blocks > 1 ? m.spec->group : m.k;
   for (int64_t start = 0, g = 0; start < m.k; start += group, g++) {
     int64_t end = start + group < m.k ? start + group : m.k;
