@@ -1,4 +1,4 @@
-"""Giving memory back to the system while a model is quantized: mapped checkpoint pages, and freed heap pages."""
+"""What qpass tells the system about memory: mapped pages and freed heap that may go, weights that want large pages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import sys
 
 from torch import Tensor, nn
 
-_MADV_PAGEOUT = 21  # linux/mman.h, since 5.4: drops clean file pages, loses no data
+# linux/mman.h
+_MADV_HUGEPAGE = 14
+_MADV_PAGEOUT = 21  # since 5.4: drops clean file pages, loses no data
+_HUGE_PAGE = 1 << 21
 
 
 def drop_mapped_pages(tensor: Tensor) -> None:
@@ -19,11 +22,26 @@ def drop_mapped_pages(tensor: Tensor) -> None:
     storage = tensor.untyped_storage()
     if sys.platform != "linux" or storage.device.type != "cpu" or storage.resizable():
         return
-    page = mmap.PAGESIZE
+    _advise(tensor, mmap.PAGESIZE, _MADV_PAGEOUT)
+
+
+def prefer_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask for large pages behind memory that was just allocated and not yet written; returns `tensor`.
+
+    A decode step reads every weight once: with pages of 4 KB a quarter of the read bandwidth goes to finding them.
+    """
+    if sys.platform == "linux" and tensor.device.type == "cpu" and tensor.nbytes >= _HUGE_PAGE:
+        _advise(tensor, _HUGE_PAGE, _MADV_HUGEPAGE)
+    return tensor
+
+
+def _advise(tensor: Tensor, page: int, advice: int) -> None:
+    """madvise for the whole pages in the tensor's storage. It is advice: that it has no effect is no error."""
+    storage = tensor.untyped_storage()
     start = -(-storage.data_ptr() // page) * page
     length = (storage.data_ptr() + storage.nbytes()) // page * page - start
     if length > 0:
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_PAGEOUT)
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 def own_memory(model: nn.Module) -> None:

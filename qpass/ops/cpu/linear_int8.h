@@ -157,43 +157,63 @@ struct Scales {
   }
 };
 
-// ROWS_AT_ONCE weight rows by M inputs. `rows`: packed bytes, the last partial step apart in `tails`.
-template <int M, Codes How, bool Whole>
-INLINE void dot_int8(const uint8_t* const* rows, const uint8_t (*tails)[BYTES], const float* const* scales, const Scales& groups,
-                     int64_t whole_steps, int64_t steps, const int8_t* table, const Inputs8& in, int64_t m0, float* out) {
-  F acc[M][ROWS_AT_ONCE];
-  for (auto& row : acc) for (F& a : row) a = zero();
+// What one weight row brings to its products: packed bytes, the last partial step of them padded with zeros; of each group its
+// scale (spread over lanes if Scales says so), and that times what the zero point differs from the table's bias.
+struct Row8 {
+  const uint8_t* bytes;
+  uint8_t tail[BYTES];
+  const float *scales, *shift;
+};
+
+// R weight rows by M inputs: out[m * R + r].
+template <int R, int M, Codes How, bool Whole>
+INLINE void dot_int8(const Row8* rows, const Scales& groups, int64_t whole_steps, int64_t steps, Bytes book, const Inputs8& in,
+                     int64_t m0, float* out) {
+  F acc[M][R];
+  UNROLL for (int i = 0; i < M * R; i++) acc[i / R][i % R] = zero();
   const int8_t* codes = in.codes + m0 * in.padded;
   const float* lanes = in.lanes + m0 * in.padded / 8;
   const int32_t* starts = in.starts + m0 * in.padded / 8;
-  Bytes book;
-  if constexpr (How != PLAIN) book = table_of(table);
   I scale_of_lane = indices(groups.lane);
-  auto one = [&](int64_t step, int64_t g, auto&& packed) __attribute__((always_inline)) {
-    UNROLL for (int r = 0; r < ROWS_AT_ONCE; r++) {
-      Bytes bytes = packed(r), low = low_half(bytes), high = high_half(bytes);
-      if constexpr (How != PLAIN) low = look_up_bytes(book, low), high = look_up_bytes(book, high);
-      F scale = Whole ? all(scales[r][g]) : pick(load(scales[r] + step * groups.per_step), scale_of_lane);
-      UNROLL for (int m = 0; m < M; m++) {
-        const int8_t* q = codes + m * in.padded + step * STEP;
-        int64_t lane = m * (in.padded / 8) + step * W;
-        F p = lanes_to_float(multiply<How>(load_bytes(starts + lane), low, high, load_bytes(q), load_bytes(q + BYTES)));
-        acc[m][r] = fma(p, mul(scale, load(lanes + lane)), acc[m][r]);
+  auto one = [&](int64_t step, const F* whole_scales, auto&& packed) __attribute__((always_inline)) {
+    Bytes low[R], high[R];
+    F scales[R];
+    UNROLL for (int r = 0; r < R; r++) {
+      Bytes bytes = packed(rows[r]);
+      low[r] = low_half(bytes), high[r] = high_half(bytes);
+      if constexpr (How != PLAIN) low[r] = look_up_bytes(book, low[r]), high[r] = look_up_bytes(book, high[r]);
+      scales[r] = Whole ? whole_scales[r] : pick(load(rows[r].scales + step * groups.per_step), scale_of_lane);
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+      const int8_t* q = codes + m * in.padded + step * STEP;
+      int64_t lane = m * (in.padded / 8) + step * W;
+      UNROLL for (int r = 0; r < R; r++) {
+        auto products = multiply<How>(load_bytes(starts + lane), low[r], high[r], load_bytes(q), load_bytes(q + BYTES));
+        acc[m][r] = fma(lanes_to_float(products), mul(scales[r], load(lanes + lane)), acc[m][r]);
       }
     }
   };
-  auto fetch = [&](int r, int64_t at) __attribute__((always_inline)) {
-    prefetch(rows[r] + at * BYTES);
-    return load_bytes(rows[r] + at * BYTES);
+  auto stored = [&](int64_t step) __attribute__((always_inline)) {
+    return [=](const Row8& row) __attribute__((always_inline)) {
+      prefetch(row.bytes + step * BYTES);
+      return load_bytes(row.bytes + step * BYTES);
+    };
   };
-  int64_t step = 0, g = 0;
+  auto tail = [](const Row8& row) __attribute__((always_inline)) { return load_bytes(row.tail); };
+  int64_t step = 0;
   if constexpr (Whole) {
-    for (; step + groups.steps <= whole_steps; g++)
-      for (int64_t end = step + groups.steps; step < end; step++) one(step, g, [&](int r) { return fetch(r, step); });
+    for (int64_t g = 0; step < steps; g++) {
+      F scales[R];
+      UNROLL for (int r = 0; r < R; r++) scales[r] = all(rows[r].scales[g]);
+      int64_t end = least(steps, step + groups.steps);
+      for (; step < least(end, whole_steps); step++) one(step, scales, stored(step));
+      if (step < end) one(step++, scales, tail);
+    }
+  } else {
+    for (; step < whole_steps; step++) one(step, nullptr, stored(step));
+    if (step < steps) one(step, nullptr, tail);
   }
-  for (; step < whole_steps; step++) one(step, g, [&](int r) { return fetch(r, step); });
-  if (step < steps) one(step, g, [&](int r) { return load_bytes(tails[r]); });
-  for (int m = 0; m < M; m++) sum4(acc[m], out + m * ROWS_AT_ONCE);
+  UNROLL for (int m = 0; m < M; m++) UNROLL for (int r = 0; r < R; r++) out[m * R + r] = sum(acc[m][r]);
 }
 
 // The table of a codebook as factors, and what is added to the values of codes to make them unsigned.
@@ -213,75 +233,68 @@ struct Table {
   }
 };
 
-// What the products of one weight row need beside its codes; the arrays are padded with zeros.
-struct Row8 {
-  const uint8_t* bytes;
-  float *scales, *shift;  // of each group, spread over lanes if Scales says so; and times the zero point
-};
-
-static Row8 prepare_row(const Matrix& w, int64_t r, const Scales& groups, const Table& table, int64_t lanes, float* memory, uint8_t* tail) {
+// Fills `row` for row r of w; what it points to is in `memory`, padded with zeros, or in w.
+static void prepare_row(const Matrix& w, int64_t r, const Scales& groups, const Table& table, int64_t lanes, float* memory, Row8& row) {
   int64_t blocks = w.blocks, padded = round_up(blocks, W), whole = w.row_bytes / BYTES * BYTES;
-  Row8 row{w.row(r), memory, memory + padded + W};
-  float* zeros = row.shift + padded;
-  std::memset(tail, 0, BYTES);
-  std::memcpy(tail, row.bytes + whole, w.row_bytes - whole);
-  std::memset(row.scales + blocks, 0, (padded + W - blocks) * sizeof(float));
-  const float* scale = scales_of(w, r, row.scales);
-  if (scale != row.scales) std::memcpy(row.scales, scale, blocks * sizeof(float));
+  float *scales = memory, *zeros = scales + padded + W, *spread = zeros + padded;
+  row.bytes = w.row(r);
+  std::memcpy(row.tail, row.bytes + whole, w.row_bytes - whole);
+  row.scales = scales_of(w, r, scales);
+  row.shift = zeros;
+  if (w.zero || !groups.whole) {
+    if (row.scales != scales) std::memcpy(scales, row.scales, blocks * sizeof(float));
+    std::memset(scales + blocks, 0, (padded + W - blocks) * sizeof(float));
+    row.scales = scales;
+  }
   if (w.zero) {
     zeros_of(w, r, zeros);
     for (int64_t g = blocks; g < padded; g++) zeros[g] = 0.0f;
     F bias = all(float(table.bias));
-    for (int64_t g = 0; g < padded; g += W) store(row.shift + g, mul(load(row.scales + g), sub(load(zeros + g), bias)));
+    for (int64_t g = 0; g < padded; g += W) store(zeros + g, mul(load(scales + g), sub(load(zeros + g), bias)));
   }
   if (!groups.whole && groups.per_step == W) {
-    float* spread = zeros + padded;
     for (int64_t lane = 0; lane < lanes; lane++) {
       int64_t g = lane * 8 / w.spec->group;
-      spread[lane] = g < blocks ? row.scales[g] : 0.0f;
+      spread[lane] = g < blocks ? scales[g] : 0.0f;
     }
     row.scales = spread;
   }
-  return row;
+}
+
+// Rows [n, n + R) of the weight by inputs [m_begin, m_end). One input: row after row, as one stream, which the hardware sees
+// and fetches ahead (rows side by side reach two thirds of the bandwidth). More inputs: two rows share the reading of inputs.
+template <int R, int M, Codes How, bool Whole>
+INLINE int64_t some_rows(const Matrix& w, const Row8* rows, int64_t n, const Inputs8& in, int64_t m, int64_t m_end, Bytes book,
+                         const Scales& groups, const Output& out) {
+  float y[M * R];
+  for (; m + M <= m_end; m += M) {
+    dot_int8<R, M, How, Whole>(rows, groups, w.row_bytes / BYTES, in.padded / STEP, book, in, m, y);
+    for (int i = 0; i < M * R; i++) {
+      F zeros = zero();
+      const float *sums = in.sums + (m + i / R) * in.sums_stride, *shift = rows[i % R].shift;
+      for (int64_t g = 0; g < in.sums_stride; g += W) zeros = fma(load(shift + g), load(sums + g), zeros);
+      out.put(m + i / R, n + i % R, (in.sums_stride ? y[i] - sum(zeros) : y[i]) * w.spec->unit);
+    }
+  }
+  return m;
 }
 
 template <Codes How, bool Whole>
 static void linear_int8_rows(const Matrix& w, const Inputs8& in, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end,
                              const Table& table, const Scales& groups, const Output& out) {
-  int64_t whole = w.row_bytes / BYTES, steps = in.padded / STEP, lanes = in.padded / 8;
-  int64_t each = 3 * round_up(w.blocks, W) + lanes + 2 * W;
-  float* memory = scratch<float>(SCALES, ROWS_AT_ONCE * each);
-  uint8_t tails[ROWS_AT_ONCE][BYTES];
-  Row8 row[ROWS_AT_ONCE];
-  const uint8_t* bytes[ROWS_AT_ONCE];
-  const float* scales[ROWS_AT_ONCE];
-  int64_t rows[ROWS_AT_ONCE];
-  for (int64_t n = begin; n < end; n += ROWS_AT_ONCE) {
-    next_rows(n, end, rows);
-    for (int r = 0; r < ROWS_AT_ONCE; r++) {
-      row[r] = prepare_row(w, rows[r], groups, table, lanes, memory + r * each, tails[r]);
-      bytes[r] = row[r].bytes, scales[r] = row[r].scales;
-    }
-    int64_t here = least(ROWS_AT_ONCE, end - n), m = m_begin;
-    auto put = [&](int64_t input, const float* y) {
-      float zeros[ROWS_AT_ONCE] = {};
-      const float* sums = in.sums + input * in.sums_stride;
-      for (int r = 0; r < ROWS_AT_ONCE && in.sums_stride; r++) {
-        F products = zero();
-        for (int64_t g = 0; g < in.sums_stride; g += W) products = fma(load(row[r].shift + g), load(sums + g), products);
-        zeros[r] = sum(products);
-      }
-      for (int r = 0; r < here; r++) out.put(input, n + r, (y[r] - zeros[r]) * w.spec->unit);
-    };
-    float y[ROWS_AT_ONCE * INPUTS8];
-    for (; m + INPUTS8 <= m_end; m += INPUTS8) {
-      dot_int8<INPUTS8, How, Whole>(bytes, tails, scales, groups, whole, steps, table.bytes, in, m, y);
-      for (int i = 0; i < INPUTS8; i++) put(m + i, y + i * ROWS_AT_ONCE);
-    }
-    for (; m < m_end; m++) {
-      dot_int8<1, How, Whole>(bytes, tails, scales, groups, whole, steps, table.bytes, in, m, y);
-      put(m, y);
-    }
+  int64_t lanes = in.padded / 8, each = 2 * round_up(w.blocks, W) + lanes + 2 * W;
+  float* memory = scratch<float>(SCALES, 2 * each);
+  Row8 rows[2] = {};
+  Bytes book = table_of(table.bytes);
+  for (int64_t n = begin; n < end;) {
+    bool pair = m_end - m_begin >= INPUTS8 && n + 2 <= end;
+    for (int r = 0; r < (pair ? 2 : 1); r++) prepare_row(w, n + r, groups, table, lanes, memory + r * each, rows[r]);
+    int64_t m = m_begin;
+    if (pair) m = some_rows<2, INPUTS8, How, Whole>(w, rows, n, in, m, m_end, book, groups, out);
+    else m = some_rows<1, INPUTS8, How, Whole>(w, rows, n, in, m, m_end, book, groups, out);
+    some_rows<1, 1, How, Whole>(w, rows, n, in, m, m_end, book, groups, out);
+    if (pair) some_rows<1, 1, How, Whole>(w, rows + 1, n + 1, in, m, m_end, book, groups, out);
+    n += pair ? 2 : 1;
   }
 }
 

@@ -135,6 +135,7 @@ INLINE F load_e4m3(const void* p) {
   nan = _mm256_and_si256(_mm256_cmpeq_epi16(_mm256_and_si256(h, nan), nan), _mm256_set1_epi16(0x7c00));
   return mul(_mm512_cvtph_ps(_mm256_or_si256(h, nan)), all(256.0f));
 }
+INLINE void load_two_e4m3(const uint8_t* p, F& a, F& b) { a = load_e4m3(p), b = load_e4m3(p + W); }
 using I = __m512i;  // W unsigned codes
 template <int B> INLINE I load_codes(const uint8_t* p) {
   uint64_t low = eight_codes<B>(p), high = eight_codes<B>(p + B);
@@ -188,12 +189,19 @@ INLINE F load_fp16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128((cons
 INLINE F load_e5m2(const void* p) {
   return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p)), 8));
 }
+// Eight or sixteen bit patterns, sign-extended to 16 bits, as the numbers of fp16 that are 256 times smaller; NaN as NaN.
+INLINE __m256i e4m3_as_fp16(__m256i x) {
+  __m256i magnitude = _mm256_set1_epi16(0x7f), nan = _mm256_cmpeq_epi16(_mm256_and_si256(x, magnitude), magnitude);
+  return _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16((short)0xbf80)), nan);
+}
+INLINE void load_two_e4m3(const uint8_t* p, F& a, F& b) {
+  __m256i h = e4m3_as_fp16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)));
+  a = mul(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), all(256.0f));
+  b = mul(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), all(256.0f));
+}
 INLINE F load_e4m3(const void* p) {
-  __m128i x = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
-  __m128i h = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16((short)0xbf80));
-  __m128i nan = _mm_set1_epi16(0x3f80);
-  nan = _mm_and_si128(_mm_cmpeq_epi16(_mm_and_si128(h, nan), nan), _mm_set1_epi16(0x7c00));
-  return mul(_mm256_cvtph_ps(_mm_or_si128(h, nan)), all(256.0f));
+  __m256i h = e4m3_as_fp16(_mm256_castsi128_si256(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p))));
+  return mul(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), all(256.0f));
 }
 using I = __m256i;
 template <int B> INLINE I load_codes(const uint8_t* p) {
@@ -244,6 +252,7 @@ INLINE F load_bf16(const void* p) { EACH(from_bf16(((const uint16_t*)p)[i])); }
 INLINE F load_fp16(const void* p) { EACH(from_fp16(((const uint16_t*)p)[i])); }
 INLINE F load_e5m2(const void* p) { EACH(from_e5m2(((const uint8_t*)p)[i])); }
 INLINE F load_e4m3(const void* p) { EACH(from_e4m3(((const uint8_t*)p)[i])); }
+INLINE void load_two_e4m3(const uint8_t* p, F& a, F& b) { a = load_e4m3(p), b = load_e4m3(p + W); }
 template <int B> INLINE I load_codes(const uint8_t* p) {
   uint64_t word = eight_codes<B>(p);
   I r;
@@ -271,9 +280,9 @@ INLINE void sum4(const F* x, float* out) {
 #endif
 }
 
-// Rows are read side by side, each too short for the hardware to see a stream: what comes next is asked for beforehand, and as
-// read once only.
-constexpr int64_t AHEAD = 16384;  // bytes
+// What comes next is asked for beforehand, and as read once only: the hardware fetches ahead too, but not far enough for loops
+// that compute.
+constexpr int64_t AHEAD = 8192;  // bytes
 INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p + AHEAD, 0, 0); }
 
 // e^x for x <= 0, to 2 ulp; NaN stays NaN. 2^n * p(r) with r = x - n log 2 in two parts; p: the Taylor series to r^6.

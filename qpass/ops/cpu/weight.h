@@ -88,20 +88,26 @@ INLINE const float* zeros_of(const Matrix& m, int64_t r, float* scratch) {
 
 // --- codes as floats ----------------------------------------------------------------------------------------------
 
-// Each reads W elements from element k of a row (a multiple of 8).
-template <int B> struct Plain { static constexpr int bits = B; static constexpr bool offset = false; };
-struct ReadFp32 : Plain<32> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load((const float*)row + k); } };
-struct ReadBf16 : Plain<16> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_bf16(row + 2 * k); } };
-struct ReadFp16 : Plain<16> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_fp16(row + 2 * k); } };
-struct ReadE4m3 : Plain<8> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e4m3(row + k); } };
-struct ReadE5m2 : Plain<8> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e5m2(row + k); } };
-struct ReadInt8 : Plain<8> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_i8(row + k); } };
-template <int B> struct ReadCodes {
+// Each reads W elements from element k of a row (a multiple of 8), or twice as many.
+template <class Read, int B> struct Plain {
   static constexpr int bits = B;
+  static constexpr bool offset = false;
+  INLINE void two(const uint8_t* row, int64_t k, const float* book, F& a, F& b) { a = Read::at(row, k, book), b = Read::at(row, k + W, book); }
+};
+struct ReadFp32 : Plain<ReadFp32, 32> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load((const float*)row + k); } };
+struct ReadBf16 : Plain<ReadBf16, 16> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_bf16(row + 2 * k); } };
+struct ReadFp16 : Plain<ReadFp16, 16> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_fp16(row + 2 * k); } };
+struct ReadE4m3 : Plain<ReadE4m3, 8> {
+  INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e4m3(row + k); }
+  INLINE void two(const uint8_t* row, int64_t k, const float*, F& a, F& b) { load_two_e4m3(row + k, a, b); }
+};
+struct ReadE5m2 : Plain<ReadE5m2, 8> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_e5m2(row + k); } };
+struct ReadInt8 : Plain<ReadInt8, 8> { INLINE F at(const uint8_t* row, int64_t k, const float*) { return load_i8(row + k); } };
+template <int B> struct ReadCodes : Plain<ReadCodes<B>, B> {
   static constexpr bool offset = true;  // stored as unsigned numbers
   INLINE F at(const uint8_t* row, int64_t k, const float*) { return to_float(load_codes<B>(row + k * B / 8)); }
 };
-struct ReadCodebook : Plain<4> {
+struct ReadCodebook : Plain<ReadCodebook, 4> {
   INLINE F at(const uint8_t* row, int64_t k, const float* book) { return look_up(book, load_codes<4>(row + k / 2)); }
 };
 
