@@ -32,7 +32,7 @@ from qpass.ready import check_ready
 from qpass.recipe import Recipe
 from qpass.registry import FINISHED, captured, captures_of
 from qpass.sites.group import WeightGroup, group_weights
-from qpass.store import fuse, quantize_group
+from qpass.store import fuse, guards_beside_the_lookup, quantize_group
 from qpass.weights import as_rows, check_weight, memory_of
 
 #: Tokens of the run that captures the graph when no inputs are given.
@@ -92,7 +92,7 @@ def quantize(
         del params
     own_memory(module)
     return_freed_heap()
-    compile_in_place(module, backend)
+    compile_in_place(module, backend, guards_beside_the_lookup)
     module._apply = _ApplyToFreshParameters(module)  # type: ignore[method-assign]
     _prepare_generate(module, backend.recipe)
     return module

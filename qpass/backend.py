@@ -36,7 +36,7 @@ from qpass.graph.torch_private import (
 )
 from qpass.graph.vocabulary import DROPOUTS, SDPA, argument, op_name, value_of
 from qpass.graph.whole import trace_whole
-from qpass.passes import Convert, GraphInput, clean, input_sources, parameter_nodes, run_passes
+from qpass.passes import Convert, GraphInput, clean, input_sources, parameter_nodes, run_passes, share_key_heads
 from qpass.progress import track
 from qpass.qtensor import QTensor
 from qpass.ready import check_ready
@@ -209,7 +209,7 @@ class QPass:
             return [None if p is None else fake_like(reference, p) for p in lookups[group](inputs)]
 
         before = copy_graph(original.graph)
-        result = run_passes(original, plan, [Convert(parameters, fake_parts), clean])
+        result = run_passes(original, plan, [Convert(parameters, fake_parts), share_key_heads, clean])
         after = copy_graph(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
         pick = Arguments(sources, lookups)

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from qpass.graph.torch_private import mark_static_input
 from qpass.graph.vocabulary import op_name
 from qpass.qtensor import QTensor
-from qpass.sites import kv, weight
+from qpass.sites import grouped, kv, weight
 from qpass.sites.core import Edit, Plan
 from qpass.sites.group import WeightGroup, group_weights
 
@@ -74,6 +74,11 @@ class Convert:
         added = tuple(n.name for parts in inputs.values() for n in parts if n is not None)
         edits.append(Edit("convert", "", (), added))
         return PassResult(graph_module, plan, tuple(edits))
+
+
+def share_key_heads(graph_module: GraphModule, plan: Plan) -> PassResult:
+    """Attention over a float cache that is shared by groups of query heads reads it without a copy for each of them."""
+    return PassResult(graph_module, plan, tuple(grouped.rewrite(graph_module.graph)))
 
 
 def clean(graph_module: GraphModule, plan: Plan) -> PassResult:

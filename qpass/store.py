@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.errors import QpassError
 from qpass.graph.torch_private import WeakIdKeyDictionary
+from qpass.memory import into_huge_pages
 from qpass.numerics import Quantized
 from qpass.qtensor import QTensor
 from qpass.sites.group import WeightGroup
@@ -86,6 +88,12 @@ class WeightStore:
         n = len(group.weights)
         weights, biases = params[:n], list(params[n:])
         if all(isinstance(w, QTensor) for w in weights):
+            for weight, name in zip(weights, group.names, strict=True):
+                if weight.spec != group.spec:  # type: ignore[attr-defined]
+                    raise QpassError(
+                        f"{name}: now stored as {weight.spec}, but the graph was compiled for {group.spec}; "  # type: ignore[attr-defined]
+                        "compile it again: model.compile(backend=qpass)"
+                    )
             quantized = fuse(weights)  # type: ignore[arg-type]
         else:
             quantized = self._quantize(weights, group)
@@ -110,9 +118,21 @@ class WeightStore:
             if not isinstance(weight, QTensor):
                 twice = quantized.outer_scale.nbytes if shared and i and quantized.outer_scale is not None else 0
                 self._stats[weight] = WeightStats(quantized.nbytes - twice, sqnr_db)
-        if len(done) == 1:
-            return done[0][0]
-        return concat_rows([q for q, _ in done], [s.shape[0] for s in stored], keep_single=shared)
+        whole = done[0][0]
+        if len(done) > 1:
+            whole = concat_rows([q for q, _ in done], [s.shape[0] for s in stored], keep_single=shared)
+        return whole.map(into_huge_pages)
+
+
+def guards_beside_the_lookup(guards: Sequence[Any]) -> list[bool]:
+    """Which of Dynamo's guards are needed beside `WeightStore.get`: all but those on what is inside of a QTensor.
+
+    That is looked up by identity at each call anyway, and the guards on it take as long as all others together.
+    """
+    ours = {g.name for g in guards if isinstance(g.value, QTensor)}
+    inside = tuple(f"{name}." for name in ours)
+    metadata = "TENSOR_SUBCLASS_METADATA_MATCH"
+    return [not g.name.startswith(inside) and not (g.guard_type == metadata and g.name in ours) for g in guards]
 
 
 def anchor(param: Tensor) -> Any:
@@ -153,11 +173,12 @@ def fuse(weights: Sequence[QTensor]) -> Quantized:
     """One buffer for QTensors that one operator reads; they become row ranges of it, so that nothing is stored twice."""
     rows = [w.quantized.data.shape[0] for w in weights]
     if len(weights) == 1:
+        weights[0].quantized.map(into_huge_pages)
         return weights[0].quantized
     base = _common_base(weights, rows)
     if base is not None:
         return base
-    base = concat_rows([w.quantized for w in weights], rows)
+    base = concat_rows([w.quantized for w in weights], rows).map(into_huge_pages)
     start = 0
     for weight, n in zip(weights, rows, strict=True):
         weight.quantized = row_range(base, start, n, sum(rows))

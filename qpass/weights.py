@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from qpass.errors import QpassError
-from qpass.memory import prefer_huge_pages
 from qpass.numerics import Quantized, dequantize, quantize
 from qpass.spec import QuantSpec
 
@@ -105,6 +104,5 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
     """torch.cat for every storage type; 8-bit floats go through their bytes."""
     dtype = parts[0].dtype
     if dtype.is_floating_point and dtype.itemsize == 1:
-        return _cat([p.contiguous().view(torch.uint8) for p in parts]).view(dtype)
-    out = parts[0].new_empty((sum(len(p) for p in parts), *parts[0].shape[1:]))
-    return torch.cat(list(parts), out=prefer_huge_pages(out))
+        return torch.cat([p.contiguous().view(torch.uint8) for p in parts]).view(dtype)
+    return torch.cat(list(parts))

@@ -193,14 +193,18 @@ def check_inner(inner: str) -> None:
         lookup_backend(inner)
 
 
-def compile_in_place(module: torch.nn.Module, backend: Callable[..., Any]) -> None:
-    """`module.compile(backend=...)`, apart from what else is compiled of the same code, where torch can keep it apart."""
+def compile_in_place(module: torch.nn.Module, backend: Callable[..., Any], keep_guards: Callable[..., Any]) -> None:
+    """`module.compile(backend=...)`, apart from what else is compiled of the same code, where torch can keep it apart.
+
+    `keep_guards`: Dynamo's guards (with `name`, `value`, `guard_type`) -> for each, whether it is checked at every call.
+    """
+    options: dict[str, Any] = {"backend": backend, "options": {"guard_filter_fn": keep_guards}, **isolated()}
     if type(module).__module__.startswith(
         "torch.nn"
     ):  # Dynamo skips the frames of torch's own containers, unless inlined
-        module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), backend=backend, **isolated())
+        module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), **options)
     else:
-        module.compile(backend=backend, **isolated())
+        module.compile(**options)
 
 
 def isolated() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qpass.compute import compute_of
 from qpass.ops import reference
@@ -21,6 +22,9 @@ WIDE = {"avx512-vnni": 1024, "avx512": 1024, "avx2": 33, "portable": 9}
 #: The same for a bfloat16 product, in whatever type the kernels compute, where the processor multiplies bfloat16 itself.
 WIDE_BF16 = 33
 _FEWEST_WIDE = min(WIDE_BF16, *WIDE.values())
+#: From this many queries a head on, attention over keys and values that are floats is torch's own.
+_MANY_QUERIES = 8
+_FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: Elements of a tile: with the weight it comes from it stays in the caches.
 _TILE = 1 << 20
 
@@ -250,6 +254,10 @@ def attention(
         and fits(values, v_columns, v_spec)
     ):
         return reference.attention(q, *keys, k_spec, *values, v_columns, v_spec, mask, is_causal, scale)
+    if queries >= _MANY_QUERIES and k_spec == v_spec == _FLOATS[q.dtype]:
+        return F.scaled_dot_product_attention(
+            q, k_data, v_data, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=True
+        ).contiguous()
     k_known, v_known = cpu_spec(k_spec), cpu_spec(v_spec)
     k_matrix, k_capacity = _of_cache(keys, width, k_known)
     v_matrix, v_capacity = _of_cache(values, v_columns, v_known)
