@@ -36,6 +36,7 @@ from qpass.graph.torch_private import (
 )
 from qpass.graph.vocabulary import DROPOUTS, SDPA, argument, op_name, value_of
 from qpass.graph.whole import trace_whole
+from qpass.ops.cpu.operators import bind
 from qpass.passes import Convert, GraphInput, clean, input_sources, parameter_nodes, run_passes, share_key_heads
 from qpass.progress import track
 from qpass.qtensor import QTensor
@@ -213,6 +214,7 @@ class QPass:
         after = copy_graph(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
         pick = Arguments(sources, lookups)
+        bind()
         examples = [
             fake_static(value) if isinstance(source, GraphInput) else value
             for value, source in zip(pick(inputs), sources, strict=True)

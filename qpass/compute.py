@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from qpass.errors import QpassError
@@ -14,6 +15,14 @@ Compute = Literal["float", "int8"]
 INT8_BY_DEFAULT = frozenset({"int4", "nf4", "fp4_e2m1", "mxfp4", "nvfp4"})
 
 _chosen: list[Compute | None] = [None]
+#: Who remembers how products were computed, and must forget it when that changes.
+ON_CHANGE: list[Callable[[], None]] = []
+
+
+def changed() -> None:
+    """Products are computed in another way from now on."""
+    for forget in ON_CHANGE:
+        forget()
 
 
 class set_compute:
@@ -30,13 +39,18 @@ class set_compute:
         if compute not in (None, "float", "int8"):
             raise QpassError(f"compute {compute!r}: 'float', 'int8' or None")
         self._compute, self._before = compute, _chosen[0]
-        _chosen[0] = compute
+        self._set(compute)
 
     def __enter__(self) -> None:
-        _chosen[0] = self._compute
+        self._set(self._compute)
 
     def __exit__(self, *_: Any) -> None:
-        _chosen[0] = self._before
+        self._set(self._before)
+
+    @staticmethod
+    def _set(compute: Compute | None) -> None:
+        _chosen[0] = compute
+        changed()
 
 
 def compute_of(spec: QuantSpec, device: str = "cpu") -> Compute:

@@ -17,6 +17,7 @@ from torch._dynamo.backends import registry
 from torch._dynamo.backends.common import aot_autograd
 
 import qpass
+from qpass.store import guards_beside_the_lookup
 from tests.models import BLOCKS, FusedBlock, build, dequantized_copy, logits_of, tokens
 
 IDS = tokens()
@@ -352,3 +353,44 @@ def test_threads_get_the_results_of_a_serial_run() -> None:
     with ThreadPoolExecutor(4) as pool:
         for ours, theirs in zip(pool.map(lambda ids: run(model, ids), batches), serial, strict=True):
             assert torch.equal(ours, theirs)
+
+
+# --- guards -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_quantized_weight_exchanged_for_another_is_seen() -> None:
+    """No guard of Dynamo's looks inside of a QTensor: the lookup does."""
+    model, other = (qpass.quantize(build("nanogpt", seed=s), "int8", inner="eager") for s in (0, 1))
+    run(model)
+    model.second.fc.weight = other.second.fc.weight
+    reference = build("nanogpt")
+    reference.second.fc.weight = build("nanogpt", seed=1).second.fc.weight
+    assert_quantized(run(model), reference)
+
+
+def test_a_weight_in_another_format_than_was_compiled_is_refused() -> None:
+    model, other = (qpass.quantize(build("nanogpt"), spec, inner="eager") for spec in ("int8", "int8:g16"))
+    run(model)
+    model.second.fc.weight = other.second.fc.weight
+    with pytest.raises(
+        qpass.QpassError, match=r"fc\.weight: now stored as int8:g16.*compiled for int8.*model\.compile"
+    ):
+        run(model)
+
+
+def test_guards_inside_of_quantized_weights_are_dropped_and_no_others() -> None:
+    kept: list[tuple[str, str]] = []
+
+    def look(guards: Any) -> list[bool]:
+        flags = guards_beside_the_lookup(guards)
+        kept.extend((g.guard_type, g.name) for g, keep in zip(guards, flags, strict=True) if keep)
+        dropped = [g for g, keep in zip(guards, flags, strict=True) if not keep]
+        assert dropped
+        assert all("_parameters['weight']" in g.name for g in dropped)
+        return flags
+
+    model = qpass.quantize(build("nanogpt"), "int8", inner="eager")
+    model.compile(backend=qpass.QPass("int8", inner="eager"), options={"guard_filter_fn": look})
+    run(model)
+    assert any(kind == "TENSOR_MATCH" and name.endswith("_parameters['weight']") for kind, name in kept)
+    assert not any("_part" in name for _, name in kept)

@@ -198,5 +198,6 @@ for _name, _implementation, _fake in (
     ("attention", attention, _attention_fake),
     ("cache_positions", cache_positions, _cache_positions_fake),
 ):
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    if _name not in ("linear", "attention"):  # chosen by device in ops/cpu
+        LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qpass::{_name}", _fake, lib=LIBRARY)

@@ -27,6 +27,9 @@ SCHEMAS = {
     "cache_positions": "(Tensor length, SymInt new, SymInt capacity) -> Tensor",
 }
 
+# What ops/cpu/binding.cpp hands to Python: calls unlike any that it has seen.
+SCHEMAS |= {f"{name}_checked": SCHEMAS[name] for name in ("linear", "attention")}
+
 LIBRARY = torch.library.Library("qpass", "DEF")
 for _name, _schema in SCHEMAS.items():
     _tags = [torch.Tag.pt2_compliant_tag]

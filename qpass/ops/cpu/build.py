@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from qpass.compute import changed
 from qpass.errors import QpassError
 
 _SOURCES = Path(__file__).parent
@@ -127,35 +128,62 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     return digest.hexdigest()[:20]
 
 
-def build(isa: ISA, compiler: str) -> Kernels | Missing:
-    """The library for `isa`, from the cache or compiled now."""
-    start, problem = time.perf_counter(), ""
+def compiled(
+    name: str, source: str, compiler: str, choices: Sequence[tuple[str, ...]]
+) -> tuple[Path, int, ctypes.CDLL] | str:
+    """The library of one source file, from the cache or compiled now: its file, which of `choices` of flags it was compiled
+    with (the first that works), and the library; or what went wrong."""
+    problem = ""
     for folder in _folders():
         refused = 0
-        for openmp in (True, False):
-            flags = (*_FLAGS, *isa.flags, *(("-fopenmp",) if openmp else ()))
-            path = folder / f"kernels-{isa.name}-{_key(compiler, flags)}.so"
+        for chosen, flags in enumerate(choices):
+            path = folder / f"{name}-{_key(compiler, flags)}.so"
             try:
                 if not path.exists():
                     folder.mkdir(parents=True, exist_ok=True)
                     with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as unfinished:
                         pass
                     try:
-                        error = _run([compiler, *flags, str(_SOURCES / "kernels.cpp"), "-o", unfinished.name])
+                        # libraries come after what needs them
+                        error = _run([compiler, str(_SOURCES / source), *flags, "-o", unfinished.name])
                         if error is not None:
                             problem, refused = error, refused + 1
                             continue
                         os.replace(unfinished.name, path)
                     finally:
                         Path(unfinished.name).unlink(missing_ok=True)
-                library = ctypes.CDLL(str(path))
+                return path, chosen, ctypes.CDLL(str(path))
             except OSError as error:  # no place to write, or a library that does not load
                 problem = str(error)
-                continue
-            return Kernels(isa.name, path, compiler, openmp, time.perf_counter() - start, library)
-        if refused == 2:  # another folder would not help
+        if refused == len(choices):  # another folder would not help
             break
-    return Missing(f"{compiler} failed: {problem}")
+    return f"{compiler} failed: {problem}"
+
+
+def build(isa: ISA, compiler: str) -> Kernels | Missing:
+    """The kernels for `isa`; with OpenMP if the compiler has it."""
+    start = time.perf_counter()
+    plain = (*_FLAGS, *isa.flags)
+    found = compiled(f"kernels-{isa.name}", "kernels.cpp", compiler, [(*plain, "-fopenmp"), plain])
+    if isinstance(found, str):
+        return Missing(found)
+    path, chosen, library = found
+    return Kernels(isa.name, path, compiler, chosen == 0, time.perf_counter() - start, library)
+
+
+@cache
+def binding() -> ctypes.CDLL | Missing:
+    """binding.cpp: from now on operators on CPU tensors are called without Python. Or why not: then they are called as before."""
+    compiler = find_compiler()
+    if compiler is None:
+        return Missing("no C++ compiler")
+    include, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
+    flags = (*_FLAGS, f"-I{include}", f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10")
+    try:
+        found = compiled("binding", "binding.cpp", compiler, [flags])
+    except (OSError, subprocess.SubprocessError) as error:
+        return Missing(f"{compiler}: {error}")
+    return Missing(found) if isinstance(found, str) else found[2]
 
 
 REFERENCE = "reference"
@@ -198,7 +226,9 @@ def use_isa(name: str) -> Iterator[None]:
     if name not in (*available_isas(), REFERENCE):
         raise QpassError(f"this machine cannot run {name!r}; it can run {', '.join(available_isas())}")
     _chosen.append(name)
+    changed()
     try:
         yield
     finally:
         _chosen.pop()
+        changed()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qpass.compute import compute_of
+from qpass.compute import ON_CHANGE, compute_of
 from qpass.ops import reference
-from qpass.ops.cpu.build import Kernels, cpu_features, kernels
+from qpass.ops.cpu.build import Kernels, Missing, binding, cpu_features, kernels
 from qpass.ops.cpu.matrix import DTYPES, CpuSpec, Matrix, SpecStruct, contiguous, cpu_spec, fits
 from qpass.ops.schemas import LIBRARY
 from qpass.packing import packed_length
@@ -21,7 +23,6 @@ from qpass.packing import packed_length
 WIDE = {"avx512-vnni": 1024, "avx512": 1024, "avx2": 33, "portable": 9}
 #: The same for a bfloat16 product, in whatever type the kernels compute, where the processor multiplies bfloat16 itself.
 WIDE_BF16 = 33
-_FEWEST_WIDE = min(WIDE_BF16, *WIDE.values())
 #: From this many queries a head on, attention over keys and values that are floats is torch's own.
 _MANY_QUERIES = 8
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -51,13 +52,46 @@ def _library() -> Any:
     return _functions(found) if isinstance(found, Kernels) else None
 
 
-def _goes_through_tiles(count: int, dtype: torch.dtype, int8: bool) -> bool:
-    if count < _FEWEST_WIDE:
-        return False
-    if dtype == torch.bfloat16 and count >= WIDE_BF16 and _has_bf16_products():
-        return True
+#: No limit to the rows of a call.
+_ANY = 1 << 62
+
+
+def _most_rows(dtype: torch.dtype, int8: bool) -> int:
+    """Of an input that a kernel multiplies itself; more of them go through tiles."""
     found = kernels()
-    return not int8 and isinstance(found, Kernels) and count >= WIDE[found.isa]
+    most = WIDE[found.isa] - 1 if isinstance(found, Kernels) and not int8 else _ANY
+    return min(most, WIDE_BF16 - 1) if dtype == torch.bfloat16 and _has_bf16_products() else most
+
+
+#: The library of binding.cpp, once it is in use.
+_bound: list[ctypes.CDLL] = []
+
+
+def bind() -> str | None:
+    """From now on calls on CPU tensors that are like an earlier one do without Python (binding.cpp). Gives what prevents it."""
+    beside = threading.Thread(target=binding)  # two compilers at once, the first time
+    beside.start()
+    built = kernels()
+    beside.join()
+    found = built if isinstance(built, Missing) else binding()
+    if isinstance(found, Missing):
+        return found.reason
+    if not _bound:
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        found.qpass_remember_linear.argtypes = [pointer, pointer, size, size, size, ctypes.c_int32]
+        found.qpass_remember_attention.argtypes = [
+            pointer, pointer, size, size, pointer, size, size, size, size, size,
+        ]  # fmt: skip
+        ON_CHANGE.append(found.qpass_forget)
+        _bound.append(found)
+    return None
+
+
+def _remember(what: str, kernel: Any, *matrices: Matrix, rest: tuple[int, ...]) -> None:
+    """Tell binding.cpp, if it is there and asked for this call, what a kernel was called with."""
+    for library in _bound:
+        stored = [x for m in matrices for x in (m.arguments[0], *m.arguments[-2:])]
+        getattr(library, f"qpass_remember_{what}")(ctypes.cast(kernel, ctypes.c_void_p), *stored, *rest)
 
 
 def linear(
@@ -84,7 +118,8 @@ def linear(
     count = x.numel() // k
     matrix = Matrix((data, scale, zero_point, outer_scale), n, k, known)
     int8 = compute_of(known.spec) == "int8"
-    if _goes_through_tiles(count, x.dtype, int8):
+    most_rows = _most_rows(x.dtype, int8)
+    if count > most_rows:
         return _through_tiles(library, x.reshape(count, k), matrix, n, bias).view(*x.shape[:-1], n)
     y = x.new_empty((*x.shape[:-1], n))
     if count:
@@ -99,6 +134,8 @@ def linear(
             int8,
             torch.get_num_threads(),
         )
+        if all(a is b for a, b in zip(matrix.parts, (data, scale, zero_point, outer_scale), strict=True)):
+            _remember("linear", library.qpass_linear, matrix, rest=(most_rows, int8))
     return y
 
 
@@ -282,14 +319,19 @@ def attention(
         DTYPES[q.dtype],
         torch.get_num_threads(),
     )
+    if all(a is b for a, b in zip((*k_matrix.parts, *v_matrix.parts), (*keys, *values), strict=True)):
+        most = _MANY_QUERIES - 1 if k_spec == v_spec == _FLOATS[q.dtype] else _ANY
+        _remember("attention", library.qpass_attention, k_matrix, v_matrix, rest=(k_capacity, v_capacity, most))
     return y
 
 
-for _name, _function in (
-    ("linear", linear),
-    ("embedding", embedding),
-    ("quantize", quantize),
-    ("dequantize", dequantize),
-    ("attention", attention),
-):
+def _on_any_device(name: str) -> Callable[..., Any]:
+    on_cpu, elsewhere = globals()[name], getattr(reference, name)
+    return lambda x, *rest: (on_cpu if x.device.type == "cpu" else elsewhere)(x, *rest)
+
+
+for _name, _function in (("embedding", embedding), ("quantize", quantize), ("dequantize", dequantize)):
     LIBRARY.impl(_name, _function, "CPU")
+for _name in ("linear", "attention"):  # the CPU's own key is binding.cpp's
+    LIBRARY.impl(_name, _on_any_device(_name), "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{_name}_checked", globals()[_name], "CPU")

@@ -1,0 +1,148 @@
+"""Operators called without Python: what is like an earlier call, and only that, gives what the checked call gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import qpass
+from qpass.numerics import Quantized, quantize
+from qpass.ops.cpu.build import REFERENCE, available_isas, use_isa
+from qpass.ops.cpu.operators import bind
+from qpass.spec import parse_spec
+
+SPECS = ["int8", "int8:g48:asym", "int8:tensor", "int4:g32:asym", "int4:g128", "int3:g24", "nf4:g32:dq", "nvfp4", "mxfp4",
+         "fp8_e4m3", "fp8_e4m3:channel", "bf16", "fp32"]  # fmt: skip
+CACHES = ["int8", "int4:g32:asym", "fp8_e4m3", "int8:tensor", "fp32"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True, params=available_isas())
+def isa(request: pytest.FixtureRequest, exact_products: None) -> Iterator[str]:
+    with use_isa(request.param), qpass.set_compute(None):
+        assert bind() is None
+        yield request.param
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def goes_to_python(call: Callable[[], Tensor]) -> bool:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return any(e.key.endswith("_checked") for e in profile.key_averages())
+
+
+def linear(x: Tensor, stored: Quantized, bias: Tensor | None, text: str) -> Tensor:
+    return torch.ops.qpass.linear(x, *stored.parts, bias, text)
+
+
+def checked(x: Tensor, stored: Quantized, bias: Tensor | None, text: str) -> Tensor:
+    return torch.ops.qpass.linear_checked(x, *stored.parts, bias, text)
+
+
+@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_linear_after_the_first(text: str, dtype: torch.dtype) -> None:
+    first, second = (quantize(random(37, 192, seed=s), parse_spec(text)) for s in (0, 1))
+    bias = random(37, seed=2)
+    linear(random(2, 192).to(dtype), first, None, text)
+    for x in (random(192), random(1, 192), random(3, 2, 192)):
+        x = x.to(dtype)
+        for stored in (first, second):  # another weight of the same layout
+            for added in (None, bias, bias.to(dtype)):
+                assert torch.equal(linear(x, stored, added, text), checked(x, stored, added, text))
+                assert linear(x, stored, added, text).shape == (*x.shape[:-1], 37)
+    assert not goes_to_python(lambda: linear(random(1, 192).to(dtype), second, bias, text))
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g32:asym", "fp32"])
+def test_what_is_unlike_goes_to_python(text: str) -> None:
+    stored, x = quantize(random(37, 192), parse_spec(text)), random(4, 192)
+    linear(x, stored, None, text)
+    assert not goes_to_python(lambda: linear(x, stored, None, text))
+    apart = stored.map(lambda p: p.repeat_interleave(2, 0)[::2])
+    calls = {
+        "columns of x apart": (x.T.contiguous().T, stored, None),
+        "x of float64": (x.double(), stored, None),
+        "no rows": (x[:0], stored, None),
+        "fewer rows of the weight": (x, stored.map(lambda p: p[:20]), None),
+        "rows of the weight apart": (x, apart, None),
+        "a bias for each row": (x, stored, random(4, 37)),
+    }
+    for name, (given, parts, bias) in calls.items():
+        call = lambda given=given, parts=parts, bias=bias: linear(given, parts, bias, text)  # noqa: E731
+        assert torch.equal(call(), checked(given, parts, bias, text)), name
+    assert goes_to_python(lambda: linear(x, apart, None, text))
+    with pytest.raises(RuntimeError):
+        linear(random(4, 300), stored, None, text)
+
+
+def test_wide_inputs_go_through_tiles(isa: str) -> None:
+    stored, x = quantize(random(37, 192), parse_spec("int8")), random(1100, 192)
+    linear(x[:1], stored, None, "int8")
+    assert goes_to_python(lambda: linear(x, stored, None, "int8"))
+    torch.testing.assert_close(
+        linear(x, stored, None, "int8").double(),
+        x.double() @ qpass.numerics.dequantize(stored, parse_spec("int8"), 192).double().T,
+        rtol=1e-5, atol=1e-4,
+    )  # fmt: skip
+
+
+def test_another_way_to_compute_is_seen_at_once() -> None:
+    stored, x = quantize(random(37, 192), parse_spec("int4:g32")), random(1, 192)
+    rounded = linear(x, stored, None, "int4:g32")
+    assert torch.equal(linear(x, stored, None, "int4:g32"), rounded)
+    with qpass.set_compute("float"):
+        exact = linear(x, stored, None, "int4:g32")
+        assert not torch.equal(exact, rounded)
+        assert torch.equal(linear(x, stored, None, "int4:g32"), exact)
+    assert torch.equal(linear(x, stored, None, "int4:g32"), rounded)
+    with use_isa(REFERENCE):
+        for _ in range(2):
+            assert goes_to_python(lambda: linear(x, stored, None, "int4:g32"))
+
+
+def attention(
+    name: str, q: Tensor, k: Quantized, v: Quantized, text: str, mask: Tensor | None, *rest: object
+) -> Tensor:
+    return getattr(torch.ops.qpass, name)(q, *k.parts, text, *v.parts, 40, text, mask, *rest)
+
+
+@pytest.mark.parametrize("text", CACHES)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_an_attention_after_the_first(text: str, queries: int) -> None:
+    spec = parse_spec(text)
+    q, keep = random(2, 6, queries, 48, seed=2), random(2, 6, queries, 70, seed=3) > 0
+    k, v = (quantize(random(2, 2, 100, d, seed=d), spec) for d in (48, 40))
+    k, v = (x.map(lambda p: p[:, :, :70] if p.shape[2] == 100 else p) for x in (k, v))  # the filled part of a cache
+    masks = [None, keep, keep[:1, :1], keep[:, :, :1], keep[0, 0], keep[0, 0, 0], torch.where(keep, 0.0, -1.0),
+             keep.transpose(0, 1).contiguous().transpose(0, 1)]  # fmt: skip
+    for mask in masks:
+        for rest in ((False, None), (True, 0.3)):
+            given = (q, k, v, text, mask, *rest)
+            attention("attention", *given)
+            assert torch.equal(attention("attention", *given), attention("attention_checked", *given))
+            assert not goes_to_python(lambda given=given: attention("attention", *given))
+
+
+@pytest.mark.parametrize("text", ["int8", "fp32"])
+def test_attention_unlike_an_earlier_one(text: str) -> None:
+    k = quantize(random(1, 2, 70, 40), parse_spec(text))
+    q = random(1, 6, 1, 40, seed=2)
+    attention("attention", q, k, k, text, None, False, None)
+    for other in (
+        q.bfloat16(),
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        random(1, 6, 20, 40),
+        random(1, 6, 2, 40),
+    ):
+        given = (other, k, k, text, None, False, None)
+        for _ in range(2):
+            assert torch.equal(attention("attention", *given), attention("attention_checked", *given))
+    with pytest.raises(RuntimeError):
+        attention("attention", q, k, k, text, torch.ones(1, 1, 1, 71, dtype=torch.bool), False, None)
