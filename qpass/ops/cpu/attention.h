@@ -32,36 +32,39 @@ struct Attention {
 };
 
 // The usual case of row_to_float, for rows so short that preparing each of them would cost more than reading it.
-template <class Read> INLINE void plain_rows(const Matrix& m, int64_t first, int64_t count, float* out) {
+template <class Read, bool Zeros> INLINE void plain_rows(const Matrix& m, int64_t first, int64_t count, float* out) {
   const float* scale = (const float*)m.scale + first * m.blocks;
   const float* book = m.spec->codebook;
   int64_t group = m.blocks == 1 ? m.k : m.spec->group;
   F offset = all(float(1 << (m.spec->bits - 1)));
   for (int64_t t = 0; t < count; t++, out += m.k) {
-    const uint8_t* row = m.row(first + t);
-    for (int64_t start = 0; start < m.k; start += group) {
-      F s = all(*scale++);
+    const uint8_t *row = m.row(first + t), *zeros = m.zero + (first + t) * m.zero_bytes;
+    for (int64_t start = 0, g = 0; start < m.k; start += group, g++) {
+      F s = all(*scale++), zero = Zeros ? all(zero_at(m, zeros, g)) : offset;
       for (int64_t k = start; k < least(m.k, start + group); k += W) {
         F v = Read::at(row, k, book);
-        store(out + k, mul(Read::offset ? sub(v, offset) : v, s));
+        store(out + k, mul(Zeros || Read::offset ? sub(v, zero) : v, s));
       }
     }
   }
 }
 
-// Rows [begin, begin + count) of the cache of one head, as floats `padded` apart, zeros behind each.
-static void rows_to_float(const Cache& cache, int64_t head, int64_t begin, int64_t count, int64_t padded, float* out) {
+// Rows [begin, begin + count) of the cache of one head as floats `padded` apart, zeros behind each: in `memory`, or where they are.
+static const float* rows_to_float(const Cache& cache, int64_t head, int64_t begin, int64_t count, int64_t padded, float* memory) {
   const Matrix& m = cache.rows;
+  int64_t first = head * cache.capacity + begin;
+  if (m.spec->kind == FP32 && padded == m.k) return (const float*)m.row(first);
   float* scales = scratch<float>(SCALES, 2 * m.blocks);
-  bool plain = m.scale_rows == m.n && m.spec->scale == SCALE_FP32 && !m.zero && m.k % W == 0 && groups_fit(m);
+  bool plain = m.scale_rows == m.n && m.spec->scale == SCALE_FP32 && padded == m.k && groups_fit(m);
   with_reader(*m.spec, [&](auto read) {
     using Read = decltype(read);
-    if (plain) return plain_rows<Read>(m, head * cache.capacity + begin, count, out);
+    if (plain) return m.zero ? plain_rows<Read, true>(m, first, count, memory) : plain_rows<Read, false>(m, first, count, memory);
     for (int64_t t = 0; t < count; t++) {
-      row_to_float<Read>(m, head * cache.capacity + begin + t, out + t * padded, scales);
-      for (int64_t k = m.k; k < padded; k++) out[t * padded + k] = 0.0f;
+      row_to_float<Read>(m, first + t, memory + t * padded, scales);
+      for (int64_t k = m.k; k < padded; k++) memory[t * padded + k] = 0.0f;
     }
   });
+  return memory;
 }
 
 // What is added to the scores of one query and BLOCK tokens from t0; -inf: not seen. Whether it sees one of them.
@@ -164,20 +167,20 @@ static void attend(const Attention& a, int64_t b, int64_t key_head, int64_t q_be
       else seen |= mask_row(a, b, first + row / a.queries, row % a.queries, t0, count, added + r * BLOCK);
     }
     if (!seen) continue;  // an unused end of a static cache is not read
-    rows_to_float(a.keys, head, t0, count, kp, keys);
+    const float* k = rows_to_float(a.keys, head, t0, count, kp, keys);
     for (int64_t t = 0; t < count; t += ROWS_AT_ONCE) {
       const float* w[ROWS_AT_ONCE];
-      for (int i = 0; i < ROWS_AT_ONCE; i++) w[i] = keys + least(t + i, count - 1) * kp;
+      for (int i = 0; i < ROWS_AT_ONCE; i++) w[i] = k + least(t + i, count - 1) * kp;
       dot_all(w, queries, rows, kp, kp, [&](int i, int64_t r, float s) { scores[r * BLOCK + t + i] = s; });
     }
     for (int64_t r = 0; r < rows; r++) {
       for (int64_t t = round_up(count, ROWS_AT_ONCE); t < BLOCK; t++) scores[r * BLOCK + t] = 0.0f;
       weigh(scores + r * BLOCK, added + r * BLOCK, acc + r * vp, vp, largest + r, total + r);
     }
-    rows_to_float(a.values, head, t0, count, vp, values);
+    const float* v = rows_to_float(a.values, head, t0, count, vp, values);
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) add_values<4>(scores + r * BLOCK, values, count, vp, acc + r * vp);
-    for (; r < rows; r++) add_values<1>(scores + r * BLOCK, values, count, vp, acc + r * vp);
+    for (; r + 4 <= rows; r += 4) add_values<4>(scores + r * BLOCK, v, count, vp, acc + r * vp);
+    for (; r < rows; r++) add_values<1>(scores + r * BLOCK, v, count, vp, acc + r * vp);
   }
 }
 

@@ -83,7 +83,7 @@ struct Output {
     from_dtype((const char*)o.bias + column * size_of(o.bias_dtype), 1, o.bias_dtype, &b);
     return b;
   }
-  void put(int64_t m, int64_t column, float value) const {
+  __attribute__((always_inline)) void put(int64_t m, int64_t column, float value) const {
     if (bias) value += bias_at(*this, column);
     to_dtype(&value, 1, dtype, (char*)y + (m * n + column) * size_of(dtype));
   }

@@ -101,6 +101,29 @@ struct Inputs8 {
   int bias;  // what is too much in the factors of the weight
 };
 
+// Whole numbers as int8: all of them, the even and the odd ones apart, and the sum of each eight.
+INLINE void to_codes(const float* x, int8_t* all_of_them, int8_t* even, int8_t* odd, int32_t* totals) {
+#if defined(__AVX2__)
+  auto whole = [&](int i) { return _mm256_cvtps_epi32(_mm256_loadu_ps(x + 8 * i)); };
+  __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(whole(0), whole(1)), _mm256_packs_epi32(whole(2), whole(3)));
+  __m256i codes = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  __m256i halves = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(codes, apart), 0xd8);
+  __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), halves), _mm256_set1_epi16(1));
+  _mm256_storeu_si256((__m256i*)all_of_them, codes);
+  _mm_storeu_si128((__m128i*)even, _mm256_castsi256_si128(halves));
+  _mm_storeu_si128((__m128i*)odd, _mm256_extracti128_si256(halves, 1));
+  _mm_storeu_si128((__m128i*)totals, _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1)));
+#else
+  for (int64_t i = 0; i < INPUT_GROUP; i++) all_of_them[i] = int8_t(int32_t(x[i]));
+  for (int64_t i = 0; i < INPUT_GROUP / 2; i++) even[i] = all_of_them[2 * i], odd[i] = all_of_them[2 * i + 1];
+  for (int64_t i = 0; i < INPUT_GROUP / 8; i++) {
+    totals[i] = 0;
+    for (int64_t j = 0; j < 8; j++) totals[i] += all_of_them[8 * i + j];
+  }
+#endif
+}
+
 static void quantize_input(const float* x, int64_t k, int64_t group, int64_t m, const Inputs8& to) {
   int8_t* codes = to.codes + m * to.padded;
   float* lanes = to.lanes + m * to.padded / 8;
@@ -109,31 +132,30 @@ static void quantize_input(const float* x, int64_t k, int64_t group, int64_t m, 
   for (int64_t g = 0; g < to.sums_stride; g++) sums[g] = 0.0f;
   for (int64_t start = 0; start < to.padded; start += INPUT_GROUP) {
     int64_t here = most(0, least(INPUT_GROUP, k - start));
-    int32_t largest = 0;  // as bits: NaN and infinity are above all numbers
-    for (int64_t i = 0; i < here; i++) {
-      int32_t bits = bits_as<int32_t>(x[start + i]) & 0x7fffffff;
-      largest = bits > largest ? bits : largest;
+    float padded[INPUT_GROUP] = {}, rounded[INPUT_GROUP];
+    if (here < INPUT_GROUP) std::memcpy(padded, x + start, here * sizeof(float));
+    const float* values = here < INPUT_GROUP ? padded : x + start;
+    F tops = zero(), nothing = zero();
+    for (int64_t i = 0; i < INPUT_GROUP; i += W) {
+      F v = load(values + i);
+      tops = larger(larger(v, sub(zero(), v)), tops);
+      nothing = fma(v, zero(), nothing);  // NaN if one is NaN or infinite
     }
-    bool finite = largest < 0x7f800000;
-    float scale = finite ? bits_as<float>(largest) / 127.0f : NAN, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    bool finite = sum(nothing) == 0.0f;
+    float scale = finite ? largest_of(tops) / 127.0f : NAN, inverse = scale > 0 ? 1.0f / scale : 0.0f;
     if (!(inverse < INFINITY)) inverse = 0.0f, scale = 0.0f;  // numbers below 1e-36: zero
-    float rounded[INPUT_GROUP] = {};
-    for (int64_t i = 0; i < here; i++) rounded[i] = finite ? x[start + i] : 0.0f;
-    int8_t q[INPUT_GROUP];
-    for (int64_t i = 0; i < INPUT_GROUP; i += W) store(rounded + i, nearest(mul(load(rounded + i), all(inverse))));
-    for (int64_t i = 0; i < INPUT_GROUP; i++) q[i] = int8_t(int32_t(rounded[i]));
-    int8_t* even = codes + start / STEP * STEP + start % STEP / 2;
-    for (int64_t i = 0; i < INPUT_GROUP / 2; i++) even[i] = q[2 * i], even[BYTES + i] = q[2 * i + 1];
+    int8_t q[INPUT_GROUP], *even = codes + start / STEP * STEP + start % STEP / 2;
+    int32_t totals[INPUT_GROUP / 8];
+    for (int64_t i = 0; i < INPUT_GROUP; i += W) store(rounded + i, finite ? nearest(mul(load(values + i), all(inverse))) : zero());
+    to_codes(rounded, q, even, even + BYTES, totals);
     for (int64_t lane = 0; lane < INPUT_GROUP / 8; lane++) {
-      int total = 0;
-      for (int64_t i = 0; i < 8; i++) total += q[lane * 8 + i];
       lanes[start / 8 + lane] = scale;
-      starts[start / 8 + lane] = -to.bias * total;
+      starts[start / 8 + lane] = -to.bias * totals[lane];
     }
     if (!to.sums_stride) continue;
     if (group % INPUT_GROUP == 0 || to.blocks == 1) {
       int total = 0;
-      for (int64_t i = 0; i < here; i++) total += q[i];
+      for (int32_t t : totals) total += t;
       if (here > 0) sums[to.blocks == 1 ? 0 : start / group] += float(total) * scale;
     } else {
       for (int64_t i = 0; i < here; i++) sums[(start + i) / group] += float(q[i]) * scale;
@@ -234,7 +256,7 @@ struct Table {
 };
 
 // Fills `row` for row r of w; what it points to is in `memory`, padded with zeros, or in w.
-static void prepare_row(const Matrix& w, int64_t r, const Scales& groups, const Table& table, int64_t lanes, float* memory, Row8& row) {
+INLINE void prepare_row(const Matrix& w, int64_t r, const Scales& groups, const Table& table, int64_t lanes, float* memory, Row8& row) {
   int64_t blocks = w.blocks, padded = round_up(blocks, W), whole = w.row_bytes / BYTES * BYTES;
   float *scales = memory, *zeros = scales + padded + W, *spread = zeros + padded;
   row.bytes = w.row(r);

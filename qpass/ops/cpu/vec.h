@@ -271,6 +271,22 @@ INLINE F zero_below(F x, float bound, F value) { EACH(x.v[i] < bound ? 0.0f : va
 
 #endif
 
+INLINE float largest_of(F x) {  // of numbers
+  alignas(64) float lanes[W];
+  store(lanes, x);
+#if defined(__AVX2__)
+  __m256 y = _mm256_load_ps(lanes);
+  if constexpr (W == 16) y = _mm256_max_ps(y, _mm256_load_ps(lanes + W / 2));
+  __m128 z = _mm_max_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  z = _mm_max_ps(z, _mm_movehl_ps(z, z));
+  return _mm_cvtss_f32(_mm_max_ss(z, _mm_movehdup_ps(z)));
+#else
+  float top = lanes[0];
+  for (float lane : lanes) top = lane > top ? lane : top;
+  return top;
+#endif
+}
+
 // Sums of four vectors.
 INLINE void sum4(const F* x, float* out) {
 #if defined(__AVX2__)

@@ -69,6 +69,11 @@ INLINE const float* scales_of(const Matrix& m, int64_t r, float* scratch) {
   return scratch;
 }
 
+// Zero point g of a row of them.
+INLINE float zero_at(const Matrix& m, const uint8_t* row, int64_t g) {
+  return m.spec->kind == INT8 ? float(int8_t(row[g])) : float(code_at(row, g, m.spec->bits));
+}
+
 // What is subtracted from the codes of row r, as they are stored: zero point and the offset of unsigned storage.
 INLINE const float* zeros_of(const Matrix& m, int64_t r, float* scratch) {
   int64_t blocks = m.blocks;
@@ -81,8 +86,7 @@ INLINE const float* zeros_of(const Matrix& m, int64_t r, float* scratch) {
   int64_t done = 0;
   if (m.spec->kind == CODES && m.spec->bits == 4)
     for (; done + W <= blocks; done += W) store(scratch + done, to_float(load_codes<4>(row + done / 2)));
-  for (int64_t i = done; i < blocks; i++)
-    scratch[i] = m.spec->kind == INT8 ? float(int8_t(row[i])) : float(code_at(row, i, m.spec->bits));
+  for (int64_t i = done; i < blocks; i++) scratch[i] = zero_at(m, row, i);
   return scratch;
 }
 
