@@ -11,6 +11,7 @@ import torch
 
 from qpass.compute import INT8_BY_DEFAULT
 from qpass.ops.cpu.build import Missing, available_isas, find_compiler, kernels
+from qpass.ops.cpu.operators import bind
 
 #: Packages whose version matters to what qpass does.
 _PACKAGES = ("torch", "transformers", "triton", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu")
@@ -20,8 +21,9 @@ _PACKAGES = ("torch", "transformers", "triton", "torchao", "onnx", "onnxruntime"
 class Diagnosis:
     """`print` shows it, `to_json` gives plain data. `problems`: what keeps qpass from its best, and what to do.
 
-    `kernels`: the CPU kernels in use: instruction set, file, compiler, seconds it took to have them; or the reason there
-    are none. `isas`: all that the machine can run. `int8_compute`: formats multiplied with int8 activations by default.
+    `kernels`: the CPU kernels in use: instruction set, file, compiler, seconds it took to have them, whether calls like an
+    earlier one go through Python; or the reason there are none. `isas`: all that the machine can run. `int8_compute`:
+    formats multiplied with int8 activations by default.
     """
 
     machine: str
@@ -69,6 +71,7 @@ def doctor() -> Diagnosis:
             "compiler": found.compiler,
             "file": str(found.path),
             "seconds": round(found.seconds, 2),
+            "calls": f"through Python: {reason}" if (reason := bind()) else "without Python",
         }
         if not found.openmp:
             problems.append("the compiler has no OpenMP: the kernels run on one thread; install it (libomp for clang)")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import qpass
 from qpass.numerics import Quantized, quantize
+from qpass.ops.cpu import build
 from qpass.ops.cpu.build import REFERENCE, available_isas, use_isa
 from qpass.ops.cpu.operators import bind
 from qpass.spec import parse_spec
@@ -105,6 +106,15 @@ def test_another_way_to_compute_is_seen_at_once() -> None:
     with use_isa(REFERENCE):
         for _ in range(2):
             assert goes_to_python(lambda: linear(x, stored, None, "int4:g32"))
+
+
+def test_without_a_compiler_calls_go_through_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "find_compiler", lambda: None)
+    build.binding.cache_clear()
+    try:
+        assert bind() == "no C++ compiler"
+    finally:
+        build.binding.cache_clear()
 
 
 def attention(

@@ -449,6 +449,7 @@ def test_doctor_names_what_is_in_use(isa: str) -> None:
     found = qpass.doctor()
     assert found.kernels["isa"] == isa
     assert Path(found.kernels["file"]).is_file()
+    assert found.kernels["calls"] == "without Python"
     assert not found.problems or "onnxruntime" in found.problems[0]
     assert isa in str(found)
     assert found.to_json()["isas"] == tuple(available_isas())

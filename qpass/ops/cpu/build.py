@@ -1,8 +1,8 @@
 """Compiling the C++ kernels at first use, and finding out which instruction set the machine has.
 
-The kernels have a plain C interface and know nothing of torch, so any compiler takes a few seconds for them. A library is
-kept under a name made of everything that it depends on. It is written beside its place and moved there in one step, so that
-several processes may build it at once.
+The kernels have a plain C interface and know nothing of torch, so any compiler takes a few seconds for them; binding.cpp
+uses torch's stable ABI, which is as small. A library is kept under a name made of everything that it depends on. It is
+written beside its place and moved there in one step, so that several processes may build it at once.
 """
 
 from __future__ import annotations
