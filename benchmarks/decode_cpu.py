@@ -202,24 +202,29 @@ def main() -> None:
         reference = random_llama(**{**SHAPE, "layers": args.layers})
         found, absent = engines(reference, args.engines, threads, long=max(args.contexts, default=0) > 1024)
         results: list[dict[str, Any]] = []
+        profiles: dict[str, dict[str, float]] = {}
+
+        def save() -> None:  # after each table: a whole run takes an hour
+            about = {"machine": platform.machine(), "threads": threads, "isa": isa,
+                     "torch": torch.__version__, "absent": absent}  # fmt: skip
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps({**about, "rows": results, "profiles": profiles}, indent=1))
+
         for batch, context in [(1, c) for c in args.contexts] + [(b, args.contexts[0]) for b in args.batches if b > 1]:
             table = compare(found, batch, context, 1, args.rounds)
             results += table
             show(table, f"decode, batch {batch}, behind {context} tokens")
+            save()
         for rows in args.prefill:
             chosen = [e for e in found if "cache" not in e.name]
             results += compare(chosen, 1, 0, rows, min(args.rounds, 5))
             show([r for r in results if r["rows"] == rows], f"prefill of {rows} tokens")
-        profiles = {}
-        if args.profile:
-            for e in found:
-                if e.name.startswith("qpass"):
-                    profiles[e.name] = profile(e, args.contexts[0])
-                    print(e.name, {k: round(v, 2) for k, v in profiles[e.name].items()})
-    about = {"machine": platform.machine(), "threads": threads, "isa": isa,
-             "torch": torch.__version__, "absent": absent}  # fmt: skip
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({**about, "rows": results, "profiles": profiles}, indent=1))
+            save()
+        for e in found if args.profile else ():
+            if e.name.startswith("qpass"):
+                profiles[e.name] = profile(e, args.contexts[0])
+                print(e.name, {k: round(v, 2) for k, v in profiles[e.name].items()})
+                save()
     if args.chart and args.contexts:
         first = [r for r in results if r["batch"] == 1 and r["context"] == args.contexts[0] and r["rows"] == 1]
         draw(first, args.chart, f"tokens a second, batch 1, {args.contexts[0]} tokens of context, {isa}")
