@@ -61,10 +61,10 @@ def _filled(cache: Any, model: Any, call: Any, batch: int, context: int) -> Any:
     """The cache as after `context` tokens: random keys and values, for a prefill of 32k tokens would take minutes."""
     call(input_ids=torch.ones(batch, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
     for layer in cache.layers:
-        parts = [*getattr(layer, "key_parts", [layer.keys]), *getattr(layer, "value_parts", [layer.values])]
-        for part in parts:
+        quantized = hasattr(layer, "k")
+        for part in [*layer.k.parts, *layer.v.parts] if quantized else [layer.keys, layer.values]:
             if part.dtype.is_floating_point:
-                part.copy_(torch.rand_like(part) * 0.02 if hasattr(layer, "key_parts") else torch.randn_like(part))
+                part.copy_(torch.rand_like(part) * 0.02 if quantized else torch.randn_like(part))
             else:
                 part.random_()
         layer.cumulative_length.fill_(context)

@@ -1,110 +1,55 @@
-"""KVCache: a transformers cache of static shape that stores K and V as integers (or fp8) with scales per token and head."""
+"""KVCache: a transformers cache of static shape that stores K and V as integers, fp8 or smaller, with their scales."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMixin
 
-import qpass.ops  # noqa: F401  registers torch.ops.qpass
+from qpass.cache_layers import BLOCK, CrossLayer, Half, QuantizedLayer, ResidualLayer, SlidingLayer, Stored
 from qpass.errors import QpassError
-from qpass.recipe import SpecLike, check_kv_spec
-from qpass.spec import QuantSpec, parse_spec
+from qpass.granularity import PerTokens
+from qpass.recipe import SpecLike, kv_specs
+from qpass.spec import QuantSpec
 
-#: Layer types of transformers configs whose cache is keys and values of every token.
-_ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+#: Layer types of transformers configs whose cache is keys and values of every token, or of the last ones.
+_FULL, _SLIDING = (
+    {"full_attention"},
+    {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"},
+)
+#: Those that keep a recurrent state, in float, which is transformers' own; a hybrid keeps K and V beside it.
+_STATES, _HYBRID = {"linear_attention", "conv", "mamba"}, {"hybrid"}
+#: Those that keep nothing.
+_NOTHING = {"moe", "mlp", "dummy"}
 #: What `generate` calls the cache among its own arguments: transformers 5.24 renamed it (and takes both from a caller).
 _KEYWORD = (
     "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 )
+#: Tokens that stay in float, the last and the first, where keys are quantized in groups of tokens (KIVI).
+_WINDOW, _FIRSTS = 128, 1
 
-
-class QuantizedLayer(StaticLayer):
-    """One layer's keys and values. `keys` and `values` are the stored data [B, H, max_cache_len, packed D]."""
-
-    def __init__(self, max_cache_len: int, k_spec: QuantSpec, v_spec: QuantSpec) -> None:
-        super().__init__(max_cache_len)
-        self.cumulative_length: Tensor
-        self.k_text, self.v_text = str(k_spec), str(v_spec)
-        self.k_slots, self.v_slots = _slots(k_spec), _slots(v_spec)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for the shape, dtype and device of `key_states` [B, H, S, D] and `value_states` [B, H, S, Dv]."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.batch_size, self.num_heads = key_states.shape[:2]
-        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        for text, columns in ((self.k_text, self.k_head_dim), (self.v_text, self.v_head_dim)):
-            if parse_spec(text).format.scale == "float" and parse_spec(text).group_size > columns:
-                raise QpassError(
-                    f"KVCache: {text}: the group is larger than a head of {columns}; use g{columns} or less"
-                )
-        self.key_parts = self._allocate(key_states, self.k_text)
-        self.value_parts = self._allocate(value_states, self.v_text)
-        self.keys, self.values = self.key_parts[0], self.value_parts[0]
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        if not torch.compiler.is_compiling():
-            for tensor in (*self.key_parts, *self.value_parts, self.cumulative_length):
-                torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
-
-    def _allocate(self, states: Tensor, spec: str) -> list[Tensor]:
-        # 8-bit floats are kept as bytes: not every device can write rows of them.
-        batch, heads, _, columns = states.shape
-        parts = torch.ops.qpass.quantize(states.new_zeros((1, 1, 1, columns)), spec)
-        shapes = [((batch, heads, self.max_cache_len, p.shape[-1]), _plain(p).dtype) for p in parts]
-        return [torch.zeros(shape, dtype=dtype, device=states.device) for shape, dtype in shapes]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the new tokens [B, H, S, D]; returns all keys and values as floats, which the compiler pass takes away.
-
-        Raises `QpassError` before anything is written if they do not fit.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[-2]
-        positions = torch.ops.qpass.cache_positions(self.cumulative_length, new, self.max_cache_len)
-        self.cumulative_length.add_(new)
-        keys = self._store(self.key_parts, positions, key_states, self.k_text, self.k_slots)
-        values = self._store(self.value_parts, positions, value_states, self.v_text, self.v_slots)
-        return keys, values
-
-    def _store(self, stored: list[Tensor], positions: Tensor, states: Tensor, text: str, slots: list[int]) -> Tensor:
-        new = torch.ops.qpass.quantize(states, text)
-        parts: list[Tensor | None] = [None] * 4
-        for slot, buffer, part in zip(slots, stored, new, strict=True):
-            buffer.index_copy_(2, positions, _plain(part))
-            parts[slot] = buffer if buffer.dtype == part.dtype else buffer.view(part.dtype)
-        return torch.ops.qpass.dequantize(*parts, states.shape[-1], text, states.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated: codes, scales, zero points."""
-        return sum(t.nbytes for t in (*self.key_parts, *self.value_parts)) if self.is_initialized else 0
-
-    def reset(self) -> None:
-        """Forget all tokens; the memory is kept."""
-        if self.is_initialized:
-            for tensor in (*self.key_parts, *self.value_parts, self.cumulative_length):
-                tensor.zero_()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows of the batch in the order `beam_idx` [B], for beam search."""
-        if self.is_initialized:
-            for tensor in (*self.key_parts, *self.value_parts):
-                tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+#: Of each layer: scales of keys and of values, [1, H, 1, D] each; None where a layer has none.
+Scales = Sequence[tuple[Tensor, Tensor] | None]
 
 
 class KVCache(Cache):
     """A quantized KV cache for `generate` or for calls with `past_key_values=`.
 
-    `config`: of the transformers model. `max_cache_len`: tokens it can hold, prompt included. `format`: a spec for keys
-    and values alike ("int8", "fp8_e4m3", "int4:g32:asym", ...), None for floats; `k`, `v`: one for each half.
-    Raises `QpassError` for formats without a scale of their own for each token, and for layers that are no attention.
+    `config`: of the transformers model. `max_cache_len`: tokens it can hold, prompt included; a layer with a sliding window
+    holds that many at most. `format`: a spec for keys and values alike ("int8", "fp8_e4m3", "int4", ...), None for floats;
+    `k`, `v`: one for each half. `layers`: layer number -> another format, or None for floats. `window`, `firsts`: how many of
+    the last and of the first tokens stay in float; unless given none, but 128 and 1 where keys are quantized in groups of
+    tokens ("int2"). `scales`: of a calibrated cache, for static specs.
+    Raises `QpassError` for a format without a scale for each token, and for layers that keep something else than K and V.
     """
 
     def __init__(
@@ -114,25 +59,158 @@ class KVCache(Cache):
         format: SpecLike = "int8",
         k: SpecLike = None,
         v: SpecLike = None,
+        *,
+        layers: Mapping[int, SpecLike] | None = None,
+        window: int | None = None,
+        firsts: int | None = None,
+        scales: Scales | None = None,
     ) -> None:
         if max_cache_len < 1:
             raise QpassError(f"KVCache: max_cache_len={max_cache_len}; a cache holds at least one token")
         if getattr(config, "is_encoder_decoder", False):
-            raise QpassError("KVCache: an encoder-decoder model keeps two caches; use its own")
+            raise QpassError(
+                "KVCache: an encoder-decoder model keeps two caches; make them with qpass.KVCache.for_encoder_decoder(...)"
+            )
         text = config.get_text_config(decoder=True)
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-        for i, kind in enumerate(kinds):
-            if kind not in _ATTENTION_LAYERS:
-                attends = "attention" in kind and "linear" not in kind
-                what = "a cache of another form" if attends else "a state, which is no KV cache"
-                raise QpassError(f"KVCache: layer {i} is {kind} and keeps {what}; use the model's own cache")
-        self.k_spec, self.v_spec = _cache_spec(k or format), _cache_spec(v or format)
+        if not set(kinds) - _STATES - _NOTHING:
+            raise QpassError(
+                "KVCache: no layer of the model keeps keys and values, only states; use the model's own cache"
+            )
+        other = dict(layers or {})
+        if any(not 0 <= i < len(kinds) for i in other):
+            raise QpassError(f"KVCache: layers={sorted(other)}: the model has layers 0 to {len(kinds) - 1}")
+        if window is not None and window % BLOCK:
+            raise QpassError(f"KVCache: window={window}: tokens leave it {BLOCK} at a time; use a multiple of {BLOCK}")
+        self.k_spec, self.v_spec = kv_specs(k, v, format, "KVCache")
         self.max_cache_len = max_cache_len
-        if self.k_spec is None or self.v_spec is None:
-            layers = [StaticLayer(max_cache_len) for _ in kinds]
+        specs = {i: kv_specs(None, None, spec, "KVCache") for i, spec in other.items()}
+        made = [
+            self._layer(
+                i, kind, text, specs.get(i, (self.k_spec, self.v_spec)), window, firsts, scales[i] if scales else None
+            )
+            for i, kind in enumerate(kinds)
+        ]
+        super().__init__(layers=made)
+
+    def _layer(self, i: int, kind: str, config: Any, specs: tuple[QuantSpec | None, QuantSpec | None], window: int | None,
+               firsts: int | None, scales: tuple[Tensor, Tensor] | None) -> Any:  # fmt: skip
+        k, v = specs
+        length = self.max_cache_len
+        sliding = getattr(config, _SLIDING[kind], None) if kind in _SLIDING else None
+        if kind in _STATES | _NOTHING | _HYBRID:
+            return _layer_of_transformers(i, kind, config, length, specs)
+        if kind not in _FULL | _SLIDING.keys():
+            raise QpassError(
+                f"KVCache: layer {i} is {kind} and keeps a cache of another form; use the model's own cache"
+            )
+        if k is None or v is None:
+            return StaticLayer(length) if sliding is None else StaticSlidingWindowLayer(length, sliding)
+        grouped = isinstance(k.granularity, PerTokens)
+        window = (_WINDOW if grouped else 0) if window is None else window
+        firsts = (_FIRSTS if grouped else 0) if firsts is None else firsts
+        if grouped and not window:
+            raise QpassError(
+                f"KVCache: {k}: keys wait in float for the other tokens of their group; window is 32 or more"
+            )
+        layer: Any
+        if sliding is not None and sliding < length:
+            if grouped:
+                raise QpassError(
+                    f"KVCache: layer {i} keeps the last {sliding} tokens, which leave it one by one, but {k} quantizes them in "
+                    f'groups; give it another format: layers={{{i}: "int4"}}'
+                )
+            layer = SlidingLayer(length, sliding)
         else:
-            layers = [QuantizedLayer(max_cache_len, self.k_spec, self.v_spec) for _ in kinds]
-        super().__init__(layers=layers)
+            layer = ResidualLayer(length, window, firsts) if window or firsts else QuantizedLayer(length)
+        layer.hold(Half(k, scales[0] if scales else None), Half(v, scales[1] if scales else None))
+        return layer
+
+    @classmethod
+    def for_encoder_decoder(
+        cls, config: Any, max_cache_len: int, format: SpecLike = "int8", **options: Any
+    ) -> EncoderDecoderCache:
+        """A pair of quantized caches: of the decoder's own tokens, and of the encoder's output, written once."""
+        decoder = _DecoderConfig(config)
+        own, cross = cls(decoder, max_cache_len, format, **options), cls(decoder, 1, format, **options)
+        for i, layer in enumerate(cross.layers):
+            if isinstance(layer, Stored):
+                cross.layers[i] = CrossLayer(1)
+                cross.layers[i].hold(layer.k, layer.v)
+            else:
+                raise QpassError(
+                    "KVCache: the cache of an encoder's output is quantized in every layer, or use the model's own"
+                )
+        return EncoderDecoderCache(own, cross)
+
+    # --- calibration ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def calibrate(self, model: Any, batches: Iterable[Any]) -> KVCache:
+        """Find the scales of static halves: the largest magnitude of each head's channels over `batches` (token ids [B, S] or
+        dicts of the model's arguments), run in float. Returns the cache. Raises `QpassError` if there are no batches."""
+        seen: list[list[Any]] = []
+        for batch in batches:
+            cache = DynamicCache(config=model.config)
+            arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+            model(**arguments, past_key_values=cache, use_cache=True)
+            tops = [[x.abs().amax((0, 2), keepdim=True).float() for x in (la.keys, la.values)] for la in cache.layers]
+            if seen:
+                tops = [
+                    [torch.maximum(*pair) for pair in zip(*two, strict=True)] for two in zip(seen, tops, strict=True)
+                ]
+            seen = tops
+        if not seen:
+            raise QpassError("KVCache.calibrate: no batches; static scales need data")
+        for i, (layer, tops) in enumerate(zip(self.layers, seen, strict=True)):
+            top: Tensor
+            for half, top, name in zip((layer.k, layer.v), tops, ("keys", "values"), strict=True):
+                if not torch.isfinite(top).all():
+                    raise QpassError(f"KVCache.calibrate: the {name} of layer {i} hold NaN or inf")
+                half.calibrate(top)
+        return self
+
+    @property
+    def scales(self) -> Scales:
+        """The scales of static halves, for another cache of the same format."""
+        halves = [(la.k.static_scale, la.v.static_scale) if isinstance(la, Stored) else None for la in self.layers]
+        return [None if pair is None or None in pair else pair for pair in halves]  # type: ignore[misc]
+
+    # --- keeping --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache, with the tokens it holds, as one safetensors file; `load_tokens` reads it."""
+        from safetensors.torch import save_file
+
+        stored = {
+            f"{i}.{name}": t.contiguous() for i, la in enumerate(self.layers) for name, t in self._state(i, la).items()
+        }
+        save_file(stored, str(path), {"qpass_kv_cache": json.dumps(self._form())})
+
+    def load_tokens(self, path: str | Path) -> KVCache:
+        """Take over the tokens that `save` wrote. Returns the cache. Raises `QpassError` if it is of another form."""
+        from safetensors import safe_open
+
+        with safe_open(str(path), "pt") as file:
+            form = json.loads((file.metadata() or {}).get("qpass_kv_cache", "null"))
+            if form != self._form():
+                raise QpassError(f"{path}: holds a cache of another form: {form}, this is {self._form()}")
+            for i, layer in enumerate(self.layers):
+                mine = [name for name in file.keys() if name.startswith(f"{i}.")]  # noqa: SIM118  no dict
+                tensors = {name.split(".", 1)[1]: file.get_tensor(name) for name in mine}
+                layer.take(tensors)
+        return self
+
+    def _form(self) -> dict[str, Any]:
+        halves = [[la.k.text, la.v.text] if isinstance(la, Stored) else None for la in self.layers]
+        return {"max_cache_len": self.max_cache_len, "layers": halves}
+
+    def _state(self, i: int, layer: Any) -> dict[str, Tensor]:
+        if not isinstance(layer, Stored):
+            raise QpassError(f"KVCache.save: layer {i} is not quantized; only quantized layers are written")
+        if not layer.is_initialized:
+            raise QpassError("KVCache.save: the cache is empty")
+        return layer.state()
 
     @property
     def is_compileable(self) -> bool:
@@ -144,31 +222,75 @@ class KVCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes allocated so far (all of them once the first token is in)."""
-        return sum(getattr(layer, "nbytes", 0) for layer in self.layers)
+        return sum(_nbytes(layer) for layer in self.layers)
 
     def __repr__(self) -> str:
-        length = int(self.get_seq_length()) if self.layers[0].is_initialized else 0
+        first = next((la for la in self.layers if isinstance(la, StaticLayer)), None)
+        length = int(first.get_seq_length()) if first is not None and first.is_initialized else 0
         spec = "float" if self.k_spec is None else f"k={self.k_spec}, v={self.v_spec}"
         return f"KVCache({length}/{self.max_cache_len} tokens, {len(self.layers)} layers, {spec}, {self.nbytes / 1e6:.2f} MB)"
 
 
-def _slots(spec: QuantSpec) -> list[int]:
-    """Which of data, scale, zero_point, outer_scale the spec stores."""
-    present = (True, spec.granularity is not None, spec.has_zero_point, spec.double_quantized)
-    return [i for i, there in enumerate(present) if there]
+def _nbytes(layer: Any) -> int:
+    if isinstance(layer, Stored):
+        return layer.nbytes
+    floats = (getattr(layer, "keys", None), getattr(layer, "values", None))
+    return sum(t.nbytes for t in floats if t is not None)
 
 
-def _plain(part: Tensor) -> Tensor:
-    """8-bit floats as their bytes, everything else as it is."""
-    return part.view(torch.uint8) if part.dtype.is_floating_point and part.dtype.itemsize == 1 else part
+class _DecoderConfig:
+    """The decoder of an encoder-decoder config, read as that of a decoder alone."""
+
+    is_encoder_decoder = False
+
+    def __init__(self, config: Any) -> None:
+        self._text = config.get_text_config(decoder=True)
+
+    def get_text_config(self, decoder: bool = True) -> Any:
+        return self._text
 
 
-def _cache_spec(value: SpecLike) -> QuantSpec | None:
-    if value is None:
-        return None
-    spec = parse_spec(value) if isinstance(value, str) else value
-    check_kv_spec(spec, "KVCache")
-    return spec
+def _layer_of_transformers(
+    i: int, kind: str, config: Any, length: int, specs: tuple[QuantSpec | None, QuantSpec | None]
+) -> Any:
+    """A layer with a recurrent state, in float; beside K and V, if it has these too."""
+    states = getattr(config, "number_of_conv_states", 1)
+    try:
+        if kind in _NOTHING:
+            return cache_utils.DummyLayer()
+        if kind in _STATES:
+            return cache_utils.LinearAttentionLayer(number_of_states=states)
+        if specs[0] is None or specs[1] is None:
+            return cache_utils.LinearAttentionAndStaticFullAttentionLayer(length, number_of_states=states)
+        return _hybrid_layer()(length, states, Half(specs[0]), Half(specs[1]))
+    except AttributeError as error:
+        raise QpassError(
+            f"KVCache: layer {i} is {kind}, which this version of transformers has no static cache for"
+        ) from error
+
+
+def _hybrid_layer() -> Any:
+    """A layer that keeps a recurrent state in float beside quantized K and V."""
+
+    class HybridLayer(cache_utils.LinearAttentionLayer, QuantizedLayer):
+        def __init__(self, length: int, states: int, k: Half, v: Half) -> None:
+            QuantizedLayer.__init__(self, length)
+            cache_utils.LinearAttentionLayer.__init__(self, number_of_states=states)  # type: ignore[call-arg]
+            self.hold(k, v)
+
+        def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+            part = QuantizedLayer if len(args) == 2 else cache_utils.LinearAttentionLayer
+            part.lazy_initialization(self, *args, **kwargs)
+
+        def reset(self) -> None:
+            cache_utils.LinearAttentionLayer.reset(self)
+            QuantizedLayer.reset(self)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            cache_utils.LinearAttentionLayer.reorder_cache(self, beam_idx)
+            QuantizedLayer.reorder_cache(self, beam_idx)
+
+    return HybridLayer
 
 
 class CacheForGenerate:
@@ -189,9 +311,10 @@ class CacheForGenerate:
         max_cache_length: int,
     ) -> Any:
         given = model_kwargs.get(_KEYWORD) is not None or generation_config.cache_implementation is not None
-        wanted = generation_config.use_cache is not False and not self.model.config.is_encoder_decoder
-        if wanted and not given:
+        if generation_config.use_cache is not False and not given:
             length = -(-max_cache_length // self.STEP) * self.STEP
-            model_kwargs[_KEYWORD] = KVCache(self.model.config, length, k=self.k, v=self.v)
+            config = self.model.config
+            make = KVCache.for_encoder_decoder if config.is_encoder_decoder else KVCache
+            model_kwargs[_KEYWORD] = make(config, length, k=self.k, v=self.v)
         prepare = type(self.model)._prepare_cache_for_generation
         return prepare(self.model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from qpass.backend import Capture, QPass
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
+from qpass.exported_state import HeldCaches, hold_quantized, quantized_examples, with_lists
 from qpass.graph.expand import inline_no_grad
 from qpass.graph.torch_private import copy_captured, fake_like, fake_mode_of
 from qpass.graph.vocabulary import op_name
@@ -24,6 +25,7 @@ from qpass.passes import INPUT, PART_NAMES, Convert, GraphInput, clean, run_pass
 from qpass.recipe import Recipe
 from qpass.registry import FINISHED
 from qpass.report import report_on
+from qpass.sites.core import Skip
 from qpass.sites.group import WeightGroup
 from qpass.store import Parts
 from qpass.weights import memory_of
@@ -44,7 +46,10 @@ def quantize_program(
     inline_no_grad(module)
     placeholders = {n.name: n for n in module.graph.find_nodes(op="placeholder")}
     parameters = _parameters(module.graph, {placeholders[name]: program.state_dict[fqn] for name, fqn in fqns.items()})
-    plan = backend.plan_parameters(module.graph, parameters, {node: fqns[node.name] for node in parameters})
+    names = {node: fqns[node.name] for node in parameters}
+    held = hold_quantized(program, module.graph, parameters, names, backend.recipe, _set_value)
+    plan = backend.plan_parameters(module.graph, parameters, names)
+    plan = replace(plan, skipped=_without_held(plan.skipped, held))
     by_name = {node.name: tensor for node, tensor in parameters.items()}
 
     def parts_of(group: WeightGroup) -> Parts:
@@ -63,14 +68,16 @@ def quantize_program(
         memory_of(by_name[n.name]) for n in result.graph_module.graph.find_nodes(op="placeholder") if n.name in by_name
     }
     quantized = {memory_of(by_name[m.weight.name]) for m in plan.matches if m.weight is not None} - read
-    state = {name: value for name, value in program.state_dict.items() if memory_of(value) not in quantized}
+    kept = {name: value for name, value in program.state_dict.items() if name not in held.gone}
+    state = {name: value for name, value in kept.items() if memory_of(value) not in quantized}
+    state |= {name: value for name, value, persistent in held.buffers.values() if persistent}
     for node, name in buffers.items():
         source: GraphInput = node.meta[INPUT]
         part = parts_of(source.group)[source.part]
         assert part is not None
         state[name] = part
-    done = _rebuilt(program, result.graph_module, state, {n.name: name for n, name in buffers.items()})
-    capture = Capture(program.graph, done.graph, plan, result.edits, None)
+    done = _rebuilt(program, result.graph_module, state, {n.name: name for n, name in buffers.items()}, held)
+    capture = Capture(program.graph, done.graph, plan, (*held.edits, *result.edits), None)
     params = [(fqns[node.name], tensor) for node, tensor in parameters.items()]
     report = report_on(params, backend, [capture])
     left = sum(value.nbytes for value in done.state_dict.values() if isinstance(value, torch.nn.Parameter))
@@ -105,39 +112,69 @@ def _buffers_first(graph: Graph, fqns: Mapping[str, str]) -> dict[Node, str]:
 
 def _fill_values(graph: Graph) -> None:
     """Fake values of the nodes that the passes added: export's verifier and serializer want one for each."""
-    mode = fake_mode_of(next(n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)))
-    with mode:
-        for node in graph.nodes:
-            if node.op == "call_function" and "val" not in node.meta:
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            _set_value(node)
+
+
+def _set_value(node: Node) -> None:
+    """The fake value of one node from those of its inputs."""
+    some = next(n.meta["val"] for n in node.graph.nodes if isinstance(n.meta.get("val"), Tensor))
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with fake_mode_of(some):
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _without_held(skips: Sequence[Skip], held: HeldCaches) -> tuple[Skip, ...]:
+    """What is said of caches: why they stay in float, in the words of who tried to convert them."""
+    tried = {s.site.name for s in held.skips}
+    return (*(s for s in skips if s.site.kind != "kv" or s.site.name not in tried), *held.skips)
 
 
 def _rebuilt(
-    program: ExportedProgram, module: GraphModule, state: dict[str, Tensor], buffers: Mapping[str, str]
+    program: ExportedProgram,
+    module: GraphModule,
+    state: dict[str, Tensor],
+    buffers: Mapping[str, str],
+    held: HeldCaches,
 ) -> ExportedProgram:
     signature = copy.deepcopy(program.graph_signature)
     old = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
-    signature.input_specs = [
-        InputSpec(InputKind.BUFFER, TensorArgument(n.name), buffers[n.name], persistent=True)
-        if n.name in buffers
-        else old[n.name]
-        for n in module.graph.find_nodes(op="placeholder")
-    ]
-    outputs = module.graph.output_node().args[0]
-    for spec, node in zip(signature.output_specs, outputs, strict=True):  # type: ignore[arg-type]
-        if isinstance(node, Node):
-            spec.arg = replace(spec.arg, name=node.name)
+    parts = {name for names in held.inputs.values() for name in names}
+
+    def described(name: str) -> InputSpec:
+        if name in buffers:
+            return InputSpec(InputKind.BUFFER, TensorArgument(name), buffers[name], persistent=True)
+        if name in held.buffers:
+            target, _, persistent = held.buffers[name]
+            return InputSpec(InputKind.BUFFER, TensorArgument(name), target, persistent=persistent)
+        return InputSpec(InputKind.USER_INPUT, TensorArgument(name), None) if name in parts else old[name]
+
+    signature.input_specs = [described(n.name) for n in module.graph.find_nodes(op="placeholder")]
+    outputs: list[Any] = list(module.graph.output_node().args[0])  # type: ignore[arg-type]
+    described_outputs = []
+    for i, spec in enumerate(signature.output_specs):
+        nodes = [outputs.pop(0) for _ in held.outputs.get(i, [None])]
+        for node in nodes:
+            arg = replace(spec.arg, name=node.name) if isinstance(node, Node) else spec.arg
+            described_outputs.append(replace(spec, arg=arg))
+    signature.output_specs = described_outputs
     for node in module.graph.nodes:
         node.meta.pop(INPUT, None)
+    constants = {name: value for name, value in program.constants.items() if name not in held.gone}
+    constants |= {name: value for name, value, persistent in held.buffers.values() if not persistent}
+    calls = copy.deepcopy(program.module_call_graph)
+    call = calls[0].signature
+    if held.states and call is not None:
+        call.in_spec, call.out_spec = with_lists(call.in_spec, held.inputs), with_lists(call.out_spec, held.outputs)
     return ExportedProgram(
         module,
         module.graph,
         signature,
         state,
         program.range_constraints,
-        program.module_call_graph,
-        program.example_inputs,
-        program.constants,
+        calls,
+        quantized_examples(program.example_inputs, held),
+        constants,
         verifiers=program.verifiers,
     )

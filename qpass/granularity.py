@@ -1,4 +1,4 @@
-"""How many elements share one scale. Groups run along the last axis, which for a weight is in_features."""
+"""How many elements share one scale. Groups run along the last axis, which for a weight is in_features, or along tokens."""
 
 from __future__ import annotations
 
@@ -44,4 +44,18 @@ class PerGroup:
         return f"g{self.group_size}"
 
 
-Granularity = PerTensor | PerAxis | PerGroup
+@dataclass(frozen=True)
+class PerTokens:
+    """One scale per channel for `tokens` consecutive rows: of a KV cache, whose keys differ by channel (KIVI, section 3)."""
+
+    tokens: int
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """[.., S, K] -> [.., ceil(S / tokens), K]"""
+        return (*shape[:-2], -(-shape[-2] // self.tokens), shape[-1])
+
+    def __str__(self) -> str:
+        return f"t{self.tokens}"
+
+
+Granularity = PerTensor | PerAxis | PerGroup | PerTokens

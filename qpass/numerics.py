@@ -6,7 +6,7 @@ Tensors are [.., K]; scales have one entry a block along K (see granularity). Sc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,9 @@ from torch.nn.functional import pad
 
 from qpass.errors import QpassError
 from qpass.formats import Format
-from qpass.granularity import Granularity, PerGroup, PerTensor
+from qpass.granularity import Granularity, PerGroup, PerTensor, PerTokens
 from qpass.packing import pack, unpack
+from qpass.rotation import rotate
 from qpass.spec import QuantSpec
 
 _E4M3_MAX = 448.0
@@ -28,9 +29,9 @@ _E8M0_BIAS = 127  # OCP MX v1.0, section 5.4.1
 class Quantized:
     """A quantized tensor as it is stored: a row range of it is a row range of each part that has rows.
 
-    data: [.., packed K]. scale: [.., blocks] or [1, .., 1], None for a direct cast. zero_point: integer, shaped like
-    `data` over the blocks (packed below 8 bits), None if symmetric. outer_scale: float32, what stored 8-bit scales are
-    multiplied by: [1, .., 1] for nvfp4, [.., 1] for double quantization, otherwise None.
+    data: [.., packed K]. scale: [.., blocks], [.., token blocks, K] or [1, .., 1], None for a direct cast. zero_point: integer,
+    shaped like `data` over the blocks (packed below 8 bits), or a float like the scale; None if symmetric. outer_scale:
+    float32, what stored 8-bit scales are multiplied by: [1, .., 1] for nvfp4, [.., 1] for double quantization, otherwise None.
     """
 
     data: Tensor
@@ -56,24 +57,32 @@ class Quantized:
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
-def _blocks(x: Tensor, granularity: Granularity) -> Tensor:
-    """[.., K] -> [.., blocks, block]; the ragged end is padded with zeros, which no range depends on."""
+def _blocks(x: Tensor, granularity: Granularity, edge: bool = False) -> Tensor:
+    """[.., K] -> [.., blocks, block]; the ragged end is padded with zeros, or (`edge`) with its last value."""
     if isinstance(granularity, PerGroup):
         g = granularity.group_size
+        missing = -x.shape[-1] % g
+        if edge and missing:
+            x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1)
         x = pad(x, (0, -x.shape[-1] % g))
         return x.unflatten(-1, (x.shape[-1] // g, g))
     return x.unsqueeze(-2)
 
 
-def _spread(per_block: Tensor, group_size: int, columns: int) -> Tensor:
-    """[.., blocks] -> [.., K], or the tensor itself where it broadcasts."""
-    if not group_size or per_block.shape[-1] == 1:
+def _spread(per_block: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor:
+    """[.., blocks] -> [.., K], or the tensor itself where it broadcasts. `shape`: of what is quantized."""
+    if isinstance(spec.granularity, PerTokens):
+        return per_block.repeat_interleave(spec.granularity.tokens, dim=-2)[..., : shape[-2], :]
+    if not spec.group_size or per_block.shape[-1] == 1:
         return per_block
-    return per_block.repeat_interleave(group_size, dim=-1)[..., :columns]
+    return per_block.repeat_interleave(spec.group_size, dim=-1)[..., : shape[-1]]
 
 
-def value_range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """[.., K] -> (lowest, highest) value of each block in float32, both including 0; shaped like the scales."""
+def value_range(x: Tensor, granularity: Granularity, with_zero: bool = True) -> tuple[Tensor, Tensor]:
+    """[.., K] -> (lowest, highest) value of each block in float32, both including 0 unless told; shaped like the scales."""
+    if isinstance(granularity, PerTokens):
+        low, high = value_range(x.mT, PerGroup(granularity.tokens), with_zero)
+        return low.mT, high.mT
     if x.numel() == 0:
         zeros = torch.zeros(granularity.scale_shape(x.shape), device=x.device)
         return zeros, zeros
@@ -82,8 +91,9 @@ def value_range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
         shape = granularity.scale_shape(x.shape)
         low, high = low.reshape(shape), high.reshape(shape)
     else:
-        low, high = torch.aminmax(_blocks(x, granularity), dim=-1)
-    return low.float().clamp(max=0), high.float().clamp(min=0)
+        low, high = torch.aminmax(_blocks(x, granularity, edge=not with_zero), dim=-1)
+    low, high = low.float(), high.float()
+    return (low.clamp(max=0), high.clamp(min=0)) if with_zero else (low, high)
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
@@ -126,7 +136,7 @@ def choose_qparams(
         low, high = (end.float().reshape(shape) for end in tensor_range)
         low, high = low.clamp(max=0), high.clamp(min=0)
     else:
-        low, high = value_range(x, granularity)
+        low, high = value_range(x, granularity, with_zero=not spec.float_zero)
     amax = torch.maximum(-low, high)
     if fmt.scale == "e8m0":
         return _e8m0(amax, fmt, spec.scale_rounding), None, None
@@ -140,6 +150,8 @@ def choose_qparams(
         scale = amax / fmt.symmetric_qmax
     else:
         scale = high / (fmt.qmax - fmt.qmin) - low / (fmt.qmax - fmt.qmin)
+    if spec.float_zero:
+        amax = high - low  # a block of one value: the scale is 1, and the zero point holds the value
     row_scale = None
     if spec.double_quantized:
         row_scale = scale.amax(-1, keepdim=True) / 255
@@ -149,8 +161,10 @@ def choose_qparams(
         stored = _guard(scale.to(spec.scale_dtype), amax)
     if spec.symmetric:
         return stored, None, row_scale
-    zero_point = torch.round(fmt.qmin - low / scale_values(stored, row_scale)).clamp(fmt.qmin, fmt.qmax)
-    return stored, zero_point.to(torch.int8), row_scale
+    zero_point = fmt.qmin - low / scale_values(stored, row_scale)
+    if spec.float_zero:
+        return stored, zero_point.to(spec.scale_dtype), row_scale
+    return stored, torch.round(zero_point).clamp(fmt.qmin, fmt.qmax).to(torch.int8), row_scale
 
 
 def scale_values(scale: Tensor, outer_scale: Tensor | None) -> Tensor:
@@ -175,7 +189,10 @@ def _encode(scaled: Tensor, spec: QuantSpec, zero_point: Tensor | None) -> Tenso
     """x / scale -> codes: int8 for uniform formats, float8, or codebook indices."""
     fmt = spec.format
     if fmt.kind == "uniform":
-        codes = torch.round(scaled) if zero_point is None else torch.round(scaled) + zero_point
+        if zero_point is not None and zero_point.is_floating_point():
+            codes = torch.round(scaled + zero_point)
+        else:
+            codes = torch.round(scaled) if zero_point is None else torch.round(scaled) + zero_point
         return codes.clamp(*spec.qrange).to(torch.int8)
     if fmt.kind == "float8":
         return scaled.clamp(fmt.qmin, fmt.qmax).to(fmt.storage)
@@ -202,18 +219,29 @@ def _load(stored: Tensor, fmt: Format, length: int) -> Tensor:
     return codes if fmt.kind == "codebook" else codes.to(torch.int8) + int(fmt.qmin)
 
 
-def quantize(x: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None) -> Quantized:
-    """[.., K] float -> Quantized, by round to nearest. See `choose_qparams` for `tensor_range`."""
-    fmt, columns = spec.format, x.shape[-1]
+def quantize(
+    x: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None, static_scale: Tensor | None = None
+) -> Quantized:
+    """[.., K] float -> Quantized, by round to nearest. See `choose_qparams` for `tensor_range`.
+
+    `static_scale`: broadcasts to x; the scale of a static spec, which is kept by whoever gave it.
+    """
+    fmt = spec.format
     if spec.is_identity:
         return Quantized(x.to(fmt.storage))
+    if spec.rotated:
+        x = rotate(x.float())
     scale, zero_point, outer = choose_qparams(x, spec, tensor_range)
     scaled = x.float()
+    if static_scale is not None:
+        scaled = scaled / static_scale
     if scale is not None:
-        scaled = scaled / _spread(scale_values(scale, outer), spec.group_size, columns)
-    spread_zero = None if zero_point is None else _spread(zero_point, spec.group_size, columns)
+        scaled = scaled / _spread(scale_values(scale, outer), spec, x.shape)
+    spread_zero = None if zero_point is None else _spread(zero_point, spec, x.shape)
     data = _store(_encode(scaled, spec, spread_zero), fmt)
-    return Quantized(data, scale, None if zero_point is None else _store(zero_point, fmt), outer)
+    if zero_point is not None and not spec.float_zero:
+        zero_point = _store(zero_point, fmt)
+    return Quantized(data, scale, zero_point, outer)
 
 
 def dequantize(q: Quantized, spec: QuantSpec, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -226,12 +254,13 @@ def dequantize(q: Quantized, spec: QuantSpec, columns: int, dtype: torch.dtype =
         values = torch.tensor(fmt.codebook, dtype=torch.float32, device=codes.device)[codes.int()]
     else:
         values = codes.float()
-    if q.scale is None:
-        return values.to(dtype)
     if q.zero_point is not None:
-        blocks = q.scale.shape[-1]
-        values = values - _spread(_load(q.zero_point, fmt, blocks).float(), spec.group_size, columns)
-    return (values * _spread(scale_values(q.scale, q.outer_scale), spec.group_size, columns)).to(dtype)
+        assert q.scale is not None
+        zero_point = q.zero_point if spec.float_zero else _load(q.zero_point, fmt, q.scale.shape[-1])
+        values = values - _spread(zero_point.float(), spec, values.shape)
+    if q.scale is not None:
+        values = values * _spread(scale_values(q.scale, q.outer_scale), spec, values.shape)
+    return (rotate(values) if spec.rotated else values).to(dtype)
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:

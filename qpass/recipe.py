@@ -10,6 +10,7 @@ from typing import Any
 
 from qpass.errors import QpassError, nearest
 from qpass.formats import FORMATS
+from qpass.granularity import PerTensor, PerTokens
 from qpass.spec import QuantSpec, parse_spec
 
 SpecLike = str | QuantSpec | None
@@ -38,18 +39,14 @@ class Recipe:
     overrides: Any = ()
 
     def __post_init__(self) -> None:
+        for half, value in zip(("k", "v"), kv_specs(self.k, self.v, self.kv, "recipe: kv"), strict=True):
+            object.__setattr__(self, half, value)
+        object.__setattr__(self, "kv", None)
         for field in fields(self):
-            if field.name != "overrides":
-                object.__setattr__(self, field.name, _spec(getattr(self, field.name), field.name))
+            if field.name in WEIGHT_KINDS:
+                object.__setattr__(self, field.name, _weight_spec(getattr(self, field.name), field.name))
         pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
-        object.__setattr__(self, "overrides", tuple((glob, _spec(spec, glob)) for glob, spec in pairs))
-        object.__setattr__(self, "k", self.k or self.kv)
-        object.__setattr__(self, "v", self.v or self.kv)
-        if (self.k is None) != (self.v is None):
-            raise QpassError("recipe: k and v are one cache; set both, or kv")
-        for half in (self.k, self.v):
-            if isinstance(half, QuantSpec):
-                check_kv_spec(half, "recipe: kv")
+        object.__setattr__(self, "overrides", tuple((glob, _weight_spec(spec, glob)) for glob, spec in pairs))
 
     @classmethod
     def uniform(cls, spec: SpecLike, **others: Any) -> Recipe:
@@ -87,21 +84,57 @@ class Recipe:
         return data
 
 
-def check_kv_spec(spec: QuantSpec, where: str) -> None:
-    """Raises `QpassError` for a cache format without a scale of its own for each token."""
-    if spec.format.scale == "e4m3" or str(spec.granularity) == "tensor":
-        raise QpassError(f"{where}: {spec} has one scale for the whole tensor; a token needs its own: int8, mxfp8, ...")
+#: What a bare format name means for keys and for values: a head is one row of few elements, keys differ by channel, and a code
+#: of four bits or fewer a head is too coarse. docs/kv-cache.md has the measurements; two and three bits are KIVI's layout.
+KV_FORMATS: dict[str, tuple[str, str]] = {
+    "int4": ("int4:g32:asym:rotated", "int4:g32:asym:rotated"),
+    "int3": ("int3:t32:zero=float:scale=fp16", "int3:g32:zero=float:scale=fp16"),
+    "int2": ("int2:t32:zero=float:scale=fp16", "int2:g32:zero=float:scale=fp16"),
+}
+
+
+def kv_specs(k: SpecLike, v: SpecLike, both: SpecLike, where: str) -> tuple[QuantSpec | None, QuantSpec | None]:
+    """(K's spec, V's spec) of a cache, or (None, None) for floats; `both` stands for a half that is not given.
+
+    Raises `QpassError` for one half alone, and for a format without a scale of its own for each token.
+    """
+    halves = []
+    for i, value in enumerate((k or both, v or both)):
+        if isinstance(value, str) and value in KV_FORMATS:
+            value = KV_FORMATS[value][i]
+        spec = _spec(value, where)
+        if spec is not None and (spec.format.scale == "e4m3" or isinstance(spec.granularity, PerTensor)):
+            raise QpassError(
+                f"{where}: {spec} has one scale for the whole tensor; a token needs its own: int8, int8:static, mxfp8, ..."
+            )
+        if i and spec is not None and isinstance(spec.granularity, PerTokens):
+            raise QpassError(
+                f"{where}: {spec} for values: scales per channel and group of tokens are for keys; use g32"
+            )
+        if spec is not None and isinstance(spec.granularity, PerTokens) and spec.granularity.tokens != 32:
+            raise QpassError(f"{where}: {spec}: keys are quantized 32 tokens at a time; use t32")
+        halves.append(spec)
+    if (halves[0] is None) != (halves[1] is None):
+        raise QpassError(f"{where}: k and v are one cache; set both, or kv")
+    return halves[0], halves[1]
+
+
+def _weight_spec(value: SpecLike, where: str) -> QuantSpec | None:
+    spec = _spec(value, f"recipe: {where}")
+    if spec is not None and spec.of_caches_only is not None:
+        raise QpassError(f"recipe: {where}: {spec}: {spec.of_caches_only!r} is for the KV cache, not for weights")
+    return spec
 
 
 def _spec(value: SpecLike, where: str) -> QuantSpec | None:
     if value is None or isinstance(value, QuantSpec):
         return value
     if not isinstance(value, str):
-        raise QpassError(f"recipe: {where}={value!r} is no spec; write a format such as 'int8' or 'int4:g128'")
+        raise QpassError(f"{where}={value!r} is no spec; write a format such as 'int8' or 'int4:g128'")
     try:
         return parse_spec(value)
     except QpassError as error:
-        raise QpassError(f"recipe: {where}: {error}") from None
+        raise QpassError(f"{where}: {error}") from None
 
 
 #: The 4-bit preset keeps the tables at 8 bits and takes small asymmetric groups: on a small real model (SmolLM2-135M)

@@ -31,7 +31,7 @@ _HOOKS = (
 class SiteReport:
     """One site: bytes of the float weight and of what is stored, SQNR in dB, or why it stays in float.
 
-    `compute`: what its products are computed in, if there are any (see qpass.set_compute).
+    `compute`: what its products are computed in, if there are any (see qpass.set_compute). `bytes_per_token`: of a cache.
     """
 
     kind: str
@@ -42,6 +42,7 @@ class SiteReport:
     sqnr_db: float | None
     skipped: str | None
     compute: str | None = None
+    bytes_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class Report:
             s, decibels = sites[0], [s.sqnr_db for s in sites if s.sqnr_db is not None]
             sqnr = " .. ".join(dict.fromkeys(f"{d:.1f}" for d in (min(decibels), max(decibels)))) if decibels else ""
             format_or_reason = s.format if s.skipped is None else f"float: {s.skipped}"
+            if s.bytes_per_token:
+                format_or_reason = f"{format_or_reason}, {s.bytes_per_token:,.0f} bytes a token"
             totals = sum(s.bytes_before for s in sites), sum(s.bytes_after for s in sites)
             table.add_row(
                 s.kind, name, format_or_reason, s.compute or "", *(f"{b:,}" if b else "" for b in totals), sqnr
@@ -195,7 +198,8 @@ def _cache_rows(captures: Sequence[Capture]) -> list[SiteReport]:
             if match.weight is None:
                 call = match.call
                 spec = call.specs[0] if len(set(call.specs)) == 1 else "k={}, v={}".format(*call.specs)
-                row = SiteReport("kv", match.site.name, spec, call.bytes_float, call.bytes_stored, None, None)
+                row = SiteReport("kv", match.site.name, spec, call.bytes_float, call.bytes_stored, None, None,
+                                 bytes_per_token=call.bytes_per_token or None)  # fmt: skip
                 rows[match.site.name] = row
     return list(rows.values())
 

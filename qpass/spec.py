@@ -9,13 +9,14 @@ import torch
 
 from qpass.errors import QpassError, nearest
 from qpass.formats import FORMATS, Format, get_format
-from qpass.granularity import Granularity, PerAxis, PerGroup, PerTensor
+from qpass.granularity import Granularity, PerAxis, PerGroup, PerTensor, PerTokens
 
 SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCALE_ROUNDINGS = ("floor", "rceil")
 ALGORITHMS = ("rtn",)
 _TOKENS = (
-    "g<group size>", "channel", "tensor", "asym", "dq", *SCALE_ROUNDINGS, *ALGORITHMS,
+    "g<group size>", "t<tokens>", "channel", "tensor", "static", "asym", "zero=float", "rotated", "dq", *SCALE_ROUNDINGS,
+    *ALGORITHMS,
     *(f"scale={name}" for name in SCALE_DTYPES),
 )  # fmt: skip
 
@@ -30,6 +31,9 @@ class QuantSpec:
     `double_quantized`: the scales are themselves stored as 8-bit integers, with one float per row (QLoRA, section 3).
     `scale_rounding`: of E8M0 scales: `floor` (OCP MX v1.0, section 6.3: may clip up to a quarter of the range) or
     `rceil` (the next power of two at or above amax / max: never clips).
+    `float_zero`: the zero point is a float stored like the scale; the range need not hold 0 (KIVI, section 3).
+    `rotated`: rows are multiplied by an orthogonal matrix before they are quantized (qpass.rotation).
+    `static`: the scales come from calibration, one for each head and channel of a cache.
     """
 
     format: Format
@@ -39,6 +43,9 @@ class QuantSpec:
     double_quantized: bool = False
     scale_rounding: str = "floor"
     algorithm: str = "rtn"
+    float_zero: bool = False
+    rotated: bool = False
+    static: bool = False
 
     @property
     def is_identity(self) -> bool:
@@ -47,8 +54,15 @@ class QuantSpec:
 
     @property
     def has_zero_point(self) -> bool:
-        """Whether an integer zero point is stored beside the scale."""
+        """Whether a zero point is stored beside the scale."""
         return not self.symmetric
+
+    @property
+    def of_caches_only(self) -> str | None:
+        """The part of the spec that has a meaning for a KV cache only, if there is one."""
+        only = {str(self.granularity): isinstance(self.granularity, PerTokens), "zero=float": self.float_zero,
+                "rotated": self.rotated, "static": self.static}  # fmt: skip
+        return next((token for token, used in only.items() if used), None)
 
     @property
     def group_size(self) -> int:
@@ -64,19 +78,27 @@ class QuantSpec:
         """Stored bits per element, scales and zero points included, for rows of `columns` elements."""
         if self.granularity is None:
             return self.format.bits
-        scales = self.granularity.scale_shape((1, columns))[-1] if not isinstance(self.granularity, PerTensor) else 0
+        scales: float = (
+            self.granularity.scale_shape((1, columns))[-1] if not isinstance(self.granularity, PerTensor) else 0
+        )
+        if isinstance(self.granularity, PerTokens):
+            scales /= self.granularity.tokens
         scale_bits = {"e8m0": 8, "e4m3": 8}.get(self.format.scale, 8 * self.scale_dtype.itemsize)
         if self.double_quantized:
             scale_bits = 8
-        zero_bits = self.format.bits if self.has_zero_point else 0
+        zero_bits = (scale_bits if self.float_zero else self.format.bits) if self.has_zero_point else 0
         return self.format.bits + (scales * (scale_bits + zero_bits) + 32 * self.double_quantized) / columns
 
     def __str__(self) -> str:
         parts = [self.format.name]
         if self.granularity is not None and self.format.scale == "float":
             parts.append(str(self.granularity))
+        if self.static:
+            parts.append("static")
         if not self.symmetric:
-            parts.append("asym")
+            parts.append("zero=float" if self.float_zero else "asym")
+        if self.rotated:
+            parts.append("rotated")
         if self.double_quantized:
             parts.append("dq")
         if self.scale_rounding != "floor":
@@ -99,6 +121,8 @@ def _default(fmt: Format) -> QuantSpec:
 def parse_spec(text: str) -> QuantSpec:
     """`<format>[:g<group>|:channel|:tensor][:asym][:dq][:rceil][:scale=fp16][:<algorithm>]` -> QuantSpec.
 
+    For a KV cache also `:t<tokens>`, `:static`, `:zero=float` and `:rotated`.
+
     Raises `QpassError` for an unknown format or token (with the nearest name) and for combinations without a meaning.
     """
     name, *tokens = text.split(":")
@@ -118,17 +142,24 @@ def _apply(spec: QuantSpec, token: str, text: str) -> QuantSpec:
         return replace(spec, algorithm=token)
     if fmt.kind == "identity":
         raise refuse("a float format has no scale")
-    if token in ("channel", "tensor") or (token[:1] == "g" and token[1:].isdigit()):
+    if token in ("channel", "tensor") or (token[:1] in ("g", "t") and token[1:].isdigit()):
         if fmt.scale != "float":
             raise refuse(f"its blocks are fixed at {fmt.group_size}")
-        if token[0] == "g" and int(token[1:]) < 1:
+        if token[0] in "gt" and token[1:].isdigit() and int(token[1:]) < 1:
             raise refuse("a group has at least one element")
         fixed: dict[str, Granularity] = {"channel": PerAxis(), "tensor": PerTensor()}
-        return replace(spec, granularity=fixed.get(token) or PerGroup(int(token[1:])))
-    if token == "asym":
+        grouped = PerTokens if token[0] == "t" else PerGroup
+        return replace(spec, granularity=fixed.get(token) or grouped(int(token[1:])))
+    if token in ("asym", "zero=float"):
         if fmt.kind != "uniform":
             raise refuse("only integer formats have a zero point")
-        return replace(spec, symmetric=False)
+        return replace(spec, symmetric=False, float_zero=token == "zero=float")
+    if token == "rotated":
+        return replace(spec, rotated=True)
+    if token == "static":
+        if fmt.name != "int8" and fmt.name not in ("fp8_e4m3", "fp8_e5m2"):
+            raise refuse("static scales are for int8 and fp8")
+        return replace(spec, granularity=None, static=True)
     if token == "dq":
         if fmt.scale != "float" or not isinstance(spec.granularity, PerGroup):
             raise refuse("double quantization is of float scales per group")

@@ -101,10 +101,10 @@ def test_overflow_is_refused_before_the_write(inner: str | None) -> None:
     cache = qpass.KVCache(model.config, 8)
     with torch.no_grad():
         model(IDS, past_key_values=cache)
-        before = [t.clone() for layer in cache.layers for t in (*layer.key_parts, layer.cumulative_length)]
+        before = [t.clone() for layer in cache.layers for t in (*layer.k.parts, layer.cumulative_length)]
         with pytest.raises(qpass.QpassError, match=r"too short: it holds 7 and 2 more arrive.*max_cache_len=9"):
             model(IDS[:, :2], past_key_values=cache)
-    after = [t for layer in cache.layers for t in (*layer.key_parts, layer.cumulative_length)]
+    after = [t for layer in cache.layers for t in (*layer.k.parts, layer.cumulative_length)]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -115,15 +115,15 @@ def test_through_inductor() -> None:
     cache = qpass.KVCache(model.config, 16)
     assert torch.equal(generate(plain, new=6), generate(model, new=6, past_key_values=cache))
     assert len(captured(model, "test").captures) == 2
-    before = [t.clone() for layer in cache.layers for t in layer.key_parts]
+    before = [t.clone() for layer in cache.layers for t in layer.k.parts]
     with torch.no_grad():
         for _ in range(16 - 12):
             model(IDS[:, :1], past_key_values=cache)
-        full = [t.clone() for layer in cache.layers for t in layer.key_parts]
+        full = [t.clone() for layer in cache.layers for t in layer.k.parts]
         with pytest.raises(qpass.QpassError, match="it holds 16 and 1 more arrive"):
             model(IDS[:, :1], past_key_values=cache)
     assert not torch.equal(full[0], before[0])
-    assert all(torch.equal(a, b) for a, b in zip(full, (t for la in cache.layers for t in la.key_parts), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(full, (t for la in cache.layers for t in la.k.parts), strict=True))
 
 
 def test_a_cache_shorter_than_the_prompt() -> None:

@@ -99,12 +99,13 @@ def _embedding_fake(indices: Tensor, data: Tensor, *rest: Any) -> Tensor:
     return data.new_empty((*indices.shape, columns), dtype=dtype)
 
 
-def quantize(x: Tensor, spec: str) -> list[Tensor]:
+def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
     """[.., K] -> the parts that the spec has."""
-    return [part.contiguous() for part in _quantize(x, parse_spec(spec)).parts if part is not None]
+    done = _quantize(x, parse_spec(spec), static_scale=static_scale)
+    return [part.contiguous() for part in done.parts if part is not None]
 
 
-def _quantize_fake(x: Tensor, spec: str) -> list[Tensor]:
+def _quantize_fake(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
     parsed = parse_spec(spec)
     fmt, lead = parsed.format, x.shape[:-1]
     width = packed_length(x.shape[-1], fmt.bits) if fmt.bits < 8 else x.shape[-1]
@@ -113,7 +114,9 @@ def _quantize_fake(x: Tensor, spec: str) -> list[Tensor]:
         shape = parsed.granularity.scale_shape(x.shape)
         stored = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}.get(fmt.scale, parsed.scale_dtype)
         parts.append(x.new_empty(shape, dtype=torch.uint8 if parsed.double_quantized else stored))
-        if parsed.has_zero_point:
+        if parsed.float_zero:
+            parts.append(x.new_empty(shape, dtype=parsed.scale_dtype))
+        elif parsed.has_zero_point:
             blocks = packed_length(shape[-1], fmt.bits) if fmt.bits < 8 else shape[-1]
             parts.append(x.new_empty((*shape[:-1], blocks), dtype=fmt.storage))
         if parsed.double_quantized:
@@ -141,6 +144,35 @@ def _dequantize_fake(data: Tensor, *rest: Any) -> Tensor:
     return data.new_empty((*data.shape[:-1], columns), dtype=dtype)
 
 
+def read_cache(
+    data: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    outer_scale: Tensor | None,
+    columns: int,
+    spec: str,
+    dtype: torch.dtype,
+    first: Tensor | None = None,
+    last: Tensor | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Stored parts, and the tokens that are there as floats too -> [B, H, S, columns] in `dtype`."""
+    values = torch.ops.qpass.dequantize(data, scale, zero_point, outer_scale, columns, spec, dtype)
+    if first is not None:
+        values[:, :, : first.shape[2]] = first.to(dtype)[:, :, : values.shape[2]]
+    if last is not None:
+        assert start is not None
+        positions = torch.arange(last.shape[2], device=values.device) + start
+        inside = positions < values.shape[2]  # what a residual window has beyond the end is not read
+        values.index_copy_(2, positions[inside], last[:, :, inside].to(dtype))
+    return values
+
+
+def _read_cache_fake(data: Tensor, scale: object, zero: object, outer: object, columns: int, spec: str, dtype: torch.dtype,
+                     first: object = None, last: object = None, start: object = None) -> Tensor:  # fmt: skip
+    return data.new_empty((*data.shape[:-1], columns), dtype=dtype)
+
+
 def attention(
     q: Tensor,
     k_data: Tensor,
@@ -157,18 +189,58 @@ def attention(
     mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
+    k_first: Tensor | None = None,
+    v_first: Tensor | None = None,
+    k_last: Tensor | None = None,
+    v_last: Tensor | None = None,
+    start: Tensor | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """q [B, Hq, Q, D] against a quantized cache -> [B, Hq, Q, Dv]."""
-    key = dequantize(k_data, k_scale, k_zero_point, k_outer_scale, q.shape[-1], k_spec, q.dtype)
-    value = dequantize(v_data, v_scale, v_zero_point, v_outer_scale, v_columns, v_spec, q.dtype)
+    k_parts, v_parts = (k_data, k_scale, k_zero_point, k_outer_scale), (v_data, v_scale, v_zero_point, v_outer_scale)
+    key = read_cache(*k_parts, q.shape[-1], k_spec, q.dtype, k_first, k_last, start)
+    value = read_cache(*v_parts, v_columns, v_spec, q.dtype, v_first, v_last, start)
+    if soft_cap or sinks is not None:
+        return _written_out(q, key, value, mask, is_causal, scale, soft_cap, sinks)
     return F.scaled_dot_product_attention(
         q, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=key.shape[1] != q.shape[1]
     ).contiguous()
 
 
-def _attention_fake(q: Tensor, *rest: Any) -> Tensor:
-    *_, v_columns, _, _, _, _ = rest
-    return q.new_empty((*q.shape[:-1], v_columns))
+def _written_out(
+    q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, soft_cap: float,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """softmax(capped(q k^T) + mask, with a score more for each head's sink) v, in float32."""
+    groups = q.shape[1] // key.shape[1]
+    key, value = (x.float().repeat_interleave(groups, 1) for x in (key, value))
+    scores = q.float() @ key.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    if is_causal:
+        scores = scores.masked_fill(
+            ~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf
+        )
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    top = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.float().view(1, -1, 1, 1)
+        top = torch.maximum(top, sinks)
+    weights = torch.exp(scores - top.masked_fill(top == -torch.inf, 0))
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
+    return (weights @ value / total.masked_fill(total == 0, 1)).to(q.dtype).contiguous()
+
+
+def _attention_fake(q: Tensor, *arguments: Any, **_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], arguments[_V_COLUMNS - 1]))
+
+
+#: Position of `v_columns` among the arguments of attention.
+_V_COLUMNS = list(attention.__code__.co_varnames).index("v_columns")
 
 
 def cache_positions(length: Tensor, new: int, capacity: int) -> Tensor:
@@ -195,6 +267,7 @@ for _name, _implementation, _fake in (
     ("embedding", embedding, _embedding_fake),
     ("quantize", quantize, _quantize_fake),
     ("dequantize", dequantize, _dequantize_fake),
+    ("read_cache", read_cache, _read_cache_fake),
     ("attention", attention, _attention_fake),
     ("cache_positions", cache_positions, _cache_positions_fake),
 ):

@@ -14,14 +14,24 @@ SCHEMAS = {
     "experts": f"(Tensor x, Tensor ids, {_PARTS.format('')}, int experts, str spec) -> Tensor",
     # indices [..] -> [.., columns]: gathers stored rows, then dequantizes only those
     "embedding": f"(Tensor indices, {_PARTS.format('')}, int columns, str spec, ScalarType dtype) -> Tensor",
-    # [.., K] -> the stored parts that the spec has, in the order data, scale, zero_point, outer_scale
-    "quantize": "(Tensor x, str spec) -> Tensor[]",
+    # [.., K] -> the stored parts that the spec has, in the order data, scale, zero_point, outer_scale. A static spec divides by
+    # the scale it is given, which broadcasts to x, and stores none.
+    "quantize": "(Tensor x, str spec, Tensor? static_scale=None) -> Tensor[]",
     "dequantize": f"({_PARTS.format('')}, int columns, str spec, ScalarType dtype) -> Tensor",
+    # A cache [B, H, S, columns] as floats. Some tokens are there as floats beside their stored form, and are taken from there:
+    # `first` [B, H, F, columns] holds tokens 0 .. F-1, `last` [B, H, L, columns] tokens start .. start+L-1; start is [] int64.
+    "read_cache": (
+        f"({_PARTS.format('')}, int columns, str spec, ScalarType dtype, Tensor? first=None, Tensor? last=None, "
+        "Tensor? start=None) -> Tensor"
+    ),
     # Scaled dot-product attention that reads a quantized cache. q [B, Hq, Q, D], keys [B, Hk, S, D], values [B, Hk, S, Dv]
-    # (stored parts); Hq is a multiple of Hk. mask broadcasts to [B, Hq, Q, S]: bool, or float and added.
+    # (stored parts); Hq is a multiple of Hk. mask broadcasts to [B, Hq, Q, S]: bool, or float and added. first and last are
+    # those of read_cache. Scores are capped to soft_cap * tanh(score / soft_cap), if it is not 0, before the mask is added;
+    # sinks [Hq] are scores that take part in the softmax and have no value.
     "attention": (
         f"(Tensor q, {_PARTS.format('k_')}, str k_spec, {_PARTS.format('v_')}, int v_columns, str v_spec, "
-        "Tensor? mask, bool is_causal, float? scale) -> Tensor"
+        "Tensor? mask, bool is_causal, float? scale, Tensor? k_first=None, Tensor? v_first=None, Tensor? k_last=None, "
+        "Tensor? v_last=None, Tensor? start=None, float soft_cap=0.0, Tensor? sinks=None) -> Tensor"
     ),
     # Positions length .. length + new - 1 of the next tokens in a cache; refuses to run past its capacity.
     "cache_positions": "(Tensor length, SymInt new, SymInt capacity) -> Tensor",

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from qpass.graph.attention import Attention, read_whole
 from qpass.graph.calls import AttentionCall, is_float_tensor
 from qpass.graph.flow import Flow, memory_behind, rearranged
-from qpass.graph.vocabulary import CASTS, CATS, SDPA, argument, op_name, shape_of, source_of, value_of
+from qpass.graph.vocabulary import CASTS, CATS, op_name, shape_of, source_of, value_of
 from qpass.sites.core import Edit, Match, Site, Skip
 
 _ONE_LINE = "pass past_key_values=qpass.KVCache(model.config, max_cache_len=...), or use qpass.quantize with a recipe that has kv"
-_NOT_SDPA = (
-    "the cache is quantized, but its attention is not F.scaled_dot_product_attention and reads it dequantized; "
-    "load the model with attn_implementation='sdpa'"
+_UNKNOWN = (
+    "the cache is quantized, but its attention holds something unknown between the product of queries and keys and the "
+    "softmax, and reads it dequantized; load the model with attn_implementation='sdpa', or 'eager'"
 )
 _CROSS = "cross attention: its keys and values are written once, from another sequence; KVCache does not hold them"
 _REPEATS = {"getitem", "unsqueeze", "expand", "reshape", "view", "repeat_interleave"} | CASTS
@@ -26,7 +27,7 @@ _REPEATS = {"getitem", "unsqueeze", "expand", "reshape", "view", "repeat_interle
 
 @dataclass(frozen=True)
 class StoredRead:
-    """One operand of an attention, read from storage: a qpass::dequantize node, and the slice of its tokens, if not all."""
+    """One operand of an attention, read from storage: a qpass::read_cache node, and the slice of its tokens, if not all."""
 
     node: Node
     tokens: slice | None
@@ -36,18 +37,24 @@ class StoredRead:
         """The format that the storage is in."""
         return str(self.node.args[5])
 
+    @property
+    def floats(self) -> tuple[Any, Any, Any]:
+        """first, last, start: the tokens that are there as floats too."""
+        return (*self.node.args[7:], None, None, None)[:3]  # type: ignore[return-value]
+
 
 @dataclass(frozen=True)
 class CacheRead:
     """An attention over a quantized cache. Sizes: of the whole cache in floats and as stored; 0 if a shape is symbolic.
 
-    `latent`: what is stored is compressed (DeepSeek); linears make K and V of it after it is dequantized.
+    `attention`: in full, to be read as one operator; None if only the storage is quantized: of latents (DeepSeek), which
+    linears make K and V of after they are dequantized, and of a sliding window to which several tokens are added.
     """
 
-    attention: Node
+    node: Node
     k: StoredRead
     v: StoredRead
-    latent: bool = False
+    attention: Attention | None
 
     @property
     def specs(self) -> tuple[str, str]:
@@ -64,6 +71,13 @@ class CacheRead:
         """Of codes, scales and zero points."""
         return sum(_nbytes(p) for read in (self.k, self.v) for p in read.node.args[:4] if isinstance(p, Node))
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Stored bytes that one token of one sequence takes in this layer."""
+        batch, _, tokens, _ = shape_of(self.k.node) or (0, 0, 0, 0)
+        known = isinstance(batch, int) and isinstance(tokens, int) and batch * tokens
+        return self.bytes_stored / (batch * tokens) if known else 0.0
+
 
 def _nbytes(node: Node) -> int:
     shape = shape_of(node) or ()
@@ -76,16 +90,17 @@ def find(flow: Flow, names: dict[Node, str], wanted: bool) -> tuple[list[Match],
     for node, attention in flow.attentions.items():
         producers = flow.linears_behind(attention.k)
         name = names[flow.linears[producers[0]].weight] if producers else f"cache of {node.name}"
-        k, v = _stored_behind(attention.k), _stored_behind(attention.v)
-        if k is not None and v is not None:
-            site = Site("kv", name, ("k", "v"))
-            if op_name(node) in SDPA and not argument(node, 4, "dropout_p", 0.0):
-                matches.append(Match(site, node, None, CacheRead(node, k, v)))
+        whole = read_whole(node)
+        k, v = (None, None) if whole is None else (_stored_behind(whole.k), _stored_behind(whole.v))
+        site = Site("kv", name, ("k", "v"))
+        if whole is not None and k is not None and v is not None and _reads_alike(k, v):
+            matches.append(Match(site, node, None, CacheRead(node, k, v, whole)))
+        elif len(reads := _reads_behind(flow, attention)) == 2:
+            first, second = (StoredRead(n, None) for n in reads)
+            if whole is None and _stored_behind(attention.v) is not None:
+                skips.append(Skip(site, _UNKNOWN))
             else:
-                skips.append(Skip(site, _NOT_SDPA))
-        elif len(latents := _latents_behind(flow, attention)) == 2:
-            first, second = (StoredRead(n, None) for n in latents)
-            matches.append(Match(Site("kv", name, ("k", "v")), node, None, CacheRead(node, first, second, latent=True)))
+                matches.append(Match(site, node, None, CacheRead(node, first, second, None)))
         elif _is_cross(flow, attention) and (_is_given(attention.k) or _has_float_cache(flow, attention.k)):
             skips.append(Skip(Site("kv", name, ("k", "v")), _CROSS, expected=True))
         elif _has_float_cache(flow, attention.k):
@@ -124,37 +139,69 @@ def _states(flow: Flow) -> list[Skip]:
 
 
 def rewrite(graph: Graph, match: Match) -> Edit:
-    """dequantize, slice of tokens, repeat for grouped heads, attention -> one qpass::attention of the stored parts.
+    """read_cache, slice of tokens, repeat for grouped heads, attention -> one qpass::attention of the stored parts.
 
-    Latents stay where they are: only their storage is quantized.
+    Where only the storage is quantized, nothing changes.
     """
     call: CacheRead = match.call
-    if call.latent:
+    whole, node = call.attention, call.node
+    if whole is None:
         return Edit("convert", match.site.name, (), ())
-    node = call.attention
-    query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
+    before = set(graph.nodes)
     with graph.inserting_before(node):
         k, v = (_parts(graph, read) for read in (call.k, call.v))
-        v_columns = call.v.node.args[4]
-        rest = (argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False), argument(node, 6, "scale"))
-        args = (query, *k, call.specs[0], *v, v_columns, call.specs[1], *rest)
+        (k_first, k_last, start), (v_first, v_last, _) = call.k.floats, call.v.floats
+        flat = len(shape_of(whole.q) or ()) == 3  # batch and heads in one dimension
+        heads = (shape_of(call.k.node) or ())[1] if flat else 0
+        q = graph.call_function(_aten.unflatten.int, (whole.q, 0, [-1, heads])) if flat else whole.q
+        sinks = whole.sinks
+        if sinks is not None:  # [B, H, Q, 1] -> [H]
+            sinks = graph.call_function(operator.getitem, (sinks, (0, slice(None), 0, 0)))
+        mask, floats = _mask(graph, whole, heads), (k_first, v_first, k_last, v_last, start)
+        rest = (mask, whole.is_causal, whole.scale, *floats, whole.soft_cap, sinks)
+        args = (q, *k, call.specs[0], *v, call.v.node.args[4], call.specs[1], *rest)
         new = graph.call_function(torch.ops.qpass.attention.default, args)
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    removed = [node.name]
-    for operand, read in ((key, call.k), (value, call.v)):
-        while not operand.users:
-            parent = operand.args[0]
-            removed.append(operand.name)
-            graph.erase_node(operand)
-            if operand is read.node:
-                break
-            operand = parent
-    slices = [
-        n.name for n in (*k, *v) if isinstance(n, Node) and n.op == "call_function" and n.target is operator.getitem
+        out = graph.call_function(_aten.flatten.using_ints, (new, 0, 1)) if flat else new
+    out.meta = dict(node.meta)
+    node.replace_all_uses_with(out)
+    added = tuple(n.name for n in graph.nodes if n not in before)
+    removed, dead = [], [node]
+    while dead:  # back to what is stored; a node read by something else stays
+        n = dead.pop()
+        if n.users or (n.op != "call_function" and n.op != "call_method") or n in (whole.q, sinks):
+            continue
+        dead += n.all_input_nodes if n not in (call.k.node, call.v.node) else []
+        removed.append(n.name)
+        graph.erase_node(n)
+    return Edit("convert", match.site.name, tuple(removed), added)
+
+
+_aten = torch.ops.aten
+
+
+def _mask(graph: Graph, whole: Attention, heads: int) -> Node | None:
+    """One mask for all: booleans, True where a score counts, or floats. `heads`: those in the first of three dimensions."""
+
+    def insert(target: Any, *args: Any) -> Node:
+        return graph.call_function(target, args)
+
+    if not whole.masks:
+        return whole.sdpa_mask
+    shaped = [
+        (insert(_aten.unflatten.int, m, 0, [-1, heads]) if heads and len(shape_of(m) or ()) == 3 else m, fill)
+        for m, fill in whole.masks
     ]
-    return Edit("convert", match.site.name, tuple(removed), (*slices, new.name))
+    floats = [m for m, fill in shaped if fill is None]
+    if not floats and len(shaped) == 1:
+        return insert(_aten.logical_not.default, shaped[0][0])
+    total = floats[0] if floats else 0.0
+    for m in floats[1:]:
+        total = insert(_aten.add.Tensor, total, m)
+    for m, fill in shaped:
+        if fill is not None:
+            where = _aten.where.ScalarSelf if isinstance(total, Node) else _aten.where.Scalar
+            total = insert(where, m, fill, total)
+    return total  # type: ignore[return-value]
 
 
 def _parts(graph: Graph, read: StoredRead) -> list[Any]:
@@ -166,11 +213,14 @@ def _parts(graph: Graph, read: StoredRead) -> list[Any]:
 
 
 def _stored_behind(value: Any) -> StoredRead | None:
-    """The stored tensor that `value` [B, Hq, S, D] is, but for a slice of tokens and repeated heads (grouped queries)."""
+    """The stored tensor that `value` [B, Hq, S, D] is, but for a slice of tokens and repeated heads (grouped queries).
+
+    It may have batch and heads in one dimension.
+    """
     node, tokens = value, None
     while isinstance(node, Node) and op_name(node) in _REPEATS:
         shape = shape_of(node)
-        if shape is None or len(shape) not in (4, 5):
+        if shape is None or len(shape) not in (3, 4, 5):
             return None
         if op_name(node) == "getitem":
             cut = [i for i in _indices(node) if i not in (None, slice(None))]
@@ -178,17 +228,28 @@ def _stored_behind(value: Any) -> StoredRead | None:
                 return None
             tokens = cut[0] if cut else tokens
         node = source_of(node)
-    if not isinstance(node, Node) or op_name(node) != "qpass::dequantize":
+    if not isinstance(node, Node) or op_name(node) != "qpass::read_cache":
         return None
     stored, seen = shape_of(node), shape_of(value)
-    if stored is None or seen is None or len(stored) != 4 or len(seen) != 4:
+    if stored is None or seen is None or len(stored) != 4 or len(seen) not in (3, 4):
         return None
-    same = stored[0] == seen[0] and (tokens is not None or stored[2] == seen[2]) and stored[3] == seen[3]
-    return StoredRead(node, tokens) if same and seen[1] % stored[1] == 0 else None
+    same = (tokens is not None or stored[2] == seen[-2]) and stored[3] == seen[-1]
+    if len(seen) == 3:
+        return StoredRead(node, tokens) if same and stored[0] * stored[1] == seen[0] else None
+    same = same and stored[0] == seen[0] and seen[1] % stored[1] == 0
+    return StoredRead(node, tokens) if same else None
 
 
-def _latents_behind(flow: Flow, attention: AttentionCall) -> list[Node]:
-    """Dequantized storage that K and V are computed from by linears."""
+def _reads_alike(k: StoredRead, v: StoredRead) -> bool:
+    """Whether the same tokens of both are floats, and all of them are there to be read beside the stored ones."""
+    cut = k.tokens
+    floats_fit = cut is None or k.floats == (None, None, None) or cut.start in (None, 0)
+    scales_fit = cut is None or not any(":t" in read.spec for read in (k, v))  # groups of tokens are not cut
+    return k.floats[2] is v.floats[2] and cut == v.tokens and floats_fit and scales_fit
+
+
+def _reads_behind(flow: Flow, attention: AttentionCall) -> list[Node]:
+    """Dequantized storage that K and V are made of."""
     queue: list[Any] = [attention.k, attention.v]
     seen: set[Node] = set()
     found: list[Node] = []
@@ -197,7 +258,7 @@ def _latents_behind(flow: Flow, attention: AttentionCall) -> list[Node]:
         if not isinstance(node, Node) or node in seen:
             continue
         seen.add(node)
-        if op_name(node) == "qpass::dequantize":
+        if op_name(node) == "qpass::read_cache":
             found.append(node)
         elif node not in flow.attentions and node not in flow.residuals:
             queue += [*node.all_input_nodes, *flow.written.get(node, ())]

@@ -3,6 +3,7 @@
 // Online softmax (Milakov and Gimelshein 2018) over blocks; the tokens of long caches are split over the threads and the
 // parts merged (flash decoding). One split of one key head serves all query heads of its group.
 #pragma once
+#include "extras.h"
 #include "linear.h"
 
 constexpr int64_t BLOCK = 64;     // tokens made floats at a time
@@ -27,20 +28,22 @@ struct Attention {
   float scale;
   void* out;  // [B, heads, queries, value_width]
   int32_t dtype;
+  Extras more;
 
   int64_t group() const { return heads / key_heads; }
 };
 
 // The usual case of row_to_float, for rows so short that preparing each of them would cost more than reading it.
 template <class Read, bool Zeros> INLINE void plain_rows(const Matrix& m, int64_t first, int64_t count, float* out) {
-  const float* scale = (const float*)m.scale + first * m.blocks;
+  int64_t scale = first * m.blocks;
   const float* book = m.spec->codebook;
   int64_t group = m.blocks == 1 ? m.k : m.spec->group;
-  F offset = all(float(1 << (m.spec->bits - 1)));
+  F offset = all(offset_of(*m.spec));
   for (int64_t t = 0; t < count; t++, out += m.k) {
     const uint8_t *row = m.row(first + t), *zeros = m.zero + (first + t) * m.zero_bytes;
     for (int64_t start = 0, g = 0; start < m.k; start += group, g++) {
-      F s = all(*scale++), zero = Zeros ? all(zero_at(m, zeros, g)) : offset;
+      F s = all(m.spec->scale == NO_SCALE ? 1.0f : float_at(*m.spec, m.scale, scale++));
+      F zero = Zeros ? all(zero_at(m, zeros, g)) : offset;
       for (int64_t k = start; k < least(m.k, start + group); k += W) {
         F v = Read::at(row, k, book);
         store(out + k, mul(Zeros || Read::offset ? sub(v, zero) : v, s));
@@ -49,21 +52,66 @@ template <class Read, bool Zeros> INLINE void plain_rows(const Matrix& m, int64_
   }
 }
 
-// Rows [begin, begin + count) of the cache of one head as floats `padded` apart, zeros behind each: in `memory`, or where they are.
-static const float* rows_to_float(const Cache& cache, int64_t head, int64_t begin, int64_t count, int64_t padded, float* memory) {
+// Rows whose scales and zero points are those of a column in a group of tokens.
+template <class Read> INLINE void rows_of_groups(const Cache& cache, int64_t head, int64_t begin, int64_t count, int64_t padded, float* out) {
+  const Matrix& m = cache.rows;
+  int64_t size = m.spec->scale == SCALE_FP32 ? 4 : 2, whole = m.k / W * W;
+  float* scales = scratch<float>(SCALES, 2 * padded);
+  float* zeros = scales + padded;
+  for (int64_t t = begin; t < begin + count; t++, out += padded) {
+    if (t == begin || t % m.spec->tokens == 0) {
+      int64_t group = head * m.scale_rows + t / m.spec->tokens;
+      for (int64_t k = 0; k < m.k; k++) {
+        scales[k] = float_at(*m.spec, m.scale + group * m.k * size, k);
+        zeros[k] = m.zero ? zero_at(m, m.zero + group * m.zero_bytes, k) : offset_of(*m.spec);
+      }
+      for (int64_t k = m.k; k < padded; k++) scales[k] = zeros[k] = 0.0f;
+    }
+    const uint8_t* row = m.row(head * cache.capacity + t);
+    for (int64_t k = 0; k < m.k; k += W) {
+      F v = k < whole ? Read::at(row, k, m.spec->codebook) : read_tail<Read>(row, m.row_bytes, k, m.spec->codebook);
+      store(out + k, mul(sub(v, load(zeros + k)), load(scales + k)));
+    }
+  }
+}
+
+static void stored_to_float(const Cache& cache, int64_t head, int64_t begin, int64_t count, int64_t padded, float* memory) {
   const Matrix& m = cache.rows;
   int64_t first = head * cache.capacity + begin;
-  if (m.spec->kind == FP32 && padded == m.k) return (const float*)m.row(first);
-  float* scales = scratch<float>(SCALES, 2 * m.blocks);
-  bool plain = m.scale_rows == m.n && m.spec->scale == SCALE_FP32 && padded == m.k && groups_fit(m);
+  bool floats = m.spec->scale >= SCALE_FP32 && m.spec->scale <= SCALE_BF16 && m.scale_rows == m.n;
+  bool plain = (floats || m.spec->scale == NO_SCALE) && padded == m.k && groups_fit(m);
   with_reader(*m.spec, [&](auto read) {
     using Read = decltype(read);
+    if (m.spec->tokens) return rows_of_groups<Read>(cache, head, begin, count, padded, memory);
     if (plain) return m.zero ? plain_rows<Read, true>(m, first, count, memory) : plain_rows<Read, false>(m, first, count, memory);
+    float* scales = scratch<float>(SCALES, 2 * m.blocks);
     for (int64_t t = 0; t < count; t++) {
       row_to_float<Read>(m, first + t, memory + t * padded, scales);
       for (int64_t k = m.k; k < padded; k++) memory[t * padded + k] = 0.0f;
     }
   });
+}
+
+// Tokens `from` .. from + count - 1 of a cache, as floats.
+struct Floats {
+  const float* rows;
+  int64_t from, count;
+};
+
+// Rows [begin, begin + count) of the cache of one head as floats `padded` apart, zeros behind each: in `memory`, or where they are.
+static const float* rows_to_float(const Cache& cache, Floats firsts, Floats lasts, int64_t head, int64_t begin, int64_t count,
+                                  int64_t padded, float* memory) {
+  const Matrix& m = cache.rows;
+  int64_t end = begin + count;
+  if (lasts.rows && begin >= lasts.from && end <= lasts.from + lasts.count && padded == m.k)
+    return lasts.rows + (head * lasts.count + begin - lasts.from) * m.k;
+  bool there = m.spec->kind == FP32 && padded == m.k;
+  for (Floats f : {firsts, lasts}) there &= !f.rows || f.from >= end || f.from + f.count <= begin;
+  if (there) return (const float*)m.row(head * cache.capacity + begin);
+  stored_to_float(cache, head, begin, count, padded, memory);
+  for (Floats f : {firsts, lasts})
+    for (int64_t t = most(begin, f.from); f.rows && t < least(end, f.from + f.count); t++)
+      std::memcpy(memory + (t - begin) * padded, f.rows + (head * f.count + t - f.from) * m.k, m.k * sizeof(float));
   return memory;
 }
 
@@ -167,17 +215,19 @@ static void attend(const Attention& a, int64_t b, int64_t key_head, int64_t q_be
       else seen |= mask_row(a, b, first + row / a.queries, row % a.queries, t0, count, added + r * BLOCK);
     }
     if (!seen) continue;  // an unused end of a static cache is not read
-    const float* k = rows_to_float(a.keys, head, t0, count, kp, keys);
+    const Extras& e = a.more;
+    const float* k = rows_to_float(a.keys, {e.k_first, 0, e.firsts}, {e.k_last, e.start, e.lasts}, head, t0, count, kp, keys);
     for (int64_t t = 0; t < count; t += ROWS_AT_ONCE) {
       const float* w[ROWS_AT_ONCE];
       for (int i = 0; i < ROWS_AT_ONCE; i++) w[i] = k + least(t + i, count - 1) * kp;
       dot_all(w, queries, rows, kp, kp, [&](int i, int64_t r, float s) { scores[r * BLOCK + t + i] = s; });
     }
+    for (int64_t i = 0; e.soft_cap && i < rows * BLOCK; i++) scores[i] = e.soft_cap * std::tanh(scores[i] / e.soft_cap);
     for (int64_t r = 0; r < rows; r++) {
       for (int64_t t = round_up(count, ROWS_AT_ONCE); t < BLOCK; t++) scores[r * BLOCK + t] = 0.0f;
       weigh(scores + r * BLOCK, added + r * BLOCK, acc + r * vp, vp, largest + r, total + r);
     }
-    const float* v = rows_to_float(a.values, head, t0, count, vp, values);
+    const float* v = rows_to_float(a.values, {e.v_first, 0, e.firsts}, {e.v_last, e.start, e.lasts}, head, t0, count, vp, values);
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) add_values<4>(scores + r * BLOCK, v, count, vp, acc + r * vp);
     for (; r < rows; r++) add_values<1>(scores + r * BLOCK, v, count, vp, acc + r * vp);
@@ -204,8 +254,10 @@ static void attention(const Attention& a, int threads) {
     for (int64_t item = from; item < to; item++) {
       int64_t head = item / rows, row = item % rows, begin = row / QUERIES * QUERIES, width = least(QUERIES, rows - begin);
       auto stats = [&](int64_t s) { return parts + heads * splits * rows * vp + ((head * splits + s) * rows + begin) * 2 + row - begin; };
-      float top = -INFINITY, total = 0.0f;
+      int64_t b = head / a.key_heads, h = head % a.key_heads * a.group() + row / a.queries;
+      float top = a.more.sinks ? a.more.sinks[h] : -INFINITY;
       for (int64_t s = 0; s < splits; s++) top = *stats(s) > top || std::isnan(*stats(s)) ? *stats(s) : top;
+      float total = a.more.sinks ? std::exp(a.more.sinks[h] - top) : 0.0f;
       for (int64_t d = 0; d < vp; d++) y[d] = 0.0f;
       for (int64_t s = 0; s < splits; s++) {
         float weight = *stats(s) == -INFINITY ? 0.0f : std::exp(*stats(s) - top);
@@ -215,7 +267,6 @@ static void attention(const Attention& a, int threads) {
       }
       float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // a query that sees nothing: zeros, as torch gives
       for (int64_t d = 0; d < vp; d++) y[d] *= inverse;
-      int64_t b = head / a.key_heads, h = head % a.key_heads * a.group() + row / a.queries;
       int64_t at = ((b * a.heads + h) * a.queries + row % a.queries) * a.value_width;
       to_dtype(y, a.value_width, a.dtype, (char*)a.out + at * size_of(a.dtype));
     }

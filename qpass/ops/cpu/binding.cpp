@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "extras.h"
+
 using torch::stable::Tensor;
 using Part = std::optional<Tensor>;
 
@@ -40,7 +42,7 @@ struct LinearCall {
 using AttentionKernel = void (*)(const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
                                  const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
                                  const float* q, const void* mask, const int64_t* sizes, int32_t mask_type, int32_t causal, float scale,
-                                 void* out, int32_t dtype, int32_t threads);
+                                 void* out, int32_t dtype, const Extras* more, int32_t threads);
 struct AttentionCall {
   AttentionKernel kernel;
   Stored keys, values;
@@ -158,7 +160,8 @@ std::optional<std::vector<int64_t>> strides_of(const Tensor& mask, const std::ve
 // q [B, heads, queries, D], keys [B, key heads, tokens, D], values [B, key heads, tokens, Dv] -> [B, heads, queries, Dv]
 Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Part& k_zero, const Part& k_outer, std::string k_spec,
                  const Tensor& v, const Part& v_scale, const Part& v_zero, const Part& v_outer, int64_t v_columns,
-                 std::string v_spec, const Part& mask, bool causal, std::optional<double> scale) {
+                 std::string v_spec, const Part& mask, bool causal, std::optional<double> scale, const Part& k_first,
+                 const Part& v_first, const Part& k_last, const Part& v_last, const Part& start, double soft_cap, const Part& sinks) {
   using torch::headeronly::ScalarType;
   bool usual = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.scalar_type() == ScalarType::Float && q.is_contiguous() && q.numel();
   std::optional<std::vector<int64_t>> strides(std::vector<int64_t>(4, 0));
@@ -169,6 +172,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
     strides = strides_of(*mask, {q.size(0), q.size(1), q.size(2), k.size(2)});
     usual = usual && strides;
   }
+  for (const Part& part : {k_first, v_first, k_last, v_last, sinks})
+    usual = usual && (!part || (part->scalar_type() == ScalarType::Float && part->is_contiguous()));
   std::pair<std::string, Layout> key;
   if (usual) {
     key.first = k_spec + "," + v_spec;
@@ -180,18 +185,21 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
       int64_t sizes[] = {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), call->k_capacity, call->v_capacity,
                          (*strides)[0], (*strides)[1], (*strides)[2], (*strides)[3]};
       int64_t heads = q.size(0) * k.size(1);
+      auto floats = [](const Part& x) { return (const float*)data(x); };
+      Extras more{floats(k_first), floats(v_first), floats(k_last), floats(v_last), floats(sinks), k_first ? k_first->size(2) : 0,
+                  k_last ? k_last->size(2) : 0, start ? *(const int64_t*)start->const_data_ptr() : 0, float(soft_cap)};
       const Stored &ks = call->keys, &vs = call->values;
       call->kernel(ks.spec, k.const_data_ptr(), data(k_scale), data(k_zero), data(k_outer), heads * call->k_capacity, q.size(3),
                    ks.scale_rows, ks.outer_rows, vs.spec, v.const_data_ptr(), data(v_scale), data(v_zero), data(v_outer),
                    heads * call->v_capacity, v_columns, vs.scale_rows, vs.outer_rows, (const float*)q.const_data_ptr(), data(mask), sizes, mask_type, causal,
-                   scale ? float(*scale) : 1.0f / std::sqrt(float(q.size(3))), y.mutable_data_ptr(), 0,
+                   scale ? float(*scale) : 1.0f / std::sqrt(float(q.size(3))), y.mutable_data_ptr(), 0, &more,
                    int32_t(torch::stable::get_num_threads()));
       return y;
     }
   }
   attention_answer.reset();
   Tensor y = in_python("qpass::attention_checked", q, k, k_scale, k_zero, k_outer, k_spec, v, v_scale, v_zero, v_outer, v_columns, v_spec,
-                       mask, causal, scale);
+                       mask, causal, scale, k_first, v_first, k_last, v_last, start, soft_cap, sinks);
   if (usual && attention_answer) attentions.keep(key, *attention_answer);
   return y;
 }

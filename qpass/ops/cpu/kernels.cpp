@@ -42,11 +42,23 @@ int64_t qpass_rows(MATRIX(w_), const int64_t* indices, int64_t first, int64_t co
   return -1;
 }
 
-// x [n, k] of `dtype` -> the stored parts, which are written. Gives whether a scale was infinite.
-int64_t qpass_quantize(MATRIX(w_), const void* x, int32_t dtype, int32_t threads) {
+// x [n, k] of `dtype` -> the stored parts, which are written. `tokens`: rows of a head, where groups of them share scales. Gives
+// whether a scale was infinite.
+int64_t qpass_quantize(MATRIX(w_), const void* x, int64_t tokens, int32_t dtype, int32_t threads) {
   Matrix w = AS_MATRIX(w_);
   if (w.k * w.n < 1 << 15) threads = 1;
   std::atomic<int64_t> infinite{0};
+  if (w.spec->tokens) {
+    parallel(w.n / tokens * w.scale_rows, 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        int64_t head = i / w.scale_rows, first = i % w.scale_rows * w.spec->tokens, count = least(w.spec->tokens, tokens - first);
+        float* rows = scratch<float>(ROWS, count * w.k);
+        from_dtype((const char*)x + (head * tokens + first) * w.k * size_of(dtype), count * w.k, dtype, rows);
+        if (!quantize_tokens(w, rows, head * tokens + first, count, i)) infinite = 1;
+      }
+    });
+    return infinite;
+  }
   parallel(w.n, most(1, (1 << 14) / most(1, w.k)), threads, [&](int64_t begin, int64_t end) {
     float* row = scratch<float>(ROWS, w.k);
     for (int64_t r = begin; r < end; r++) {
@@ -60,9 +72,9 @@ int64_t qpass_quantize(MATRIX(w_), const void* x, int32_t dtype, int32_t threads
 // q [batch, heads, queries, k_k] float32; `sizes`: batch, heads, key heads, queries, tokens, capacities of keys and values,
 // strides of the mask.
 void qpass_attention(MATRIX(k_), MATRIX(v_), const float* q, const void* mask, const int64_t* sizes, int32_t mask_type, int32_t causal,
-                     float scale, void* out, int32_t dtype, int32_t threads) {
+                     float scale, void* out, int32_t dtype, const Extras* more, int32_t threads) {
   Attention a{q, Cache{AS_MATRIX(k_), sizes[5]}, Cache{AS_MATRIX(v_), sizes[6]}, mask, {sizes[7], sizes[8], sizes[9], sizes[10]},
-              mask_type, causal, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], k_k, v_k, scale, out, dtype};
+              mask_type, causal, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], k_k, v_k, scale, out, dtype, *more};
   attention(a, threads);
 }
 }

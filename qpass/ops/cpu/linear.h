@@ -5,39 +5,48 @@
 constexpr int ROWS_AT_ONCE = 4;  // weight rows that share the reading of x
 constexpr int64_t COLUMNS_AT_ONCE = 1024;   // of rows and inputs that stay in the first-level cache
 constexpr int INPUTS_AT_ONCE = W == 16 ? 4 : 2;  // inputs that share the reading of the weight, as registers allow
+constexpr int64_t FEW_INPUTS = 8;  // so many at most that each weight is made a float anew for some of them, and not kept
 
-// One row of a weight in its stored form by one input, padded with zeros to a multiple of W. Row after row is one stream,
-// which the hardware sees and fetches ahead; rows side by side reach two thirds of the bandwidth.
-template <class Read, bool Zeros> INLINE float dot_stored(const Matrix& m, int64_t row, const float* x, float* scales) {
-  constexpr int LANES = 4;  // sums side by side, for the latency of fma
+// One row of a weight in its stored form by M inputs `x_stride` apart, padded with zeros to a multiple of W. Row after row is one
+// stream, which the hardware sees and fetches ahead; rows side by side reach two thirds of the bandwidth.
+template <class Read, bool Zeros, int M>
+INLINE void dot_stored(const Matrix& m, int64_t row, const float* x, int64_t x_stride, float* scales, float* out) {
+  constexpr int LANES = M == 1 ? 4 : 2;  // sums side by side, for the latency of fma
   const uint8_t* p = m.row(row);
   const float *s = scales_of(m, row, scales), *z = Zeros ? zeros_of(m, row, scales + m.blocks) : nullptr;
   const float* book = m.spec->codebook;
   int64_t whole = m.k / W * W, group = m.blocks > 1 ? m.spec->group : m.k;
-  F total = zero();
+  F total[M];
+  UNROLL for (F& t : total) t = zero();
   for (int64_t k = 0, g = 0; k < m.k; g++) {
     int64_t end = least(m.k, k + group), vectors = least(end, whole);
-    F zeros = Zeros ? all(z[g]) : zero(), acc[LANES];
-    UNROLL for (F& a : acc) a = zero();
-    auto code = [&](F v) __attribute__((always_inline)) { return Zeros ? sub(v, zeros) : v; };
-    auto add_vector = [&](F v, int64_t i, F& sum) __attribute__((always_inline)) { sum = fma(code(v), load(x + i), sum); };
-    constexpr int64_t line = 64 * 8 / Read::bits;  // elements in a cache line
+    F zeros = Zeros ? all(z[g]) : zero(), acc[M][LANES];
+    for (auto& lanes : acc) UNROLL for (F& a : lanes) a = zero();
+    auto add_vector = [&](F v, int64_t i, int lane) __attribute__((always_inline)) {
+      if (Zeros) v = sub(v, zeros);
+      UNROLL for (int j = 0; j < M; j++) acc[j][lane] = fma(v, load(x + j * x_stride + i), acc[j][lane]);
+    };
+    constexpr int64_t line = 512 / Read::bits < 2 * W ? 2 * W : 512 / Read::bits;  // elements in a cache line, or two vectors
     for (; k + line <= vectors; k += line) {
       prefetch(p + k * Read::bits / 8);
       UNROLL for (int64_t i = 0; i < line; i += 2 * W) {
         F a, b;
         Read::two(p, k + i, book, a, b);
-        add_vector(a, k + i, acc[i / W % LANES]), add_vector(b, k + i + W, acc[(i / W + 1) % LANES]);
+        add_vector(a, k + i, i / W % LANES), add_vector(b, k + i + W, (i / W + 1) % LANES);
       }
     }
     for (; k + LANES * W <= vectors; k += LANES * W)
-      UNROLL for (int i = 0; i < LANES; i++) add_vector(Read::at(p, k + i * W, book), k + i * W, acc[i]);
-    for (; k < vectors; k += W) add_vector(Read::at(p, k, book), k, acc[0]);
-    if (k < end) add_vector(read_tail<Read>(p, m.row_bytes, k, book), k, acc[1]);
+      UNROLL for (int i = 0; i < LANES; i++) add_vector(Read::at(p, k + i * W, book), k + i * W, i);
+    for (; k < vectors; k += W) add_vector(Read::at(p, k, book), k, 0);
+    if (k < end) add_vector(read_tail<Read>(p, m.row_bytes, k, book), k, 1);
     k = end;
-    total = fma(add(add(acc[0], acc[1]), add(acc[2], acc[3])), all(s[g]), total);
+    UNROLL for (int j = 0; j < M; j++) {
+      F sum = add(acc[j][0], acc[j][1]);
+      if (LANES == 4) sum = add(sum, add(acc[j][LANES - 2], acc[j][LANES - 1]));
+      total[j] = fma(sum, all(s[g]), total[j]);
+    }
   }
-  return sum(total);
+  UNROLL for (int j = 0; j < M; j++) out[j] = sum(total[j]);
 }
 
 // out[m * ROWS_AT_ONCE + r] = w[r] . x[m]: rows of floats `w_stride` apart, inputs `x_stride` apart, both padded to a multiple of W.
@@ -99,18 +108,35 @@ static float* padded_inputs(const void* x, int64_t count, int64_t k, int32_t dty
   return out;
 }
 
+// Rows [begin, end) of the weight as they are stored, by few inputs.
+template <class Read, bool Zeros>
+static void linear_stored(const Matrix& w, const float* x, int64_t count, int64_t padded, int64_t begin, int64_t end, const Output& out) {
+  float* scales = scratch<float>(SCALES, 2 * w.blocks);
+  int64_t half = (end - begin + 1) / 2;
+  for (int64_t i = 0; i < end - begin; i++) {  // two halves by turns: two streams are fetched further ahead than one
+    int64_t n = begin + i / 2 + i % 2 * half, m = 0;
+    float y[INPUTS_AT_ONCE];
+    for (; m + INPUTS_AT_ONCE <= count; m += INPUTS_AT_ONCE) {
+      dot_stored<Read, Zeros, INPUTS_AT_ONCE>(w, n, x + m * padded, padded, scales, y);
+      for (int64_t j = 0; j < INPUTS_AT_ONCE; j++) out.put(m + j, n, y[j]);
+    }
+    for (; m < count; m++) {
+      dot_stored<Read, Zeros, 1>(w, n, x + m * padded, padded, scales, y);
+      out.put(m, n, y[0]);
+    }
+  }
+}
+
 template <class Read>
 static void linear_rows(const Matrix& w, const float* x, int64_t count, int64_t begin, int64_t end, const Output& out) {
   int64_t padded = round_up(w.k, W), blocks = w.blocks;
-  float* scales = scratch<float>(SCALES, 2 * blocks);
-  bool stored = count == 1 && groups_fit(w), zeros = needs_zeros(*w.spec);
-  float* floats = stored ? nullptr : scratch<float>(ROWS, ROWS_AT_ONCE * padded);
-  int64_t half = (end - begin + 1) / 2;
-  for (int64_t i = 0; stored && i < end - begin; i++) {  // two halves by turns: two streams are fetched further ahead than one
-    int64_t n = begin + i / 2 + i % 2 * half;
-    out.put(0, n, zeros ? dot_stored<Read, true>(w, n, x, scales) : dot_stored<Read, false>(w, n, x, scales));
+  bool long_groups = blocks == 1 || w.spec->group >= 128;  // each group ends in a sum for each input
+  if (groups_fit(w) && (count == 1 || (count <= FEW_INPUTS && long_groups))) {
+    if (needs_zeros(*w.spec)) return linear_stored<Read, true>(w, x, count, padded, begin, end, out);
+    return linear_stored<Read, false>(w, x, count, padded, begin, end, out);
   }
-  for (int64_t n = begin; !stored && n < end; n += ROWS_AT_ONCE) {
+  float *scales = scratch<float>(SCALES, 2 * blocks), *floats = scratch<float>(ROWS, ROWS_AT_ONCE * padded);
+  for (int64_t n = begin; n < end; n += ROWS_AT_ONCE) {
     int64_t here = least(ROWS_AT_ONCE, end - n);
     const float* p[ROWS_AT_ONCE];
     for (int r = 0; r < ROWS_AT_ONCE; r++) {  // the last is repeated past the end

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qpass.granularity import PerTokens
 from qpass.packing import packed_length
 from qpass.spec import QuantSpec, parse_spec
 
@@ -23,7 +24,7 @@ class SpecStruct(ctypes.Structure):
     """struct Spec of weight.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "scale", "zero_point")),
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "tokens", "scale", "zero_point")),
         ("unit", ctypes.c_float),
         ("codebook", ctypes.c_float * 16),
         ("integers", ctypes.c_int8 * 16),
@@ -39,8 +40,9 @@ class CpuSpec:
     address: int
 
     def blocks(self, columns: int) -> int:
+        """Scales of a row, or of a group of tokens."""
         g = self.spec.group_size
-        return -(-columns // g) if g else 1
+        return columns if self.struct.tokens else -(-columns // g) if g else 1
 
 
 @cache
@@ -60,8 +62,9 @@ def cpu_spec(text: str) -> CpuSpec:
         _KINDS.get(fmt.name, _CODEBOOK if book else _CODES),
         fmt.bits,
         spec.group_size,
+        spec.granularity.tokens if isinstance(spec.granularity, PerTokens) else 0,
         scale,
-        spec.has_zero_point,
+        spec.has_zero_point + spec.float_zero,
         unit,
         (ctypes.c_float * 16)(*book),
         (ctypes.c_int8 * 16)(*(round(v / unit) for v in book)),
@@ -98,12 +101,17 @@ def fits(parts: tuple[Tensor | None, ...], k: int, text: str) -> bool:
     if data is None or data.dtype not in data_types or data.shape[-1] != width:
         return False
     rows = data.numel() // width
-    spec = cpu_spec(text).spec
+    spec, tokens = cpu_spec(text).spec, cpu_spec(text).struct.tokens
+    if tokens:
+        rows = rows // data.shape[-2] * -(-data.shape[-2] // tokens)
     if (scale is not None) != bool(scale_types) or (zero is not None) != spec.has_zero_point:
         return False
     if scale is not None and (scale.dtype not in scale_types or scale.numel() not in (blocks, rows * blocks)):
         return False
-    if zero is not None:
+    if zero is not None and spec.float_zero:
+        if zero.dtype != scale.dtype or zero.shape != scale.shape:  # type: ignore[union-attr]
+            return False
+    elif zero is not None:
         zero_width = packed_length(blocks, spec.format.bits) if spec.format.bits < 8 else blocks
         if zero.dtype != spec.format.storage or zero.numel() * blocks != scale.numel() * zero_width:  # type: ignore[union-attr]
             return False
@@ -126,6 +134,13 @@ class Matrix:
             None if outer is None else outer.data_ptr(),
             n,
             k,
-            n if scale is not None and scale.numel() > known.blocks(k) else 1,
+            self._scale_rows(n, k),
             n if outer is not None and outer.numel() > 1 else 1,
         )
+
+    def _scale_rows(self, n: int, k: int) -> int:
+        """Rows that the scales have: n, or 1 where all share them; of scales for groups of tokens, the groups of a head."""
+        scale = self.parts[1]
+        if self.known.struct.tokens and scale is not None:
+            return scale.shape[-2]
+        return n if scale is not None and scale.numel() > self.known.blocks(k) else 1

@@ -11,9 +11,10 @@ enum Dtype : int32_t { X_FP32, X_BF16, X_FP16 };
 // What a spec says; made once for each by Python.
 struct Spec {
   int32_t kind, bits;
-  int32_t group;  // elements that share a scale; 0: the whole row
-  int32_t scale;  // a ScaleType
-  int32_t zero_point;
+  int32_t group;   // elements that share a scale; 0: the whole row
+  int32_t tokens;  // rows whose elements of one column share a scale; 0: rows have their own
+  int32_t scale;   // a ScaleType
+  int32_t zero_point;  // 0: none; 1: integers stored as the codes are; 2: floats stored as the scales are
   float unit;  // a codebook's values are, nearly for nf4, these integers times this, for int8 products
   float codebook[16];
   int8_t integers[16];
@@ -31,14 +32,14 @@ struct Matrix {
   const uint8_t *data, *scale, *zero;
   const float* outer;
   int64_t n, k;
-  int64_t scale_rows, outer_rows;  // n, or 1 where all rows share them
+  int64_t scale_rows, outer_rows;  // n, or 1 where all rows share them; groups of tokens in a head
   int64_t blocks, row_bytes, zero_bytes;
 
   Matrix(const Spec* spec, const uint8_t* data, const uint8_t* scale, const uint8_t* zero, const float* outer, int64_t n, int64_t k,
          int64_t scale_rows, int64_t outer_rows)
       : spec(spec), data(data), scale(scale), zero(zero), outer(outer), n(n), k(k), scale_rows(scale_rows), outer_rows(outer_rows),
-        blocks(spec->group ? (k + spec->group - 1) / spec->group : 1), row_bytes(packed_bytes(k, spec->bits)),
-        zero_bytes(packed_bytes(blocks, spec->bits)) {}
+        blocks(spec->tokens ? k : spec->group ? (k + spec->group - 1) / spec->group : 1), row_bytes(packed_bytes(k, spec->bits)),
+        zero_bytes(spec->zero_point == 2 ? blocks * (spec->scale == SCALE_FP32 ? 4 : 2) : packed_bytes(blocks, spec->bits)) {}
 
   const uint8_t* row(int64_t r) const { return data + r * row_bytes; }
 };
@@ -51,6 +52,16 @@ INLINE uint32_t code_at(const uint8_t* row, int64_t i, int bits) {
 }
 
 // --- scales and zero points of a row ------------------------------------------------------------------------------
+
+// Number i of scales, or of zero points, that are floats.
+INLINE float float_at(const Spec& spec, const uint8_t* stored, int64_t i) {
+  if (spec.scale == SCALE_FP32) return ((const float*)stored)[i];
+  uint16_t half = ((const uint16_t*)stored)[i];
+  return spec.scale == SCALE_FP16 ? from_fp16(half) : from_bf16(half);
+}
+
+// What is added to codes when they are stored as unsigned numbers.
+INLINE float offset_of(const Spec& spec) { return spec.kind == CODES ? float(1 << (spec.bits - 1)) : 0.0f; }
 
 // float32 numbers that multiply the codes of row r; `scratch` holds blocks of them where they are stored otherwise.
 INLINE const float* scales_of(const Matrix& m, int64_t r, float* scratch) {
@@ -69,8 +80,9 @@ INLINE const float* scales_of(const Matrix& m, int64_t r, float* scratch) {
   return scratch;
 }
 
-// Zero point g of a row of them.
+// Zero point g of a row of them, as codes are stored.
 INLINE float zero_at(const Matrix& m, const uint8_t* row, int64_t g) {
+  if (m.spec->zero_point == 2) return float_at(*m.spec, row, g) + offset_of(*m.spec);
   return m.spec->kind == INT8 ? float(int8_t(row[g])) : float(code_at(row, g, m.spec->bits));
 }
 
@@ -78,13 +90,12 @@ INLINE float zero_at(const Matrix& m, const uint8_t* row, int64_t g) {
 INLINE const float* zeros_of(const Matrix& m, int64_t r, float* scratch) {
   int64_t blocks = m.blocks;
   if (!m.zero) {
-    float offset = m.spec->kind == CODES ? float(1 << (m.spec->bits - 1)) : 0.0f;
-    for (int64_t i = 0; i < blocks; i++) scratch[i] = offset;
+    for (int64_t i = 0; i < blocks; i++) scratch[i] = offset_of(*m.spec);
     return scratch;
   }
   const uint8_t* row = m.zero + (m.scale_rows == 1 ? 0 : r * m.zero_bytes);
   int64_t done = 0;
-  if (m.spec->kind == CODES && m.spec->bits == 4)
+  if (m.spec->kind == CODES && m.spec->bits == 4 && m.spec->zero_point == 1)
     for (; done + W <= blocks; done += W) store(scratch + done, to_float(load_codes<4>(row + done / 2)));
   for (int64_t i = done; i < blocks; i++) scratch[i] = zero_at(m, row, i);
   return scratch;

@@ -1,0 +1,271 @@
+"""A KV cache that the program itself holds: its storage becomes integer data and scales, in the place of a float tensor.
+
+The state is a graph input that attention reads and that the graph writes, or joins to new tokens and returns. Quantization is
+along the last axis, so whatever moves, cuts or overwrites along the others is done to each stored part alike; what is written is
+quantized first, and whatever else reads the state gets it dequantized (qpass::read_cache), which the rewrite of attention then
+takes away.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from qpass.graph.attention import read_whole
+from qpass.graph.flow import Flow
+from qpass.graph.vocabulary import CASTS, CATS, argument, op_name, shape_of, source_of, value_of
+from qpass.sites.core import Edit, Site, Skip
+from qpass.spec import QuantSpec
+
+_aten = torch.ops.aten
+
+#: What rearranges a tensor -> position and name of the argument that says which axes (None: none).
+_ALONG: dict[str, tuple[int, str] | None] = {
+    "slice": (1, "dim"), "select": (1, "dim"), "narrow": (1, "dim"), "index_select": (1, "dim"), "unsqueeze": (1, "dim"),
+    "transpose": (1, "dim0"), "permute": (1, "dims"), "roll": (2, "dims"), "getitem": (1, "index"), "clone": None,
+    "contiguous": None, "alias": None, "detach": None, "expand": None,
+}  # fmt: skip
+#: What writes a tensor into another -> position and name of what is written.
+_WRITES = {
+    "index_copy": (3, "source"), "index_copy_": (3, "source"), "index_put": (2, "values"), "index_put_": (2, "values"),
+    "scatter": (3, "src"), "scatter_": (3, "src"), "slice_scatter": (1, "src"), "select_scatter": (1, "src"),
+    "copy_": (1, "src"), "copy": (1, "src"), "setitem": (2, "value"), "zero_": None,
+}  # fmt: skip
+_VIEWS_OF_HEADS = {"reshape", "view", "expand", "unsqueeze", "repeat_interleave"} | CASTS
+
+
+@dataclass
+class State:
+    """A cache that becomes parts. `parts`: their placeholders; `dtypes`: what they are read as (8-bit floats lie as bytes)."""
+
+    node: Node
+    spec: QuantSpec
+    site: Site
+    columns: int
+    dtype: torch.dtype
+    parts: list[Node] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+
+def find(
+    flow: Flow, candidates: Collection[Node], names: Mapping[Node, str], specs: tuple[QuantSpec, QuantSpec]
+) -> tuple[list[State], list[Skip]]:
+    """The states among `candidates`, inputs of the graph that are no Parameters; and those that stay in float, and why."""
+    found: dict[Node, State] = {}
+    skips: list[Skip] = []
+    for node, attention in flow.attentions.items():
+        whole = read_whole(node)
+        k, v = (attention.k, attention.v) if whole is None else (whole.k, whole.v)
+        producers = flow.linears_behind(k)
+        name = names[flow.linears[producers[0]].weight] if producers else f"cache of {node.name}"
+        for role, operand, spec in (("k", k, specs[0]), ("v", v, specs[1])):
+            held = _held_behind(operand, set())
+            if held is None or held not in candidates or held in found:
+                continue
+            value, site = value_of(held), Site("kv", name, (role,))
+            reason = _why_not(flow, held, spec)
+            if reason:
+                skips.append(Skip(site, reason))
+            elif _is_kept(flow, held):
+                found[held] = State(held, spec, site, value.shape[-1], value.dtype)
+    return list(found.values()), skips
+
+
+def _held_behind(value: Any, seen: set[Node]) -> Node | None:
+    """The graph input that `value` is a cut, a copy or a continuation of."""
+    while (isinstance(value, Node) and value.op == "call_function") or (
+        isinstance(value, Node) and value.op == "call_method"
+    ):
+        name = op_name(value)
+        if value in seen:
+            return None
+        seen.add(value)
+        if name in CATS:
+            parts = [_held_behind(x, seen) for x in value.args[0]]  # type: ignore[union-attr]
+            return next((p for p in parts if p is not None), None)
+        if name not in _ALONG and name not in _WRITES and name not in _VIEWS_OF_HEADS:
+            return None
+        value = source_of(value)
+    return value if isinstance(value, Node) and value.op == "placeholder" else None
+
+
+def _is_kept(flow: Flow, held: Node) -> bool:
+    """Whether the graph writes to the input, or returns what continues it."""
+    return held in flow.written or any(_held_behind(out, set()) is held for out in flow.outputs)
+
+
+def _why_not(flow: Flow, held: Node, spec: QuantSpec) -> str | None:
+    value = value_of(held)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not isinstance(value.shape[-1], int):
+        return "the cache is no float tensor of known width"
+    if spec.of_caches_only in ("static",) or str(spec.granularity).startswith("t"):
+        return f"{spec} needs more than a cache (scales from data, a window in float): use qpass.KVCache, or another format"
+    if spec.group_size > value.shape[-1]:
+        return f"{spec}: the group is larger than a head of {value.shape[-1]}"
+    for write in flow.written.get(held, ()):
+        if op_name(write) not in _WRITES:
+            return (
+                f"the cache is changed by {op_name(write)}, which has no quantized form: write to it with index_copy_"
+            )
+        if not _keeps_last_axis(write) and op_name(write) not in ("copy_", "zero_"):
+            return f"{op_name(write)} writes a part of the last axis, along which the cache shares its scales"
+    return None
+
+
+# --- rewriting ----------------------------------------------------------------------------------------------------------
+
+
+class Rewriter:
+    """Replaces each state, whose parts are inputs of the graph already, by these. `evaluate` records the value of a new node."""
+
+    def __init__(self, graph: Graph, states: Sequence[State], evaluate: Callable[[Node], None]) -> None:
+        self.graph, self.states, self.evaluate = graph, states, evaluate
+        self.of: dict[Node, tuple[State, list[Node]]] = {s.node: (s, s.parts) for s in states}
+        self.added: list[Node] = []
+
+    def run(self) -> list[Edit]:
+        """Rewrite all; -> one edit for each state."""
+        removed: list[Node] = []
+        for node in list(self.graph.nodes):
+            if node.op == "output":
+                node.args = (self._returned(node.args[0]),)
+            elif any(n in self.of for n in node.all_input_nodes) and self._transfer(node):
+                removed.append(node)
+        for node in reversed([*[s.node for s in self.states], *removed]):
+            assert not node.users, node.users
+            self.graph.erase_node(node)
+        names = tuple(n.name for n in removed)
+        kept = set(self.graph.nodes)
+        added = tuple(n.name for n in self.added if n in kept)
+        inputs = tuple(p.name for s in self.states for p in s.parts)
+        held = tuple(s.node.name for s in self.states)
+        return [Edit("hold_quantized", ", ".join(s.site.name for s in self.states), held + names, inputs + added)]
+
+    def _insert(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        self.evaluate(node)
+        self.added.append(node)
+        return node
+
+    def _transfer(self, node: Node) -> bool:
+        """Do to the parts what `node` does to a state; False if it reads floats, which it is given."""
+        name, first = op_name(node), node.args[0] if node.args else None
+        with self.graph.inserting_before(node):
+            if name in CATS and self._joins(node):
+                state = next(self.of[n][0] for n in node.all_input_nodes if n in self.of)
+                pieces = [self._stored(x, state) for x in first]  # type: ignore[union-attr]
+                dim = argument(node, 1, "dim", 0)
+                self.of[node] = (
+                    state,
+                    [self._insert(_aten.cat.default, list(p), dim) for p in zip(*pieces, strict=True)],
+                )
+                return True
+            if isinstance(first, Node) and first in self.of:
+                state, parts = self.of[first]
+                if name in _WRITES and (_keeps_last_axis(node) or name in ("copy_", "zero_")):
+                    self.of[node] = state, self._write(node, name, state, parts)
+                    return True
+                if name in _ALONG and _keeps_last_axis(node):
+                    self.of[node] = state, [self._again(node, p) for p in parts]
+                    return True
+            floats = {n: self._read(n) for n in node.all_input_nodes if n in self.of}
+        node.args = torch.fx.node.map_arg(node.args, lambda n: floats.get(n, n))
+        node.kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: floats.get(n, n))
+        return False
+
+    def _again(self, node: Node, part: Node, **changed: Any) -> Node:
+        """The same call on a part, with other arguments where `changed` (position -> value) says so."""
+        args = [changed.get(f"_{i}", a) for i, a in enumerate(node.args)]
+        args[0] = part
+        if op_name(node) == "expand":
+            sizes = args[1] if isinstance(args[1], list | tuple) else args[1:]
+            args = [part, [*list(sizes)[:-1], -1]]
+        new = self.graph.node_copy(node)
+        new.args, new.meta = tuple(args), {}
+        self.evaluate(new)
+        self.added.append(new)
+        return new
+
+    def _write(self, node: Node, name: str, state: State, parts: list[Node]) -> list[Node]:
+        where = _WRITES[name]
+        if where is None:
+            return [self._again(node, p) for p in parts]
+        source = argument(node, *where)
+        pieces = self._stored(source, state, like=shape_of(node.args[0]))  # type: ignore[arg-type]
+        done = []
+        for part, piece in zip(parts, pieces, strict=True):
+            changed = {f"_{where[0]}": piece}
+            if name in ("scatter", "scatter_"):  # one index for all of a row
+                index = self._insert(_aten.slice.Tensor, argument(node, 2, "index"), -1, 0, 1)
+                changed["_2"] = self._insert(_aten.expand.default, index, list(_sizes(self._insert, piece)))
+            done.append(self._again(node, part, **changed))
+        # An assignment gives nothing: what it wrote to goes on to be read.
+        return parts if name == "setitem" else done
+
+    def _stored(self, value: Any, state: State, like: Any = None) -> list[Node]:
+        """Parts of a float, or of another state."""
+        if value in self.of:
+            return self.of[value][1]
+        quantized = self._insert(torch.ops.qpass.quantize.default, value, str(state.spec))
+        parts = [self._insert(operator.getitem, quantized, i) for i in range(len(state.parts))]
+        floats8 = [dtype.is_floating_point and dtype.itemsize == 1 for dtype in state.dtypes]
+        return [self._insert(_aten.view.dtype, p, torch.uint8) if f else p for p, f in zip(parts, floats8, strict=True)]
+
+    def _read(self, node: Node) -> Node:
+        state, parts = self.of[node]
+        slots: list[Node | None] = [None] * 4
+        for slot, part, dtype in zip(state.slots, parts, state.dtypes, strict=True):
+            same = value_of(part).dtype == dtype
+            slots[slot] = part if same else self._insert(_aten.view.dtype, part, dtype)
+        return self._insert(torch.ops.qpass.read_cache.default, *slots, state.columns, str(state.spec), state.dtype)
+
+    def _joins(self, node: Node) -> bool:
+        """Whether a cat is of states and floats along another axis than the last."""
+        dim, rank = argument(node, 1, "dim", 0), len(shape_of(node) or ())
+        return isinstance(dim, int) and dim % rank != rank - 1
+
+    def _returned(self, outputs: Any) -> Any:
+        """The graph's outputs, with the parts of a state in its place."""
+        flat: list[Any] = []
+        for value in outputs:
+            flat += self.of[value][1] if value in self.of else [value]
+        return tuple(flat)
+
+
+def _sizes(insert: Callable[..., Node], node: Node) -> list[Any]:
+    shape = shape_of(node) or ()
+    return [n if isinstance(n, int) else insert(_aten.sym_size.int, node, i) for i, n in enumerate(shape)]
+
+
+def _keeps_last_axis(node: Node) -> bool:
+    """Whether a rearrangement or a write leaves the last axis whole and last."""
+    name, rank = op_name(node), len(shape_of(source_of(node)) or ())
+    if name in _ALONG:
+        where = _ALONG[name]
+    else:
+        where = {"slice_scatter": (2, "dim"), "select_scatter": (2, "dim"), "setitem": (1, "index"), "index_put": (1, "indices"),
+                 "index_put_": (1, "indices")}.get(name, (1, "dim"))  # fmt: skip
+    if where is None:
+        return True
+    along = argument(node, *where)
+    if name in ("getitem", "setitem", "index_put", "index_put_"):
+        index = list(along) if isinstance(along, list | tuple) else [along]
+        if Ellipsis in index:
+            return index[-1] in (Ellipsis, slice(None))
+        taken = sum(i is not None or name.startswith("index_put") for i in index)
+        return taken < rank or index[-1] == slice(None)
+    if name == "permute":
+        return along[-1] % rank == rank - 1
+    if name == "transpose":
+        return all(d % rank != rank - 1 for d in (along, argument(node, 2, "dim1")))
+    if name == "unsqueeze":
+        return along % (rank + 1) != rank
+    dims = along if isinstance(along, list | tuple) else [along]
+    return all(isinstance(d, int) and d % rank != rank - 1 for d in dims)
