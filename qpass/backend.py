@@ -148,10 +148,15 @@ class QPass:
         return self.plan_parameters(gm.graph, parameters, names, fragment)
 
     def plan_parameters(
-        self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False
-    ) -> Plan:
-        """The plan of a graph whose Parameters are known. `fragment`: it is not all of the model."""
+        self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False,
+        held: Sequence[Skip] = (),
+    ) -> Plan:  # fmt: skip
+        """The plan of a graph whose Parameters are known. `fragment`: it is not all of the model. `held`: what is known of
+        caches that it holds and that stay in float."""
         plan = self._plan(graph, parameters, names, fragment)
+        tried = {skip.site.name for skip in held}
+        others = (s for s in plan.skipped if s.site.kind != "kv" or s.site.name not in tried)
+        plan = replace(plan, skipped=(*others, *held))
         self._check_coverage(plan, fragment, len(parameters))
         return plan
 

@@ -163,9 +163,8 @@ class KVCache(Cache):
         if not seen:
             raise QpassError("KVCache.calibrate: no batches; static scales need data")
         for i, (layer, tops) in enumerate(zip(self.layers, seen, strict=True)):
-            top: Tensor
             for half, top, name in zip((layer.k, layer.v), tops, ("keys", "values"), strict=True):
-                if not torch.isfinite(top).all():
+                if not bool(torch.isfinite(torch.as_tensor(top)).all()):
                     raise QpassError(f"KVCache.calibrate: the {name} of layer {i} hold NaN or inf")
                 half.calibrate(top)
         return self
@@ -274,8 +273,8 @@ def _hybrid_layer() -> Any:
 
     class HybridLayer(cache_utils.LinearAttentionLayer, QuantizedLayer):
         def __init__(self, length: int, states: int, k: Half, v: Half) -> None:
-            QuantizedLayer.__init__(self, length)
-            cache_utils.LinearAttentionLayer.__init__(self, number_of_states=states)  # type: ignore[call-arg]
+            QuantizedLayer.__init__(self, length)  # type: ignore[call-arg]
+            cache_utils.LinearAttentionLayer.__init__(self, number_of_states=states)
             self.hold(k, v)
 
         def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:

@@ -101,17 +101,13 @@ class Stored(StaticLayer):
         """Take the halves; nothing is allocated before the first token."""
         self.k, self.v = k, v
 
-    def room(self, states: Tensor) -> int:
-        """Tokens to allocate for each half."""
-        return self.max_cache_len
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the shape, dtype and device of `key_states` [B, H, S, D] and `value_states` [B, H, S, Dv]."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        self.k.allocate(key_states, self.room(key_states))
-        self.v.allocate(value_states, self.room(value_states))
+        self.k.allocate(key_states, self.max_cache_len)
+        self.v.allocate(value_states, self.max_cache_len)
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.mark_static()
         self.is_initialized = True
@@ -263,12 +259,9 @@ class ResidualLayer(Stored):
     """
 
     def __init__(self, max_cache_len: int, window: int, firsts: int) -> None:
-        super().__init__(max_cache_len)
+        super().__init__(-(-max_cache_len // BLOCK) * BLOCK)  # whole blocks
         self.window, self.firsts = window, firsts
         self.floats: list[Tensor] = []
-
-    def room(self, states: Tensor) -> int:
-        return -(-self.max_cache_len // BLOCK) * BLOCK
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         lengths = (self.window + BLOCK, self.firsts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from qpass.passes import INPUT, PART_NAMES, Convert, GraphInput, clean, run_pass
 from qpass.recipe import Recipe
 from qpass.registry import FINISHED
 from qpass.report import report_on
-from qpass.sites.core import Skip
 from qpass.sites.group import WeightGroup
 from qpass.store import Parts
 from qpass.weights import memory_of
@@ -48,8 +47,7 @@ def quantize_program(
     parameters = _parameters(module.graph, {placeholders[name]: program.state_dict[fqn] for name, fqn in fqns.items()})
     names = {node: fqns[node.name] for node in parameters}
     held = hold_quantized(program, module.graph, parameters, names, backend.recipe, _set_value)
-    plan = backend.plan_parameters(module.graph, parameters, names)
-    plan = replace(plan, skipped=_without_held(plan.skipped, held))
+    plan = backend.plan_parameters(module.graph, parameters, names, held=held.skips)
     by_name = {node.name: tensor for node, tensor in parameters.items()}
 
     def parts_of(group: WeightGroup) -> Parts:
@@ -123,12 +121,6 @@ def _set_value(node: Node) -> None:
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with fake_mode_of(some):
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _without_held(skips: Sequence[Skip], held: HeldCaches) -> tuple[Skip, ...]:
-    """What is said of caches: why they stay in float, in the words of who tried to convert them."""
-    tried = {s.site.name for s in held.skips}
-    return (*(s for s in skips if s.site.kind != "kv" or s.site.name not in tried), *held.skips)
 
 
 def _rebuilt(

@@ -31,16 +31,17 @@ class StoredRead:
 
     node: Node
     tokens: slice | None
+    parts: tuple[Node | None, ...]
+    columns: int
+    spec: str
+    #: first, last, start: the tokens that are there as floats too.
+    floats: tuple[Any, Any, Any]
 
-    @property
-    def spec(self) -> str:
-        """The format that the storage is in."""
-        return str(self.node.args[5])
-
-    @property
-    def floats(self) -> tuple[Any, Any, Any]:
-        """first, last, start: the tokens that are there as floats too."""
-        return (*self.node.args[7:], None, None, None)[:3]  # type: ignore[return-value]
+    @classmethod
+    def of(cls, node: Node, tokens: slice | None = None) -> StoredRead:
+        """What a read_cache node says; a node that is erased says nothing any more."""
+        floats = (*node.args[7:], None, None, None)[:3]
+        return cls(node, tokens, node.args[:4], node.args[4], str(node.args[5]), floats)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class CacheRead:
     @property
     def bytes_stored(self) -> int:
         """Of codes, scales and zero points."""
-        return sum(_nbytes(p) for read in (self.k, self.v) for p in read.node.args[:4] if isinstance(p, Node))
+        return sum(_nbytes(p) for read in (self.k, self.v) for p in read.parts if p is not None)
 
     @property
     def bytes_per_token(self) -> float:
@@ -96,7 +97,7 @@ def find(flow: Flow, names: dict[Node, str], wanted: bool) -> tuple[list[Match],
         if whole is not None and k is not None and v is not None and _reads_alike(k, v):
             matches.append(Match(site, node, None, CacheRead(node, k, v, whole)))
         elif len(reads := _reads_behind(flow, attention)) == 2:
-            first, second = (StoredRead(n, None) for n in reads)
+            first, second = (StoredRead.of(n) for n in reads)
             if whole is None and _stored_behind(attention.v) is not None:
                 skips.append(Skip(site, _UNKNOWN))
             else:
@@ -159,7 +160,7 @@ def rewrite(graph: Graph, match: Match) -> Edit:
             sinks = graph.call_function(operator.getitem, (sinks, (0, slice(None), 0, 0)))
         mask, floats = _mask(graph, whole, heads), (k_first, v_first, k_last, v_last, start)
         rest = (mask, whole.is_causal, whole.scale, *floats, whole.soft_cap, sinks)
-        args = (q, *k, call.specs[0], *v, call.v.node.args[4], call.specs[1], *rest)
+        args = (q, *k, call.specs[0], *v, call.v.columns, call.specs[1], *rest)
         new = graph.call_function(torch.ops.qpass.attention.default, args)
         out = graph.call_function(_aten.flatten.using_ints, (new, 0, 1)) if flat else new
     out.meta = dict(node.meta)
@@ -207,9 +208,9 @@ def _mask(graph: Graph, whole: Attention, heads: int) -> Node | None:
 def _parts(graph: Graph, read: StoredRead) -> list[Any]:
     """The stored parts [B, H, S, *], cut to the tokens that are read."""
     if read.tokens is None:
-        return list(read.node.args[:4])
+        return list(read.parts)
     cut = (slice(None), slice(None), read.tokens)
-    return [None if p is None else graph.call_function(operator.getitem, (p, cut)) for p in read.node.args[:4]]
+    return [None if p is None else graph.call_function(operator.getitem, (p, cut)) for p in read.parts]
 
 
 def _stored_behind(value: Any) -> StoredRead | None:
@@ -235,9 +236,9 @@ def _stored_behind(value: Any) -> StoredRead | None:
         return None
     same = (tokens is not None or stored[2] == seen[-2]) and stored[3] == seen[-1]
     if len(seen) == 3:
-        return StoredRead(node, tokens) if same and stored[0] * stored[1] == seen[0] else None
+        return StoredRead.of(node, tokens) if same and stored[0] * stored[1] == seen[0] else None
     same = same and stored[0] == seen[0] and seen[1] % stored[1] == 0
-    return StoredRead(node, tokens) if same else None
+    return StoredRead.of(node, tokens) if same else None
 
 
 def _reads_alike(k: StoredRead, v: StoredRead) -> bool:

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from qpass.graph.attention import read_whole
 from qpass.graph.flow import Flow
-from qpass.graph.vocabulary import CASTS, CATS, argument, op_name, shape_of, source_of, value_of
+from qpass.graph.vocabulary import CASTS, CATS, argument, op_name, shape_of, source_of, value_of, writes_to
 from qpass.sites.core import Edit, Site, Skip
 from qpass.spec import QuantSpec
 
@@ -90,7 +90,7 @@ def _held_behind(value: Any, seen: set[Node]) -> Node | None:
         if name in CATS:
             parts = [_held_behind(x, seen) for x in value.args[0]]  # type: ignore[union-attr]
             return next((p for p in parts if p is not None), None)
-        if name not in _ALONG and name not in _WRITES and name not in _VIEWS_OF_HEADS:
+        if name not in _ALONG and name not in _WRITES and name not in _VIEWS_OF_HEADS and writes_to(value) is None:
             return None
         value = source_of(value)
     return value if isinstance(value, Node) and value.op == "placeholder" else None
@@ -114,8 +114,11 @@ def _why_not(flow: Flow, held: Node, spec: QuantSpec) -> str | None:
             return (
                 f"the cache is changed by {op_name(write)}, which has no quantized form: write to it with index_copy_"
             )
-        if not _keeps_last_axis(write) and op_name(write) not in ("copy_", "zero_"):
-            return f"{op_name(write)} writes a part of the last axis, along which the cache shares its scales"
+        target: Any = write
+        while isinstance(target, Node) and target is not held:
+            if not _keeps_last_axis(target) and op_name(target) not in ("copy_", "zero_"):
+                return f"{op_name(write)} writes a part of the last axis, along which the cache shares its scales"
+            target = source_of(target)
     return None
 
 
