@@ -72,7 +72,7 @@ class KVCache(Cache):
                 "KVCache: an encoder-decoder model keeps two caches; make them with qpass.KVCache.for_encoder_decoder(...)"
             )
         text = config.get_text_config(decoder=True)
-        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        kinds = getattr(text, "layer_types", None) or [_kind_of_all(text)] * text.num_hidden_layers
         if not set(kinds) - _STATES - _NOTHING:
             raise QpassError(
                 "KVCache: no layer of the model keeps keys and values, only states; use the model's own cache"
@@ -228,6 +228,11 @@ class KVCache(Cache):
         length = int(first.get_seq_length()) if first is not None and first.is_initialized else 0
         spec = "float" if self.k_spec is None else f"k={self.k_spec}, v={self.v_spec}"
         return f"KVCache({length}/{self.max_cache_len} tokens, {len(self.layers)} layers, {spec}, {self.nbytes / 1e6:.2f} MB)"
+
+
+def _kind_of_all(config: Any) -> str:
+    """The type of each layer where a config names none: transformers reads it from the same fields."""
+    return next((kind for kind, size in _SLIDING.items() if getattr(config, size, None) is not None), "full_attention")
 
 
 def _nbytes(layer: Any) -> int:
