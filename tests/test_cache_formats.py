@@ -247,3 +247,53 @@ def test_attention_that_is_written_out_becomes_the_operator(name: str) -> None:
         found = in_steps(torch.compile(model, backend=backend), qpass.KVCache(model.config, 32), (9, 1, 1))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert set(attention_calls(backend)) == {BLOCKS}, [r.skipped for r in qpass.report(backend).sites if r.kind == "kv"]
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------------------
+
+NEW_SPECS = [
+    "int2:t32:zero=float:scale=fp16", "int4:t32:zero=float", "int8:t32", "int2:g32:zero=float:scale=fp16",
+    "int4:g8:zero=float:scale=bf16", "int2:g16:asym", "int2:g16", "int8:scale=fp16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("spec", NEW_SPECS)
+@pytest.mark.parametrize("shape", [(2, 3, 64, 48), (1, 1, 7, 5), (2, 1, 33, 80)], ids=str)
+def test_the_kernel_rounds_as_the_reference_to_the_bit(spec: str, shape: tuple[int, ...], isa: str) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    x[0, 0, :, 0], x[0, 0, 0] = 0.0, 2.5
+    if spec.split(":")[1].startswith("g") and parse_spec(spec).group_size > shape[-1]:
+        spec = spec.replace(spec.split(":")[1], "g4")
+    with use_isa(isa):
+        found = torch.ops.qpass.quantize(x, spec)
+    with use_isa(REFERENCE):
+        expected = torch.ops.qpass.quantize(x, spec)
+    assert [p.dtype for p in found] == [p.dtype for p in expected]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "spec", ["int2:t32:zero=float", "int4:t8:zero=float", "int4:g8:zero=float", "int8:t16", "int3:t4:asym"]
+)
+@pytest.mark.parametrize("tokens_", [1, 7, 32, 45])
+def test_rounding_is_off_by_half_a_step_at_most(spec: str, tokens_: int) -> None:
+    """Scales computed here, from the range of a channel's group of tokens or of a row's group."""
+    x = torch.randn(2, tokens_, 16, generator=torch.Generator().manual_seed(1)) + 2
+    parsed = parse_spec(spec)
+    size = int(spec.split(":")[1][1:])
+    rows = x.mT if ":t" in spec else x
+    step = torch.empty_like(rows)
+    for start in range(0, rows.shape[-1], size):
+        block = rows[..., start : start + size]
+        low, high = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
+        if not parsed.float_zero:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        levels = 254 if parsed.symmetric else 2**parsed.format.bits - 1
+        width = 2 * torch.maximum(-low, high) if parsed.symmetric else high - low
+        step[..., start : start + size] = width / levels
+    back = dequantize(quantize(x, parsed), parsed, 16)
+    off = (back - x).abs()
+    # An integer zero point is rounded itself: half a step more at the ends.
+    bound = (step.mT if ":t" in spec else step) * (0.5 if parsed.float_zero or parsed.symmetric else 1.0)
+    assert bool((off <= bound + 1e-5).all())
