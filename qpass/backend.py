@@ -36,7 +36,7 @@ from qpass.graph.torch_private import (
 )
 from qpass.graph.vocabulary import DROPOUTS, SDPA, argument, op_name, value_of
 from qpass.graph.whole import trace_whole
-from qpass.ops.cpu.operators import bind
+from qpass.ops.cpu.library import bind
 from qpass.passes import Convert, GraphInput, clean, input_sources, parameter_nodes, run_passes, share_key_heads
 from qpass.progress import track
 from qpass.qtensor import QTensor

@@ -11,7 +11,7 @@ import torch
 
 from qpass.compute import INT8_BY_DEFAULT
 from qpass.ops.cpu.build import Missing, available_isas, find_compiler, kernels
-from qpass.ops.cpu.operators import bind
+from qpass.ops.cpu.library import bind
 
 #: Packages whose version matters to what qpass does.
 _PACKAGES = ("torch", "transformers", "triton", "torchao", "onnx", "onnxruntime", "onnxruntime-gpu")

@@ -12,7 +12,7 @@ import qpass
 from qpass.numerics import Quantized, quantize
 from qpass.ops.cpu import build
 from qpass.ops.cpu.build import REFERENCE, available_isas, use_isa
-from qpass.ops.cpu.operators import bind
+from qpass.ops.cpu.library import bind
 from qpass.spec import parse_spec
 
 SPECS = ["int8", "int8:g48:asym", "int8:tensor", "int4:g32:asym", "int4:g128", "int3:g24", "nf4:g32:dq", "nvfp4", "mxfp4",

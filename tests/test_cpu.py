@@ -18,8 +18,9 @@ import qpass
 from qpass.compute import INT8_BY_DEFAULT, compute_of
 from qpass.numerics import Quantized, dequantize, quantize
 from qpass.ops import reference
-from qpass.ops.cpu import build, operators
+from qpass.ops.cpu import build
 from qpass.ops.cpu.build import ISAS, Kernels, Missing, available_isas, use_isa
+from qpass.ops.cpu.library import c_functions
 from qpass.ops.cpu.matrix import SpecStruct
 from qpass.spec import parse_spec
 
@@ -474,5 +475,5 @@ def test_set_compute() -> None:
 
 
 def test_the_struct_of_a_spec_is_that_of_the_kernels() -> None:
-    library = operators._library()
+    library = c_functions()
     assert library.qpass_spec_bytes() == ctypes.sizeof(SpecStruct)

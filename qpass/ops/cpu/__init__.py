@@ -1,4 +1,4 @@
-"""C++ kernels of the operators: `build.py` compiles and loads them, `operators.py` puts them behind torch.ops.qpass."""
+"""C++ kernels: `build.py` compiles and loads them, `operators.py` and `attention.py` put them behind torch.ops.qpass."""
 
 from __future__ import annotations
 

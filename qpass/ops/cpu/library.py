@@ -1,0 +1,68 @@
+"""The loaded kernels, what their functions take, and the calls that binding.cpp may serve without Python."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from functools import cache
+from typing import Any
+
+from qpass.compute import ON_CHANGE
+from qpass.ops.cpu.build import Kernels, Missing, binding, kernels
+from qpass.ops.cpu.matrix import Matrix, SpecStruct
+
+
+@cache
+def _functions(found: Kernels) -> Any:
+    """The library, told once what its functions take."""
+    pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    matrix = [pointer] * 5 + [size] * 4
+    library = found.library
+    library.qpass_linear.argtypes = [*matrix, pointer, pointer, pointer, size, small, small, small, small]
+    library.qpass_rows.argtypes = [*matrix, pointer, size, size, pointer, small, small]
+    library.qpass_quantize.argtypes = [*matrix, pointer, size, small, small]
+    attention = [
+        *matrix, *matrix, pointer, pointer, pointer, small, small, ctypes.c_float, pointer, small, pointer, small,
+    ]  # fmt: skip
+    library.qpass_attention.argtypes = attention
+    library.qpass_rows.restype = library.qpass_quantize.restype = size
+    library.qpass_linear.restype = library.qpass_attention.restype = None
+    assert library.qpass_spec_bytes() == ctypes.sizeof(SpecStruct)
+    return library
+
+
+def c_functions() -> Any:
+    """The kernels in use, or None if there are none: the reference serves then."""
+    found = kernels()
+    return _functions(found) if isinstance(found, Kernels) else None
+
+
+#: The library of binding.cpp, once it is in use.
+_bound: list[ctypes.CDLL] = []
+
+
+def bind() -> str | None:
+    """From now on calls on CPU tensors that are like an earlier one do without Python (binding.cpp). Gives what prevents it."""
+    beside = threading.Thread(target=binding)  # two compilers at once, the first time
+    beside.start()
+    built = kernels()
+    beside.join()
+    found = built if isinstance(built, Missing) else binding()
+    if isinstance(found, Missing):
+        return found.reason
+    if not _bound:
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        found.qpass_remember_linear.argtypes = [pointer, pointer, size, size, size, ctypes.c_int32]
+        found.qpass_remember_attention.argtypes = [
+            pointer, pointer, size, size, pointer, size, size, size, size, size,
+        ]  # fmt: skip
+        ON_CHANGE.append(found.qpass_forget)
+        _bound.append(found)
+    return None
+
+
+def remember(what: str, kernel: Any, *matrices: Matrix, rest: tuple[int, ...]) -> None:
+    """Tell binding.cpp, if it is there and asked for this call, what a kernel was called with."""
+    for library in _bound:
+        stored = [x for m in matrices for x in (m.arguments[0], *m.arguments[-2:])]
+        getattr(library, f"qpass_remember_{what}")(ctypes.cast(kernel, ctypes.c_void_p), *stored, *rest)
