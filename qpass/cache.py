@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ class KVCache(Cache):
     `config`: of the transformers model. `max_cache_len`: tokens it can hold, prompt included; a layer with a sliding window
     holds that many at most. `format`: a spec for keys and values alike ("int8", "fp8_e4m3", "int4", ...), None for floats;
     `k`, `v`: one for each half. `layers`: layer number -> another format, or None for floats. `window`, `firsts`: how many of
-    the last and of the first tokens stay in float; unless given none, but 128 and 1 where keys are quantized in groups of
-    tokens ("int2"). `scales`: of a calibrated cache, for static specs.
+    the last and of the first tokens stay in float, in layers that hold all tokens; unless given none, but 128 and 1 where
+    keys are quantized in groups of tokens ("int2"). `scales`: of a calibrated cache, for static specs.
     Raises `QpassError` for a format without a scale for each token, and for layers that keep something else than K and V.
     """
 
@@ -151,20 +152,23 @@ class KVCache(Cache):
         dicts of the model's arguments), run in float. Returns the cache. Raises `QpassError` if there are no batches."""
         seen: list[list[Any]] = []
         for batch in batches:
-            cache = DynamicCache(config=model.config)
+            plain = DynamicCache(config=model.config)
             arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-            model(**arguments, past_key_values=cache, use_cache=True)
-            tops = [[x.abs().amax((0, 2), keepdim=True).float() for x in (la.keys, la.values)] for la in cache.layers]
+            model(**arguments, past_key_values=plain, use_cache=True)
+            kept = zip(self.layers, plain.layers, strict=True)
+            floats = [(la.keys, la.values) for mine, la in kept if isinstance(mine, Stored)]
+            tops = [[x.abs().amax((0, 2), keepdim=True).float() for x in pair] for pair in floats]
             if seen:
                 tops = [
-                    [torch.maximum(*pair) for pair in zip(*two, strict=True)] for two in zip(seen, tops, strict=True)
+                    [torch.maximum(*two) for two in zip(*pair, strict=True)] for pair in zip(seen, tops, strict=True)
                 ]
             seen = tops
         if not seen:
             raise QpassError("KVCache.calibrate: no batches; static scales need data")
-        for i, (layer, tops) in enumerate(zip(self.layers, seen, strict=True)):
-            for half, top, name in zip((layer.k, layer.v), tops, ("keys", "values"), strict=True):
-                if not bool(torch.isfinite(torch.as_tensor(top)).all()):
+        stored = [(i, la) for i, la in enumerate(self.layers) if isinstance(la, Stored)]
+        for (i, layer), largest in zip(stored, seen, strict=True):
+            for half, top, name in zip((layer.k, layer.v), largest, ("keys", "values"), strict=True):
+                if not bool(top.isfinite().all()):
                     raise QpassError(f"KVCache.calibrate: the {name} of layer {i} hold NaN or inf")
                 half.calibrate(top)
         return self
@@ -258,23 +262,28 @@ def _layer_of_transformers(
     i: int, kind: str, config: Any, length: int, specs: tuple[QuantSpec | None, QuantSpec | None]
 ) -> Any:
     """A layer with a recurrent state, in float; beside K and V, if it has these too."""
+    floats = specs[0] is None or specs[1] is None
+    name = (
+        "DummyLayer" if kind in _NOTHING
+        else "LinearAttentionAndStaticFullAttentionLayer" if kind in _HYBRID and floats
+        else "LinearAttentionLayer"
+    )  # fmt: skip
+    if not hasattr(cache_utils, name):
+        raise QpassError(f"KVCache: layer {i} is {kind}, which this version of transformers has no static cache for")
+    if kind in _NOTHING:
+        return cache_utils.DummyLayer()
     states = getattr(config, "number_of_conv_states", 1)
-    try:
-        if kind in _NOTHING:
-            return cache_utils.DummyLayer()
-        if kind in _STATES:
-            return cache_utils.LinearAttentionLayer(number_of_states=states)
-        if specs[0] is None or specs[1] is None:
-            return cache_utils.LinearAttentionAndStaticFullAttentionLayer(length, number_of_states=states)
-        return _hybrid_layer()(length, states, Half(specs[0]), Half(specs[1]))
-    except AttributeError as error:
-        raise QpassError(
-            f"KVCache: layer {i} is {kind}, which this version of transformers has no static cache for"
-        ) from error
+    if kind in _STATES:
+        return cache_utils.LinearAttentionLayer(number_of_states=states)
+    if specs[0] is None or specs[1] is None:
+        return cache_utils.LinearAttentionAndStaticFullAttentionLayer(length, number_of_states=states)
+    return _hybrid_layer()(length, states, Half(specs[0]), Half(specs[1]))
 
 
+@cache
 def _hybrid_layer() -> Any:
-    """A layer that keeps a recurrent state in float beside quantized K and V."""
+    """A layer that keeps a recurrent state in float beside quantized K and V; made at first use, for not every version of
+    transformers has the base."""
 
     class HybridLayer(cache_utils.LinearAttentionLayer, QuantizedLayer):
         def __init__(self, length: int, states: int, k: Half, v: Half) -> None:

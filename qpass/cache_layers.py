@@ -16,6 +16,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.errors import QpassError
 from qpass.granularity import PerGroup, PerTokens
+from qpass.packing import as_bytes
 from qpass.spec import QuantSpec, parse_spec
 
 #: Tokens that are quantized together in a layer with a residual window, whatever its formats.
@@ -34,8 +35,7 @@ class Half:
             spec.group_size if isinstance(spec.granularity, PerGroup) and spec.format.scale == "float" else 0
         )
         self.tokens = spec.granularity.tokens if isinstance(spec.granularity, PerTokens) else 1
-        present = (True, spec.granularity is not None, spec.has_zero_point, spec.double_quantized)
-        self.slots = [i for i, there in enumerate(present) if there]
+        self.slots = spec.stored_parts
         self.parts: list[Tensor] = []
 
     def allocate(self, states: Tensor, tokens: int) -> None:
@@ -58,7 +58,7 @@ class Half:
         self.dtypes = [p.dtype for p in one]
         lengths = [tokens, *[tokens // self.tokens] * (len(one) - 1)]
         self.parts = [
-            torch.zeros((batch, heads, n, p.shape[-1]), dtype=_plain(p).dtype, device=states.device)
+            torch.zeros((batch, heads, n, p.shape[-1]), dtype=as_bytes(p).dtype, device=states.device)
             for n, p in zip(lengths, one, strict=True)
         ]
 
@@ -69,8 +69,8 @@ class Half:
             self.static_scale = torch.where(scale == 0, torch.ones_like(scale), scale)
 
     def quantize(self, states: Tensor) -> list[Tensor]:
-        """[B, H, S, D] -> parts as they are kept: 8-bit floats as bytes, for not every device can write rows of them."""
-        return [_plain(p) for p in torch.ops.qpass.quantize(states, self.text, self.static_scale)]
+        """[B, H, S, D] -> parts as they are kept."""
+        return [as_bytes(p) for p in torch.ops.qpass.quantize(states, self.text, self.static_scale)]
 
     def write(self, positions: Tensor, states: Tensor) -> None:
         """`states` [B, H, S, D] at `positions` [S]; where groups of tokens share scales, whole groups."""
@@ -84,11 +84,6 @@ class Half:
         for slot, buffer, dtype in zip(self.slots, self.parts, self.dtypes, strict=True):
             parts[slot] = buffer if buffer.dtype == dtype else buffer.view(dtype)
         return torch.ops.qpass.read_cache(*parts, self.columns, self.text, self.dtype, first, last, start)
-
-
-def _plain(part: Tensor) -> Tensor:
-    """8-bit floats as their bytes, everything else as it is."""
-    return part.view(torch.uint8) if part.dtype.is_floating_point and part.dtype.itemsize == 1 else part
 
 
 class Stored(StaticLayer):

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from qpass.graph.flow import analyze
 from qpass.graph.torch_private import fake_like
 from qpass.graph.vocabulary import value_of
+from qpass.packing import as_bytes
 from qpass.passes import PART_NAMES
 from qpass.recipe import Recipe
 from qpass.sites.core import Edit, Skip
@@ -59,14 +60,13 @@ def hold_quantized(
         real: list[Any] = [None] * len(parts)
         if spec.kind == InputKind.BUFFER:
             held = {**program.state_dict, **program.constants}[spec.target]
-            real = [_bytes(p) for p in torch.ops.qpass.quantize(held, str(state.spec))]
+            real = [as_bytes(p) for p in torch.ops.qpass.quantize(held, str(state.spec))]
             done.gone.add(spec.target)
-        state.slots = _slots(state)
         state.dtypes = [p.dtype for p in parts]
         with graph.inserting_before(old):
-            for slot, part, value in zip(state.slots, parts, real, strict=True):
+            for slot, part, value in zip(state.spec.stored_parts, parts, real, strict=True):
                 node = graph.placeholder(f"{old.name}_{PART_NAMES[slot]}")
-                node.meta = {"val": _bytes(part) if value is None else fake_like(value_of(old), value)}
+                node.meta = {"val": as_bytes(part) if value is None else fake_like(value_of(old), value)}
                 state.parts.append(node)
                 if value is not None:
                     done.buffers[node.name] = (f"{spec.target}_{PART_NAMES[slot]}", value, bool(spec.persistent))
@@ -79,16 +79,6 @@ def hold_quantized(
     done.edits = rewriter.run()
     done.outputs = {i: [p.name for p in rewriter.of[n][1]] for i, n in enumerate(returned) if n in rewriter.of}
     return done
-
-
-def _slots(state: State) -> list[int]:
-    present = (True, state.spec.granularity is not None, state.spec.has_zero_point, state.spec.double_quantized)
-    return [i for i, there in enumerate(present) if there]
-
-
-def _bytes(part: Tensor) -> Tensor:
-    """8-bit floats as bytes: not every device can write rows of them."""
-    return part.view(torch.uint8) if part.dtype.is_floating_point and part.dtype.itemsize == 1 else part
 
 
 def with_lists(spec: pytree.TreeSpec, at: Mapping[int, list[Any]]) -> pytree.TreeSpec:
@@ -104,5 +94,5 @@ def quantized_examples(examples: Any, done: HeldCaches) -> Any:
     leaves, spec = pytree.tree_flatten(examples)
     users = {i: s for s in done.states for i, names in done.inputs.items() if names == [n.name for n in s.parts]}
     for i, state in users.items():
-        leaves[i] = [_bytes(p) for p in torch.ops.qpass.quantize(leaves[i], str(state.spec))]
+        leaves[i] = [as_bytes(p) for p in torch.ops.qpass.quantize(leaves[i], str(state.spec))]
     return pytree.tree_unflatten(leaves, spec)

@@ -18,6 +18,11 @@ def _unit(bits: int) -> tuple[int, int]:
     return width // bits, width // 8
 
 
+def as_bytes(part: Tensor) -> Tensor:
+    """8-bit floats as their bytes, everything else as it is: not every device can write rows of such floats."""
+    return part.view(torch.uint8) if part.dtype.is_floating_point and part.dtype.itemsize == 1 else part
+
+
 def packed_length(length: int, bits: int) -> int:
     """Bytes of a packed row of `length` codes."""
     codes, size = _unit(bits)

@@ -58,6 +58,12 @@ class QuantSpec:
         return not self.symmetric
 
     @property
+    def stored_parts(self) -> list[int]:
+        """Which of data, scale, zero_point, outer_scale are stored, by position."""
+        present = (True, self.granularity is not None, self.has_zero_point, self.double_quantized)
+        return [i for i, there in enumerate(present) if there]
+
+    @property
     def of_caches_only(self) -> str | None:
         """The part of the spec that has a meaning for a KV cache only, if there is one."""
         only = {str(self.granularity): isinstance(self.granularity, PerTokens), "zero=float": self.float_zero,

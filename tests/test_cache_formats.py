@@ -297,3 +297,25 @@ def test_rounding_is_off_by_half_a_step_at_most(spec: str, tokens_: int) -> None
     # An integer zero point is rounded itself: half a step more at the ends.
     bound = (step.mT if ":t" in spec else step) * (0.5 if parsed.float_zero or parsed.symmetric else 1.0)
     assert bool((off <= bound + 1e-5).all())
+
+
+def test_a_fill_that_is_no_mask_is_left_alone() -> None:
+    """Scores set to 0 keep their weight: an attention with that in it stays as it is written."""
+    from torch.export import export
+
+    from qpass.graph.attention import read_whole
+
+    class Filled(torch.nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.value = value
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+            return (q @ k.transpose(-1, -2)).masked_fill(mask, self.value).softmax(-1) @ v
+
+    q = torch.randn(1, 2, 3, 8)
+    for value, known in ((0.0, False), (-torch.inf, True), (-65504.0, True)):
+        nodes = export(Filled(value), (q, q, q, torch.ones(3, 3) > 0)).graph.find_nodes(
+            op="call_function", target=torch.ops.aten.matmul.default
+        )
+        assert (read_whole(list(nodes)[-1]) is not None) == known

@@ -155,11 +155,17 @@ class Odd(Holder):
     def write(self, cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
         if self.how == "add":
             return cache.index_add_(2, at, new)
+        if self.how == "fill":
+            cache[:, :, at] = new[..., :1]
+            return cache
         cache[:, :, :3, :8] = new[..., :8]
         return cache
 
 
-@pytest.mark.parametrize(("how", "says"), [("add", "changed by index_add_"), ("part", "part of the last axis")])
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [("add", "changed by index_add_"), ("part", "part of the last axis"), ("fill", "one value to many places")],
+)
 def test_what_has_no_quantized_form_stays_in_float(how: str, says: str) -> None:
     program = torch.export.export(Odd(how).eval(), (torch.randn(1, 3, WIDTH), torch.arange(3)))
     quantized = qpass.quantize(program, recipe("int8"))

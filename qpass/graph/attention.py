@@ -99,13 +99,13 @@ def _scores(node: Node, v: Node, x: Any, dropped_sink: bool) -> Attention | None
             x = source_of(x)
         elif name in CATS and sinks is None and not masks and not inner and len(x.args[0]) == 2:  # type: ignore[arg-type]
             x, sinks = x.all_input_nodes
-        elif name in ADDS and not inner and len(x.all_input_nodes) == 2:
+        elif name in ADDS and not inner and len(x.all_input_nodes) == 2 and argument(x, 2, "alpha", 1) == 1:
             a, b = x.all_input_nodes
             scores, mask = (a, b) if _leads_to_product(a) else (b, a)
             masks.append((mask, None))
             x = scores
-        elif name in ("masked_fill", "masked_fill_") and not inner and isinstance(argument(x, 2, "value"), int | float):
-            masks.append((argument(x, 1, "mask"), float(argument(x, 2, "value"))))
+        elif name in ("masked_fill", "masked_fill_") and not inner and _masks_out(fill := argument(x, 2, "value")):
+            masks.append((argument(x, 1, "mask"), float(fill)))
             x = source_of(x)
         elif name in _PRODUCTS and (factor := _constant(x)) is not None:
             capped = source_of(x)
@@ -134,6 +134,11 @@ def _product(node: Node) -> tuple[Any, Any, Any]:
     if op_name(node) == "baddbmm":
         return source_of(node), argument(node, 1, "batch1"), argument(node, 2, "batch2")
     return None, *_operands(node)
+
+
+def _masks_out(fill: Any) -> bool:
+    """Whether a score of this value has no weight: the lowest half-precision number is -65504."""
+    return isinstance(fill, int | float) and fill <= -1e4
 
 
 def _constant(node: Node) -> float | None:

@@ -51,7 +51,6 @@ class State:
     dtype: torch.dtype
     parts: list[Node] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
 
 
 def find(
@@ -80,9 +79,7 @@ def find(
 
 def _held_behind(value: Any, seen: set[Node]) -> Node | None:
     """The graph input that `value` is a cut, a copy or a continuation of."""
-    while (isinstance(value, Node) and value.op == "call_function") or (
-        isinstance(value, Node) and value.op == "call_method"
-    ):
+    while isinstance(value, Node) and value.op in ("call_function", "call_method"):
         name = op_name(value)
         if value in seen:
             return None
@@ -119,6 +116,10 @@ def _why_not(flow: Flow, held: Node, spec: QuantSpec) -> str | None:
             if not _keeps_last_axis(target) and op_name(target) not in ("copy_", "zero_"):
                 return f"{op_name(write)} writes a part of the last axis, along which the cache shares its scales"
             target = source_of(target)
+        where = _WRITES[op_name(write)]
+        source = argument(write, *where) if where is not None else held
+        if not isinstance(source, Node) or (shape_of(source) or ())[-1:] != value.shape[-1:]:
+            return f"{op_name(write)} writes one value to many places; write whole rows of {value.shape[-1]}"
     return None
 
 
@@ -224,7 +225,7 @@ class Rewriter:
     def _read(self, node: Node) -> Node:
         state, parts = self.of[node]
         slots: list[Node | None] = [None] * 4
-        for slot, part, dtype in zip(state.slots, parts, state.dtypes, strict=True):
+        for slot, part, dtype in zip(state.spec.stored_parts, parts, state.dtypes, strict=True):
             same = value_of(part).dtype == dtype
             slots[slot] = part if same else self._insert(_aten.view.dtype, part, dtype)
         return self._insert(torch.ops.qpass.read_cache.default, *slots, state.columns, str(state.spec), state.dtype)
@@ -271,4 +272,5 @@ def _keeps_last_axis(node: Node) -> bool:
     if name == "unsqueeze":
         return along % (rank + 1) != rank
     dims = along if isinstance(along, list | tuple) else [along]
-    return all(isinstance(d, int) and d % rank != rank - 1 for d in dims)
+    # A roll without axes moves across all of them.
+    return bool(dims) and all(isinstance(d, int) and d % rank != rank - 1 for d in dims)

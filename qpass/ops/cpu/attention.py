@@ -85,7 +85,7 @@ def attention(
     """q [B, Hq, Q, D] against a quantized cache -> [B, Hq, Q, Dv]; floats of at most a block of tokens at a time."""
     keys, values = (k_data, k_scale, k_zero_point, k_outer_scale), (v_data, v_scale, v_zero_point, v_outer_scale)
     floats, capped = (k_first, v_first, k_last, v_last), soft_cap or sinks is not None
-    if _whole_chunk(q, k_data.shape[2], mask, k_last, start) and not capped and not is_causal:
+    if not capped and not is_causal and _whole_chunk(q, k_data.shape[2], mask, k_last, start):
         seen = None if mask is None else mask[..., : k_last.shape[2]]  # type: ignore[union-attr]
         return F.scaled_dot_product_attention(
             q, k_last.to(q.dtype), v_last.to(q.dtype), attn_mask=seen, scale=scale, enable_gqa=True  # type: ignore[union-attr]
