@@ -18,6 +18,8 @@ from qpass.compute import set_compute as set_compute
 from qpass.doctor import doctor as doctor
 from qpass.errors import QpassError as QpassError
 from qpass.evaluate import evaluate as evaluate
+from qpass.plan import MemoryPlan as MemoryPlan
+from qpass.plan import plan_memory as plan_memory
 from qpass.qtensor import QTensor as QTensor
 from qpass.recipe import PRESETS as PRESETS
 from qpass.recipe import Recipe as Recipe

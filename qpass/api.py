@@ -31,7 +31,7 @@ from qpass.qtensor import QTensor
 from qpass.ready import check_ready
 from qpass.recipe import Recipe
 from qpass.registry import FINISHED, captured, captures_of
-from qpass.sites.group import WeightGroup, group_weights
+from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.store import fuse, guards_beside_the_lookup, quantize_group
 from qpass.weights import as_rows, check_weight, memory_of
 
@@ -128,12 +128,8 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[Weigh
             plan = backend.plan_graph(gm, args)
         parameters = parameter_nodes(gm, args)
         by_name = {node.name: tensor for node, tensor in parameters.items()}
-        for group, _ in group_weights(plan, parameters):
-            params = [by_name[name] for name in group.weights]
-            new = [i for i, p in enumerate(params) if memory_of(p) not in seen]
-            seen.update(memory_of(p) for p in params)
-            if new:
-                groups.append((group.subset(new), [params[i] for i in new]))
+        planned = [(group, [by_name[name] for name in group.weights]) for group, _ in group_weights(plan, parameters)]
+        groups.extend(each_once(planned, seen))
         return captured.forward
 
     previous, model._compiled_call_impl = model._compiled_call_impl, None
@@ -142,7 +138,7 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[Weigh
             _call(torch.compile(model, backend=capture, **isolated()), model, inputs)
     finally:
         model._compiled_call_impl = previous
-    groups = backend.whole_groups(model) or groups
+    groups = each_once(backend.whole_groups(model), set()) or groups
     groups += _like_their_siblings(model, groups, backend)
     if not groups:
         raise QpassError(

@@ -101,8 +101,8 @@ class QPass:
         self.captures: list[Capture] = []
         self._decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.last_used = 0
-        #: Models that were captured in fragments -> the plan of the whole, if it could be traced.
-        self._whole: weakref.WeakKeyDictionary[torch.nn.Module, Plan | None] = weakref.WeakKeyDictionary()
+        #: Models that were captured in fragments -> the weight groups of the whole, if it could be traced.
+        self._whole: weakref.WeakKeyDictionary[torch.nn.Module, list[WeightGroup] | None] = weakref.WeakKeyDictionary()
         self._ready: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
         BACKENDS.add(self)
@@ -181,23 +181,21 @@ class QPass:
         whole = trace_whole(model, args, kwargs)
         if whole is None and getattr(model, "dummy_inputs", None):
             whole = trace_whole(model, (), {**model.dummy_inputs, "use_cache": False})  # type: ignore[dict-item]
-        plan = None if whole is None else self._plan(whole.graph, whole.parameters, whole.names)
-        self._whole[model] = plan if plan is not None and any(m.weight is not None for m in plan.matches) else None
+        groups = []
+        if whole is not None:
+            plan = self._plan(whole.graph, whole.parameters, whole.names)
+            groups = [group for group, _ in group_weights(plan, whole.parameters)]
+        self._whole[model] = groups or None
 
     @property
     def in_pieces(self) -> list[str]:
         """Classes of models captured in fragments whose whole graph could not be traced: kinds are those of each piece."""
-        return [type(model).__name__ for model, plan in self._whole.items() if plan is None]
+        return [type(model).__name__ for model, groups in self._whole.items() if groups is None]
 
     def whole_groups(self, model: torch.nn.Module) -> list[tuple[WeightGroup, list[Tensor]]]:
         """The weight groups of a model seen as a whole because of graph breaks; nothing otherwise."""
-        whole = self._whole.get(model)
-        if whole is None:
-            return []
         params = dict(model.named_parameters(remove_duplicate=False))
-        weights = {m.weight: params[m.site.name] for m in whole.matches if m.weight is not None}
-        groups = group_weights(whole, weights)
-        return [(group, [params[name] for name in group.names]) for group, _ in groups]
+        return [(group, [params[name] for name in group.names]) for group in self._whole.get(model) or ()]
 
     def _convert(self, gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
         original = copy_captured(gm)

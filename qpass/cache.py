@@ -32,7 +32,7 @@ _STATES, _HYBRID = {"linear_attention", "conv", "mamba"}, {"hybrid"}
 #: Those that keep nothing.
 _NOTHING = {"moe", "mlp", "dummy"}
 #: What `generate` calls the cache among its own arguments: transformers 5.24 renamed it (and takes both from a caller).
-_KEYWORD = (
+CACHE_ARGUMENT = (
     "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 )
 #: Tokens that stay in float, the last and the first, where keys are quantized in groups of tokens (KIVI).
@@ -323,11 +323,11 @@ class CacheForGenerate:
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        given = model_kwargs.get(_KEYWORD) is not None or generation_config.cache_implementation is not None
+        given = model_kwargs.get(CACHE_ARGUMENT) is not None or generation_config.cache_implementation is not None
         if generation_config.use_cache is not False and not given:
             length = -(-max_cache_length // self.STEP) * self.STEP
             config = self.model.config
             make = KVCache.for_encoder_decoder if config.is_encoder_decoder else KVCache
-            model_kwargs[_KEYWORD] = make(config, length, k=self.k, v=self.v)
+            model_kwargs[CACHE_ARGUMENT] = make(config, length, k=self.k, v=self.v)
         prepare = type(self.model)._prepare_cache_for_generation
         return prepare(self.model, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

@@ -6,6 +6,7 @@ reads them becomes one operator on the stored parts. The tokens of the call itse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ class Half:
 
     def __init__(self, spec: QuantSpec, static_scale: Tensor | None = None) -> None:
         self.text, self.static, self.static_scale = str(spec), spec.static, static_scale
+        self.bits = spec.format.bits
         self.group_size = (
             spec.group_size if isinstance(spec.granularity, PerGroup) and spec.format.scale == "float" else 0
         )
@@ -46,6 +48,8 @@ class Half:
             raise QpassError(
                 f"KVCache: {self.text}: the group is larger than a head of {self.columns}; use g{self.columns} or less"
             )
+        if self.static and states.is_meta:  # planning: there are no values to scale
+            self.static_scale = states.new_ones((1, heads, 1, self.columns))
         if self.static and self.static_scale is None:
             raise QpassError(
                 f"KVCache: {self.text} has no scales yet; run cache.calibrate(model, batches), or pass scales= of another cache"
@@ -61,6 +65,11 @@ class Half:
             torch.zeros((batch, heads, n, p.shape[-1]), dtype=as_bytes(p).dtype, device=states.device)
             for n, p in zip(lengths, one, strict=True)
         ]
+
+    @property
+    def elements(self) -> int:
+        """Numbers that there is room for."""
+        return math.prod(self.parts[0].shape[:3]) * self.columns
 
     def calibrate(self, top: Tensor) -> None:
         """The scale of a static half from the largest magnitudes [1, H, 1, D]; 1 for a channel that is always 0."""

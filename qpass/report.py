@@ -15,6 +15,7 @@ from qpass.backend import Capture, QPass
 from qpass.compute import compute_of
 from qpass.errors import QpassError
 from qpass.graph.torch_private import original_module, recompile_limit
+from qpass.printing import printed
 from qpass.qtensor import QTensor
 from qpass.ready import has_hooks
 from qpass.registry import FINISHED, captured, captures_of
@@ -118,13 +119,7 @@ class Report:
         return lines + list(self.notes)
 
     def __str__(self) -> str:
-        from io import StringIO
-
-        from rich.console import Console
-
-        out = StringIO()
-        Console(file=out, width=200).print(self.__rich__(), highlight=False, markup=False)
-        return out.getvalue().rstrip()
+        return printed(self)
 
 
 def report(x: Any) -> Report:

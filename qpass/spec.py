@@ -60,7 +60,8 @@ class QuantSpec:
     @property
     def stored_parts(self) -> list[int]:
         """Which of data, scale, zero_point, outer_scale are stored, by position."""
-        present = (True, self.granularity is not None, self.has_zero_point, self.double_quantized)
+        outer = self.double_quantized or self.format.scale == "e4m3"  # nvfp4: one float over the scales of a tensor
+        present = (True, self.granularity is not None, self.has_zero_point, outer)
         return [i for i, there in enumerate(present) if there]
 
     @property

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qpass"
 #: Layers from the bottom up: a file imports from its own layer and those below.
 LAYERS = [
-    {"errors", "formats", "granularity", "packing", "rotation", "progress", "memory"},
+    {"errors", "formats", "granularity", "packing", "rotation", "progress", "printing", "memory"},
     {"spec"},
     {"recipe", "numerics", "compute"},
     {"weights", "graph", "diff"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"calling"},
     {"backend"},
     {"registry"},
-    {"cache", "cache_layers", "report", "evaluate"},
+    {"cache", "cache_layers", "report", "evaluate", "plan"},
     {"exported", "exported_state"},
     {"api", "cli"},
 ]

@@ -171,6 +171,17 @@ def test_the_cache_of_cross_attention_is_written_once() -> None:
     assert sum("cross attention" in row for row in _caches(again)) == 1
 
 
+def test_what_is_added_to_scores_stays_in_float_and_other_tables_do_not() -> None:
+    model = hf("T5ForConditionalGeneration", d_model=WIDTH, d_kv=16, d_ff=128, num_layers=1, num_heads=4).eval()
+    fast = torch.compile(model, backend=qpass.QPass("int8:g16", inner="eager", strict=True))
+    with torch.no_grad():
+        fast(input_ids=tokens(), decoder_input_ids=tokens(length=2))
+    tables = {s.name: s for s in qpass.report(fast).sites if "embedding" in s.kind or "relative" in s.name}
+    assert tables.pop("shared.weight").format == "int8:g16"
+    assert len(tables) == 2, "one of the encoder, one of the decoder"
+    assert all("added to attention's scores" in str(s.skipped) for s in tables.values())
+
+
 def _caches(model: nn.Module) -> list[str]:
     return [str(row.skipped) for row in qpass.report(model).sites if row.kind == "kv"]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from qpass.graph.attention import read_whole
 from qpass.graph.flow import Flow, rearranged, tokenwise_linears
 from qpass.graph.vocabulary import CATS, SELECTIONS, op_name, shape_of, source_of
 
@@ -171,6 +172,13 @@ def _parallel(flow: Flow, kinds: Kinds) -> Kinds:
                 found[node] = (kind, (*roles, "down"))
                 found |= {n: (kinds[n][0], (*kinds[n][1], "up")) for n in flow.linears_behind(branch) if n in kinds}
     return found
+
+
+def tables_of_scores(flow: Flow) -> set[Node]:
+    """The embeddings that are added to the scores of an attention: relative positions, a column for each head."""
+    wholes = [whole for node in flow.attentions if (whole := read_whole(node)) is not None]
+    masks = [mask for whole in wholes for mask in (whole.sdpa_mask, *(m for m, _ in whole.masks))]
+    return {n for mask in masks for n in flow.of(mask)} & flow.embeddings.keys()
 
 
 def classify(flow: Flow, context: Context) -> Kinds:

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from qpass.graph.calls import EmbeddingCall, LinearCall
 from qpass.graph.flow import analyze
 from qpass.sites import kv
-from qpass.sites.classify import Context, classify
+from qpass.sites.classify import Context, classify, tables_of_scores
 from qpass.sites.core import Match, Site, Skip
 from qpass.sites.reasons import IN_FLOAT, other_users, why_unused
 
@@ -29,8 +29,10 @@ def find_sites(
     flow = analyze(graph, parameters)
     kinds = classify(flow, context)
     uses: dict[Node, list[Use]] = {}
-    for embedding in flow.embeddings.values():
-        uses.setdefault(embedding.weight, []).append(("embedding", ("embedding",), embedding))
+    scores = tables_of_scores(flow)
+    for node, embedding in flow.embeddings.items():
+        kind = "scores" if node in scores else "embedding"
+        uses.setdefault(embedding.weight, []).append((kind, (kind,), embedding))
     for node, linear in flow.linears.items():
         uses.setdefault(linear.weight, []).append((*kinds[node], linear))
 

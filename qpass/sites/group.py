@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import Tensor
 from torch.fx import Node
 
 from qpass.graph.calls import LinearCall
@@ -12,6 +14,7 @@ from qpass.graph.flow import memory_behind
 from qpass.graph.vocabulary import shape_of, value_of, writes_to
 from qpass.sites.core import Match, Plan
 from qpass.spec import QuantSpec
+from qpass.weights import memory_of
 
 #: Kinds whose linears of one input become one operation: q, k, v; gate, up.
 FUSED_KINDS = ("qkv", "ffn")
@@ -75,6 +78,19 @@ def group_weights(plan: Plan, parameters: Mapping[Node, object]) -> list[tuple[W
         else:
             grouped += [(_as_group([m], plan), [m]) for m in group]
     return grouped
+
+
+def each_once(
+    groups: Iterable[tuple[WeightGroup, list[Tensor]]], seen: set[Any], key: Callable[[Tensor], Any] = memory_of
+) -> list[tuple[WeightGroup, list[Tensor]]]:
+    """Groups with their weights, less what `seen` holds by `key`, which they are added to: tied weights have several uses."""
+    kept = []
+    for group, weights in groups:
+        new = [i for i, w in enumerate(weights) if key(w) not in seen]
+        seen.update(map(key, weights))
+        if new:
+            kept.append((group.subset(new), [weights[i] for i in new]))
+    return kept
 
 
 def _as_group(matches: Sequence[Match], plan: Plan) -> WeightGroup:

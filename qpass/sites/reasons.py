@@ -10,10 +10,11 @@ from torch.fx import Node
 from qpass.graph.calls import parameter_behind
 from qpass.graph.vocabulary import CASTS, FLIPS, SHAPES, op_name
 
-#: Kinds of linears that stay in float, and why.
+#: Kinds of linears and tables that stay in float, and why.
 IN_FLOAT = {
     "adapter": "adapter: a low-rank path beside a linear stays in float",
     "router": "chooses among experts: small, and rounding it costs more than it saves",
+    "scores": "added to attention's scores (a table of relative positions): rounding it costs more than it saves",
     "few": "makes a few gates or coefficients (far fewer rows than columns): rounding costs more than it saves",
 }
 
