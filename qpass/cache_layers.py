@@ -37,7 +37,7 @@ class Half:
             spec.group_size if isinstance(spec.granularity, PerGroup) and spec.format.scale == "float" else 0
         )
         self.tokens = spec.granularity.tokens if isinstance(spec.granularity, PerTokens) else 1
-        self.slots = spec.stored_parts
+        self.stored = spec.stored_parts
         self.parts: list[Tensor] = []
 
     def allocate(self, states: Tensor, tokens: int) -> None:
@@ -59,7 +59,6 @@ class Half:
         one = torch.ops.qpass.quantize(
             states.new_zeros((1, 1, self.tokens, self.columns)), self.text, self.static_scale
         )
-        self.dtypes = [p.dtype for p in one]
         lengths = [tokens, *[tokens // self.tokens] * (len(one) - 1)]
         self.parts = [
             torch.zeros((batch, heads, n, p.shape[-1]), dtype=as_bytes(p).dtype, device=states.device)
@@ -83,14 +82,14 @@ class Half:
 
     def write(self, positions: Tensor, states: Tensor) -> None:
         """`states` [B, H, S, D] at `positions` [S]; where groups of tokens share scales, whole groups."""
-        for slot, buffer, part in zip(self.slots, self.parts, self.quantize(states), strict=True):
+        for slot, buffer, part in zip(self.stored, self.parts, self.quantize(states), strict=True):
             grouped = slot > 0 and self.tokens > 1
             buffer.index_copy_(2, positions[:: self.tokens] // self.tokens if grouped else positions, part)
 
     def read(self, first: Tensor | None = None, last: Tensor | None = None, start: Tensor | None = None) -> Tensor:
         """All tokens as floats [B, H, S, D]. See qpass::read_cache for those that are floats already."""
         parts: list[Tensor | None] = [None, self.static_scale, None, None]
-        for slot, buffer, dtype in zip(self.slots, self.parts, self.dtypes, strict=True):
+        for (slot, dtype), buffer in zip(self.stored.items(), self.parts, strict=True):
             parts[slot] = buffer if buffer.dtype == dtype else buffer.view(dtype)
         return torch.ops.qpass.read_cache(*parts, self.columns, self.text, self.dtype, first, last, start)
 

@@ -62,7 +62,6 @@ def hold_quantized(
             held = {**program.state_dict, **program.constants}[spec.target]
             real = [as_bytes(p) for p in torch.ops.qpass.quantize(held, str(state.spec))]
             done.gone.add(spec.target)
-        state.dtypes = [p.dtype for p in parts]
         with graph.inserting_before(old):
             for slot, part, value in zip(state.spec.stored_parts, parts, real, strict=True):
                 node = graph.placeholder(f"{old.name}_{PART_NAMES[slot]}")

@@ -58,11 +58,17 @@ class QuantSpec:
         return not self.symmetric
 
     @property
-    def stored_parts(self) -> list[int]:
-        """Which of data, scale, zero_point, outer_scale are stored, by position."""
-        outer = self.double_quantized or self.format.scale == "e4m3"  # nvfp4: one float over the scales of a tensor
-        present = (True, self.granularity is not None, self.has_zero_point, outer)
-        return [i for i, there in enumerate(present) if there]
+    def stored_parts(self) -> dict[int, torch.dtype]:
+        """Which of data, scale, zero_point, outer_scale are stored: position -> dtype."""
+        floats = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}.get(self.format.scale, self.scale_dtype)
+        stored = {0: self.format.storage}
+        if self.granularity is not None:
+            stored[1] = torch.uint8 if self.double_quantized else floats
+        if self.has_zero_point:
+            stored[2] = self.scale_dtype if self.float_zero else self.format.storage
+        if self.double_quantized or self.format.scale == "e4m3":  # nvfp4: one float over the scales of a tensor
+            stored[3] = torch.float32
+        return stored
 
     @property
     def of_caches_only(self) -> str | None:

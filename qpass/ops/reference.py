@@ -109,21 +109,13 @@ def _quantize_fake(x: Tensor, spec: str, static_scale: Tensor | None = None) -> 
     parsed = parse_spec(spec)
     fmt, lead = parsed.format, x.shape[:-1]
     width = packed_length(x.shape[-1], fmt.bits) if fmt.bits < 8 else x.shape[-1]
-    parts = [x.new_empty((*lead, width), dtype=fmt.storage)]
+    shapes = {0: (*lead, width)}
     if parsed.granularity is not None:
-        shape = parsed.granularity.scale_shape(x.shape)
-        stored = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn}.get(fmt.scale, parsed.scale_dtype)
-        parts.append(x.new_empty(shape, dtype=torch.uint8 if parsed.double_quantized else stored))
-        if parsed.float_zero:
-            parts.append(x.new_empty(shape, dtype=parsed.scale_dtype))
-        elif parsed.has_zero_point:
-            blocks = packed_length(shape[-1], fmt.bits) if fmt.bits < 8 else shape[-1]
-            parts.append(x.new_empty((*shape[:-1], blocks), dtype=fmt.storage))
-        if parsed.double_quantized:
-            parts.append(x.new_empty((*lead, 1), dtype=torch.float32))
-        elif fmt.scale == "e4m3":
-            parts.append(x.new_empty((1,) * x.dim(), dtype=torch.float32))
-    return parts
+        scales = shapes[1] = parsed.granularity.scale_shape(x.shape)
+        packed = fmt.bits < 8 and not parsed.float_zero
+        shapes[2] = (*scales[:-1], packed_length(scales[-1], fmt.bits)) if packed else scales
+        shapes[3] = (*lead, 1) if parsed.double_quantized else (1,) * x.dim()
+    return [x.new_empty(shapes[slot], dtype=dtype) for slot, dtype in parsed.stored_parts.items()]
 
 
 def dequantize(

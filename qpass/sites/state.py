@@ -19,30 +19,19 @@ from torch.fx import Graph, Node
 
 from qpass.graph.attention import read_whole
 from qpass.graph.flow import Flow
+from qpass.graph.rows import ALONG, WHOLE, WRITES, keeps_rows
 from qpass.graph.vocabulary import CASTS, CATS, argument, op_name, shape_of, source_of, value_of, writes_to
 from qpass.sites.core import Edit, Site, Skip
 from qpass.spec import QuantSpec
 
 _aten = torch.ops.aten
 
-#: What rearranges a tensor -> position and name of the argument that says which axes (None: none).
-_ALONG: dict[str, tuple[int, str] | None] = {
-    "slice": (1, "dim"), "select": (1, "dim"), "narrow": (1, "dim"), "index_select": (1, "dim"), "unsqueeze": (1, "dim"),
-    "transpose": (1, "dim0"), "permute": (1, "dims"), "roll": (2, "dims"), "getitem": (1, "index"), "clone": None,
-    "contiguous": None, "alias": None, "detach": None, "expand": None,
-}  # fmt: skip
-#: What writes a tensor into another -> position and name of what is written.
-_WRITES = {
-    "index_copy": (3, "source"), "index_copy_": (3, "source"), "index_put": (2, "values"), "index_put_": (2, "values"),
-    "scatter": (3, "src"), "scatter_": (3, "src"), "slice_scatter": (1, "src"), "select_scatter": (1, "src"),
-    "copy_": (1, "src"), "copy": (1, "src"), "setitem": (2, "value"), "zero_": None,
-}  # fmt: skip
 _VIEWS_OF_HEADS = {"reshape", "view", "expand", "unsqueeze", "repeat_interleave"} | CASTS
 
 
 @dataclass
 class State:
-    """A cache that becomes parts. `parts`: their placeholders; `dtypes`: what they are read as (8-bit floats lie as bytes)."""
+    """A cache that becomes parts. `parts`: their placeholders (8-bit floats lie as bytes)."""
 
     node: Node
     spec: QuantSpec
@@ -50,7 +39,6 @@ class State:
     columns: int
     dtype: torch.dtype
     parts: list[Node] = field(default_factory=list)
-    dtypes: list[torch.dtype] = field(default_factory=list)
 
 
 def find(
@@ -87,7 +75,7 @@ def _held_behind(value: Any, seen: set[Node]) -> Node | None:
         if name in CATS:
             parts = [_held_behind(x, seen) for x in value.args[0]]  # type: ignore[union-attr]
             return next((p for p in parts if p is not None), None)
-        if name not in _ALONG and name not in _WRITES and name not in _VIEWS_OF_HEADS and writes_to(value) is None:
+        if name not in ALONG and name not in WRITES and name not in _VIEWS_OF_HEADS and writes_to(value) is None:
             return None
         value = source_of(value)
     return value if isinstance(value, Node) and value.op == "placeholder" else None
@@ -107,16 +95,16 @@ def _why_not(flow: Flow, held: Node, spec: QuantSpec) -> str | None:
     if spec.group_size > value.shape[-1]:
         return f"{spec}: the group is larger than a head of {value.shape[-1]}"
     for write in flow.written.get(held, ()):
-        if op_name(write) not in _WRITES:
+        if op_name(write) not in WRITES:
             return (
                 f"the cache is changed by {op_name(write)}, which has no quantized form: write to it with index_copy_"
             )
         target: Any = write
         while isinstance(target, Node) and target is not held:
-            if not _keeps_last_axis(target) and op_name(target) not in ("copy_", "zero_"):
+            if not _keeps_last_axis(target) and op_name(target) not in WHOLE:
                 return f"{op_name(write)} writes a part of the last axis, along which the cache shares its scales"
             target = source_of(target)
-        where = _WRITES[op_name(write)]
+        where = WRITES[op_name(write)]
         source = argument(write, *where) if where is not None else held
         if not isinstance(source, Node) or (shape_of(source) or ())[-1:] != value.shape[-1:]:
             return f"{op_name(write)} writes one value to many places; write whole rows of {value.shape[-1]}"
@@ -173,10 +161,10 @@ class Rewriter:
                 return True
             if isinstance(first, Node) and first in self.of:
                 state, parts = self.of[first]
-                if name in _WRITES and (_keeps_last_axis(node) or name in ("copy_", "zero_")):
+                if name in WRITES and (_keeps_last_axis(node) or name in WHOLE):
                     self.of[node] = state, self._write(node, name, state, parts)
                     return True
-                if name in _ALONG and _keeps_last_axis(node):
+                if name in ALONG and _keeps_last_axis(node):
                     self.of[node] = state, [self._again(node, p) for p in parts]
                     return True
             floats = {n: self._read(n) for n in node.all_input_nodes if n in self.of}
@@ -198,7 +186,7 @@ class Rewriter:
         return new
 
     def _write(self, node: Node, name: str, state: State, parts: list[Node]) -> list[Node]:
-        where = _WRITES[name]
+        where = WRITES[name]
         if where is None:
             return [self._again(node, p) for p in parts]
         source = argument(node, *where)
@@ -219,13 +207,14 @@ class Rewriter:
             return self.of[value][1]
         quantized = self._insert(torch.ops.qpass.quantize.default, value, str(state.spec))
         parts = [self._insert(operator.getitem, quantized, i) for i in range(len(state.parts))]
-        floats8 = [dtype.is_floating_point and dtype.itemsize == 1 for dtype in state.dtypes]
-        return [self._insert(_aten.view.dtype, p, torch.uint8) if f else p for p, f in zip(parts, floats8, strict=True)]
+        dtypes = [value_of(p).dtype for p in state.parts]
+        same = [value_of(p).dtype == d for p, d in zip(parts, dtypes, strict=True)]
+        return [p if s else self._insert(_aten.view.dtype, p, d) for p, s, d in zip(parts, same, dtypes, strict=True)]
 
     def _read(self, node: Node) -> Node:
         state, parts = self.of[node]
         slots: list[Node | None] = [None] * 4
-        for slot, part, dtype in zip(state.spec.stored_parts, parts, state.dtypes, strict=True):
+        for (slot, dtype), part in zip(state.spec.stored_parts.items(), parts, strict=True):
             same = value_of(part).dtype == dtype
             slots[slot] = part if same else self._insert(_aten.view.dtype, part, dtype)
         return self._insert(torch.ops.qpass.read_cache.default, *slots, state.columns, str(state.spec), state.dtype)
@@ -249,28 +238,5 @@ def _sizes(insert: Callable[..., Node], node: Node) -> list[Any]:
 
 
 def _keeps_last_axis(node: Node) -> bool:
-    """Whether a rearrangement or a write leaves the last axis whole and last."""
-    name, rank = op_name(node), len(shape_of(source_of(node)) or ())
-    if name in _ALONG:
-        where = _ALONG[name]
-    else:
-        where = {"slice_scatter": (2, "dim"), "select_scatter": (2, "dim"), "setitem": (1, "index"), "index_put": (1, "indices"),
-                 "index_put_": (1, "indices")}.get(name, (1, "dim"))  # fmt: skip
-    if where is None:
-        return True
-    along = argument(node, *where)
-    if name in ("getitem", "setitem", "index_put", "index_put_"):
-        index = list(along) if isinstance(along, list | tuple) else [along]
-        if Ellipsis in index:
-            return index[-1] in (Ellipsis, slice(None))
-        taken = sum(i is not None or name.startswith("index_put") for i in index)
-        return taken < rank or index[-1] == slice(None)
-    if name == "permute":
-        return along[-1] % rank == rank - 1
-    if name == "transpose":
-        return all(d % rank != rank - 1 for d in (along, argument(node, 2, "dim1")))
-    if name == "unsqueeze":
-        return along % (rank + 1) != rank
-    dims = along if isinstance(along, list | tuple) else [along]
-    # A roll without axes moves across all of them.
-    return bool(dims) and all(isinstance(d, int) and d % rank != rank - 1 for d in dims)
+    rank = len(shape_of(source_of(node)) or ())
+    return keeps_rows(op_name(node), rank, lambda position, name: argument(node, position, name))
