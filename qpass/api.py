@@ -25,6 +25,7 @@ from qpass.graph.torch_private import (
     original_module,
 )
 from qpass.memory import drop_mapped_pages, own_memory, return_freed_heap
+from qpass.module_state import OwnState, find_held
 from qpass.passes import parameter_nodes
 from qpass.progress import track
 from qpass.qtensor import QTensor
@@ -80,7 +81,8 @@ def quantize(
     if _is_done(module, backend):
         return module
     check_ready(module)
-    groups = _discover(module, backend, inputs)
+    own = OwnState(module)
+    groups = _discover(module, backend, inputs, own)
     for group, params in groups:
         for name, flipped, param in zip(group.names, group.transposed, params, strict=True):
             check_weight(as_rows(param, flipped), group.spec, name)
@@ -90,6 +92,7 @@ def quantize(
         groups[i] = None  # type: ignore[call-overload]  # the float weights of a group are freed before the next
         _convert(group, params, owners, backend)
         del params
+    own.store()
     own_memory(module)
     return_freed_heap()
     compile_in_place(module, backend, guards_beside_the_lookup)
@@ -117,7 +120,7 @@ def _is_done(model: nn.Module, backend: QPass) -> bool:
     return quantized and isinstance(before, QPass) and before.options == backend.options
 
 
-def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[WeightGroup, list[Tensor]]]:
+def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> list[tuple[WeightGroup, list[Tensor]]]:
     """Run the model once in float and plan every graph that is captured: what will be quantized, in which groups."""
     groups: list[tuple[WeightGroup, list[Tensor]]] = []
     seen: set[tuple[Any, ...]] = set()
@@ -130,6 +133,8 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[Weigh
         by_name = {node.name: tensor for node, tensor in parameters.items()}
         planned = [(group, [by_name[name] for name in group.weights]) for group, _ in group_weights(plan, parameters)]
         groups.extend(each_once(planned, seen))
+        specs = backend.recipe.kv_specs
+        own.see(gm.graph, args, [] if specs is None else find_held(gm.graph, parameters, {}, specs)[0])
         return captured.forward
 
     previous, model._compiled_call_impl = model._compiled_call_impl, None
@@ -138,6 +143,7 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any) -> list[tuple[Weigh
             _call(torch.compile(model, backend=capture, **isolated()), model, inputs)
     finally:
         model._compiled_call_impl = previous
+        own.undo()
     groups = each_once(backend.whole_groups(model), set()) or groups
     groups += _like_their_siblings(model, groups, backend)
     if not groups:

@@ -29,6 +29,7 @@ from qpass.graph.torch_private import (
     copy_graph,
     errors_through_dynamo,
     fake_like,
+    fake_parts_of,
     fake_static,
     frame_key,
     is_graph_fragment,
@@ -36,8 +37,18 @@ from qpass.graph.torch_private import (
 )
 from qpass.graph.vocabulary import DROPOUTS, SDPA, argument, op_name, value_of
 from qpass.graph.whole import trace_whole
+from qpass.module_state import find_held, hold_parts, restored
 from qpass.ops.cpu.library import bind
-from qpass.passes import Convert, GraphInput, clean, input_sources, parameter_nodes, run_passes, share_key_heads
+from qpass.passes import (
+    Convert,
+    GraphInput,
+    StateInput,
+    clean,
+    input_sources,
+    parameter_nodes,
+    run_passes,
+    share_key_heads,
+)
 from qpass.progress import track
 from qpass.qtensor import QTensor
 from qpass.ready import check_ready
@@ -52,6 +63,7 @@ from qpass.store import WeightStore, anchor
 #: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
 BACKENDS: weakref.WeakSet[QPass] = weakref.WeakSet()
 _clock = itertools.count(1)
+_KEPT_BY_MODULE = "the module keeps a float cache: model = qpass.quantize(model, recipe) stores quantized what is there before the first call"
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,9 @@ class QPass:
             self._see_whole()
         parameters = parameter_nodes(gm, inputs)
         names = {node: self._name(param) or source_name(node) or node.name for node, param in parameters.items()}
-        return self.plan_parameters(gm.graph, parameters, names, fragment)
+        return self.plan_parameters(
+            gm.graph, parameters, names, fragment, self._held_in_float(gm.graph, parameters, names)
+        )
 
     def plan_parameters(
         self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False,
@@ -171,6 +185,15 @@ class QPass:
         skips += list({d.site: d.skip for d in decided if d.skip is not None}.values())
         self._remember(skips, names, parameters)
         return Plan(tuple(m for m in matches if m.site in specs), specs, tuple(skips))
+
+    def _held_in_float(self, graph: Graph, parameters: Mapping[Node, Tensor], names: Mapping[Node, str]) -> list[Skip]:
+        """Why the caches that the module keeps are floats."""
+        specs = self.recipe.kv_specs
+        states, skips = find_held(graph, parameters, names, specs)
+        if specs is None:
+            sites = [state.site for state in states] + [skip.site for skip in skips]
+            return [Skip(site, "the recipe leaves kv in float", expected=True) for site in sites]
+        return skips + [Skip(state.site, _KEPT_BY_MODULE) for state in states]
 
     def _see_whole(self) -> None:
         """Decide every site of the module being compiled from its whole graph, once, before its first fragment."""
@@ -199,35 +222,43 @@ class QPass:
 
     def _convert(self, gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
         original = copy_captured(gm)
-        plan = self.plan_graph(original, inputs)
-        placeholders = original.graph.find_nodes(op="placeholder")
-        order = {node.name: i for i, node in enumerate(placeholders)}
-        parameters = parameter_nodes(original, inputs)
+        expand(original)
+        before = copy_graph(original.graph)
+        order = {node.name: i for i, node in enumerate(original.graph.find_nodes(op="placeholder"))}
+        held = hold_parts(original, inputs)
+        plan = self.plan_graph(original, held.inputs)
+        placeholders = {node.name: node for node in original.graph.find_nodes(op="placeholder")}
+        parameters = parameter_nodes(original, held.inputs)
         groups = [group for group, _ in group_weights(plan, parameters)]
         lookups = {g: Lookup(self.store, g, order, partial(self.learn, plan=plan, group=g)) for g in groups}
         for lookup in track(list(lookups.values()), "qpass: quantizing"):
             lookup(inputs)
 
         def fake_parts(group: WeightGroup) -> list[Tensor | None]:
-            reference = value_of(placeholders[order[group.weights[0]]])
+            reference = value_of(placeholders[group.weights[0]])
             return [None if p is None else fake_like(reference, p) for p in lookups[group](inputs)]
 
-        before = copy_graph(original.graph)
         result = run_passes(original, plan, [Convert(parameters, fake_parts), share_key_heads, clean])
         after = copy_graph(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
         pick = Arguments(sources, lookups)
         bind()
+        fakes = {i: fake_parts_of(inputs[i], inputs[i].parts) for i in pick.states}
         examples = [
-            fake_static(value) if isinstance(source, GraphInput) else value
+            fake_static(value) if isinstance(source, GraphInput)
+            else fakes[source.argument][source.part] if isinstance(source, StateInput)
+            else value
             for value, source in zip(pick(inputs), sources, strict=True)
-        ]
+        ]  # fmt: skip
         with torch.no_grad():
             compiled = compile_inner(result.graph_module, examples, self.inner, mode)
         self.captures = [c for c in self.captures if any(ref() is not None for ref in c.parameters) or not c.parameters]
         refs = tuple(weakref.ref(anchor(p)) for p in parameters.values())
-        self.captures.append(Capture(before, after, plan, result.edits, frame_key(gm), is_graph_fragment(gm), refs))
-        return partial(run_as_inference, compiled, pick)
+        self.captures.append(
+            Capture(before, after, plan, (*held.edits, *result.edits), frame_key(gm), is_graph_fragment(gm), refs)
+        )
+        finish = partial(restored, returned=held.returned) if held.returned else None
+        return partial(run_as_inference, compiled, pick, finish)
 
     # --- decisions ------------------------------------------------------------------------------------------------
 

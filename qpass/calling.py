@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.passes import GraphInput
+from qpass.passes import GraphInput, StateInput
 from qpass.sites.group import WeightGroup
 from qpass.store import WeightStore
 
@@ -35,22 +35,29 @@ class Lookup:
 class Arguments:
     """The arguments of the rewritten graph from those of the captured one."""
 
-    def __init__(self, sources: Sequence[int | GraphInput], lookups: Mapping[WeightGroup, Lookup]) -> None:
-        self.order: list[tuple[int, int]] = []  # (-1, argument) or (lookup, part)
+    def __init__(self, sources: Sequence[int | GraphInput | StateInput], lookups: Mapping[WeightGroup, Lookup]) -> None:
+        self.order: list[tuple[int, int]] = []  # (-1, argument) or (lookup, or state behind all lookups; part)
         used = [group for group in lookups if any(isinstance(s, GraphInput) and s.group == group for s in sources)]
         self.lookups = [lookups[group] for group in used]
+        self.states = sorted({s.argument for s in sources if isinstance(s, StateInput)})
         for source in sources:
             if isinstance(source, GraphInput):
                 self.order.append((used.index(source.group), source.part))
+            elif isinstance(source, StateInput):
+                self.order.append((len(used) + self.states.index(source.argument), source.part))
             else:
                 self.order.append((-1, source))
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
-        parts = [lookup(args) for lookup in self.lookups]
+        parts: list[Sequence[Any]] = [lookup(args) for lookup in self.lookups]
+        parts += [args[i].parts for i in self.states]
         return [args[j] if i < 0 else parts[i][j] for i, j in self.order]
 
 
-def run_as_inference(compiled: Callable[..., Any], pick: Arguments, *args: Any) -> Any:
-    """One call of a compiled graph, as inference whatever the grad mode."""
+def run_as_inference(
+    compiled: Callable[..., Any], pick: Arguments, finish: Callable[[Any], Any] | None, *args: Any
+) -> Any:
+    """One call of a compiled graph, as inference whatever the grad mode. `finish`: what is done to its outputs."""
     with torch.no_grad():
-        return compiled(*pick(args))
+        outputs = compiled(*pick(args))
+        return outputs if finish is None else finish(outputs)

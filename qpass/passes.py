@@ -20,7 +20,7 @@ from qpass.sites import grouped, kv, weight
 from qpass.sites.core import Edit, Plan
 from qpass.sites.group import WeightGroup, group_weights
 
-#: Where the values of a new graph input come from: `node.meta[INPUT]` of its placeholder is a GraphInput.
+#: Where the values of a new graph input come from: `node.meta[INPUT]` of its placeholder is a GraphInput or a StateInput.
 INPUT = "qpass_input"
 PART_NAMES = ("data", "scale", "zero_point", "outer_scale", "bias")
 
@@ -30,6 +30,14 @@ class GraphInput:
     """A placeholder that a pass added: part number `part` (see PART_NAMES) of the stored weights of `group`."""
 
     group: WeightGroup
+    part: int
+
+
+@dataclass(frozen=True)
+class StateInput:
+    """A placeholder for part number `part` of the QState that was argument number `argument` of the captured graph."""
+
+    argument: int
     part: int
 
 
@@ -117,8 +125,8 @@ def _placeholder(graph: Graph, source: GraphInput, fake: Tensor, stacks: Mapping
     return node
 
 
-def input_sources(graph_module: GraphModule, original: Sequence[str]) -> list[int | GraphInput]:
-    """For each placeholder of a rewritten graph: the index of the original argument, or the GraphInput it comes from."""
+def input_sources(graph_module: GraphModule, original: Sequence[str]) -> list[int | GraphInput | StateInput]:
+    """For each placeholder of a rewritten graph: the index of the original argument, or what it comes from."""
     index = {name: i for i, name in enumerate(original)}
     placeholders = graph_module.graph.find_nodes(op="placeholder")
     return [node.meta[INPUT] if INPUT in node.meta else index[node.name] for node in placeholders]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 #: What rearranges a tensor -> position and name of the argument that says which axes (None: none).
 ALONG: dict[str, tuple[int, str] | None] = {
     "slice": (1, "dim"), "select": (1, "dim"), "narrow": (1, "dim"), "index_select": (1, "dim"), "unsqueeze": (1, "dim"),
@@ -27,8 +29,13 @@ _WRITTEN_ALONG = {"slice_scatter": (2, "dim"), "select_scatter": (2, "dim"), "se
 def keeps_rows(name: str, rank: int, argument: Callable[[int, str], Any]) -> bool:
     """Whether the rearrangement or write `name` of a tensor of `rank` axes leaves the last axis whole and last.
 
-    `argument`: (position, name) -> an argument of the call, or None.
+    `argument`: (position, name) -> an argument of the call, or None; of a node, its value.
     """
+    if name.startswith("index_put") and argument(3, "accumulate"):
+        return False
+    if name.startswith("scatter"):  # one row after the other only if the index is expanded along the last axis
+        index = argument(2, "index")
+        return bool(argument(1, "dim") % rank != rank - 1) and isinstance(index, Tensor) and index.stride()[-1] == 0
     where = ALONG[name] if name in ALONG else _WRITTEN_ALONG.get(name, (1, "dim"))
     if where is None:
         return True

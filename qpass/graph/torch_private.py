@@ -50,6 +50,12 @@ def source_name(node: Node) -> str | None:
     return ".".join(keys) or None
 
 
+def is_of_module(node: Node) -> bool:
+    """Whether an input of a captured graph is kept by a module, as a Parameter, a buffer or an attribute."""
+    guards = getattr(getattr(node, "_dynamo_source", None), "guard_source", None)
+    return guards is not None and (guards.is_unspecialized_nn_module() or guards.is_specialized_nn_module())
+
+
 def is_graph_fragment(gm: GraphModule) -> bool:
     """Whether the graph is a part of what was compiled: it ends at a graph break, or its frame was called by one that did."""
     reason = getattr(gm, "compile_subgraph_reason", None)
@@ -173,6 +179,21 @@ def fake_static(tensor: Tensor) -> Tensor:
     if context is None or context.fake_mode is None:
         return tensor
     return context.fake_mode.from_tensor(tensor, static_shapes=True)
+
+
+def fake_parts_of(subclass: Any, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Stand-ins for the `parts` inside of an input that Dynamo has seen, in AOTAutograd's own fake mode, with the symbols that
+    Dynamo gave to their sizes."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return list(parts)
+    seen = context.tensor_to_context.get(subclass)
+    if seen is None:
+        return [context.fake_mode.from_tensor(p, static_shapes=True) for p in parts]
+    fake: Any = context.fake_mode.from_tensor(
+        subclass, static_shapes=False, symbolic_context=seen, source=seen.tensor_source, trace=False
+    )
+    return [getattr(fake, name) for name in fake.__tensor_flatten__()[0]]
 
 
 def compile_inner(gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str | None) -> Callable[..., Any]:

@@ -51,7 +51,8 @@ def find(
         whole = read_whole(node)
         k, v = (attention.k, attention.v) if whole is None else (whole.k, whole.v)
         producers = flow.linears_behind(k)
-        name = names[flow.linears[producers[0]].weight] if producers else f"cache of {node.name}"
+        weight = flow.linears[producers[0]].weight if producers else node
+        name = names.get(weight, f"cache of {node.name}")
         for role, operand, spec in (("k", k, specs[0]), ("v", v, specs[1])):
             held = _held_behind(operand, set())
             if held is None or held not in candidates or held in found:
@@ -239,4 +240,9 @@ def _sizes(insert: Callable[..., Node], node: Node) -> list[Any]:
 
 def _keeps_last_axis(node: Node) -> bool:
     rank = len(shape_of(source_of(node)) or ())
-    return keeps_rows(op_name(node), rank, lambda position, name: argument(node, position, name))
+
+    def given(position: int, name: str) -> Any:
+        found = argument(node, position, name)
+        return value_of(found) if isinstance(found, Node) and name == "index" and position == 2 else found
+
+    return keeps_rows(op_name(node), rank, given)
