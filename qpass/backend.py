@@ -63,7 +63,9 @@ from qpass.store import WeightStore, anchor
 #: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
 BACKENDS: weakref.WeakSet[QPass] = weakref.WeakSet()
 _clock = itertools.count(1)
-_KEPT_BY_MODULE = "the module keeps a float cache: model = qpass.quantize(model, recipe) stores quantized what is there before the first call"
+_KEPT_BY_MODULE = (
+    "the module keeps a float cache: model = qpass.quantize(model, recipe) stores quantized what is there before a call"
+)
 
 
 @dataclass(frozen=True)
