@@ -168,10 +168,14 @@ def _apply(spec: QuantSpec, token: str, text: str) -> QuantSpec:
             raise refuse("only integer formats have a zero point")
         return replace(spec, symmetric=False, float_zero=token == "zero=float")
     if token == "rotated":
+        if spec.static:
+            raise refuse("static scales are of channels, which a rotation mixes")
         return replace(spec, rotated=True)
     if token == "static":
         if fmt.name != "int8" and fmt.name not in ("fp8_e4m3", "fp8_e5m2"):
             raise refuse("static scales are for int8 and fp8")
+        if spec.rotated:
+            raise refuse("static scales are of channels, which a rotation mixes")
         return replace(spec, granularity=None, static=True)
     if token == "dq":
         if fmt.scale != "float" or not isinstance(spec.granularity, PerGroup):

@@ -156,3 +156,67 @@ def test_attention_unlike_an_earlier_one(text: str) -> None:
             assert torch.equal(attention("attention", *given), attention("attention_checked", *given))
     with pytest.raises(RuntimeError):
         attention("attention", q, k, k, text, torch.ones(1, 1, 1, 71, dtype=torch.bool), False, None)
+
+
+def in_a_frame(text: str, width: int, seed: int) -> tuple[list[Tensor | None], Tensor | None]:
+    """Keys or values [2, 2, 70, width] stored to `text`: the four parts as attention takes them, and their static scale."""
+    x, static = random(2, 2, 70, width, seed=seed), random(1, 2, 1, width, seed=9).abs() / 50 + 0.01
+    static_scale = static if "static" in text else None
+    parts: list[Tensor | None] = [None, static_scale, None, None]
+    for slot, part in zip(parse_spec(text).stored_parts, torch.ops.qpass.quantize(x, text, static_scale), strict=True):
+        parts[slot] = part
+    return parts, static_scale
+
+
+@pytest.mark.parametrize(
+    "text", ["int8:rotated", "int4:g16:asym:rotated", "int8:static", "fp8_e4m3:static", "int4:g16:asym"]
+)
+@pytest.mark.parametrize("queries", [1, 3, 20])
+def test_rows_that_were_rotated_or_scaled_before_they_were_stored(text: str, queries: int) -> None:
+    """Against float64 on what was stored; the last tokens are there as floats too. Without Python, but for many queries."""
+    from qpass.ops import reference
+
+    (k, _), (v, _) = in_a_frame(text, 48, 0), in_a_frame(text, 40, 1)
+    q, last = random(2, 6, queries, 48, seed=2), [random(2, 2, queries, d, seed=3) for d in (48, 40)]
+    start = torch.tensor(70 - queries)
+    call = (q, *k, text, *v, 40, text, None, False, None, None, None, *last, start, 0.0, None)
+    out = torch.ops.qpass.attention(*call)
+    expected = reference.attention(*(x.double() if x is q else x for x in call))
+    torch.testing.assert_close(out.double(), expected.double(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.ops.qpass.attention(*call), torch.ops.qpass.attention_checked(*call))
+    assert goes_to_python(lambda: torch.ops.qpass.attention(*call)) == (queries > 7)
+
+
+WRITTEN = ["int8", "int8:g16:asym", "int4:g16:asym", "int4:g16:asym:rotated", "int2:g16:zero=float:scale=fp16", "fp8_e4m3",
+           "int4:t32:zero=float:scale=fp16", "int8:static", "fp8_e5m2:static"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantizing_after_the_first(text: str, dtype: torch.dtype) -> None:
+    """The parts are those of the reference, to the bit; a rotation's last bit may turn a code."""
+    from qpass.ops import reference
+
+    static = (random(1, 3, 1, 48, seed=9).abs() / 50 + 0.01) if "static" in text else None
+    for seed in range(3):
+        x = (3 * random(2, 3, 40, 48, seed=seed)).to(dtype)
+        x[0, 1, 2] = 0
+        parts = torch.ops.qpass.quantize(x, text, static)
+        assert goes_to_python(lambda x=x: torch.ops.qpass.quantize(x, text, static)) is False
+        for mine, wanted in zip(parts, reference.quantize(x, text, static), strict=True):
+            assert (mine.dtype, mine.shape) == (wanted.dtype, wanted.shape)
+            if "rotated" in text and mine.is_floating_point():
+                torch.testing.assert_close(mine, wanted)
+            else:
+                same = (mine.float() == wanted.float()).float().mean()
+                assert float(same) > 0.999 if "rotated" in text else same == 1
+    bad = random(2, 3, 40, 48).to(dtype)
+    bad[1, 2, 3, 4] = torch.nan
+    for mine, wanted in zip(
+        torch.ops.qpass.quantize(bad, text, static), reference.quantize(bad, text, static), strict=True
+    ):
+        torch.testing.assert_close(mine.float(), wanted.float(), equal_nan=True)
+    if dtype == torch.float32 and "static" not in text and text[:3] == "int":
+        bad[1, 2, 3, 4] = torch.inf
+        with pytest.raises(RuntimeError, match="QpassError: a scale of up to inf"):
+            torch.ops.qpass.quantize(bad, text)

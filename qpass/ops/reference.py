@@ -105,7 +105,8 @@ def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[T
     return [part.contiguous() for part in done.parts if part is not None]
 
 
-def _quantize_fake(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
+def quantized_like(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
+    """Empty parts of the shapes and types that `quantize` gives."""
     parsed = parse_spec(spec)
     fmt, lead = parsed.format, x.shape[:-1]
     width = packed_length(x.shape[-1], fmt.bits) if fmt.bits < 8 else x.shape[-1]
@@ -257,12 +258,12 @@ for _name, _implementation, _fake in (
     ("linear", linear, _linear_fake),
     ("experts", experts, _experts_fake),
     ("embedding", embedding, _embedding_fake),
-    ("quantize", quantize, _quantize_fake),
+    ("quantize", quantize, quantized_like),
     ("dequantize", dequantize, _dequantize_fake),
     ("read_cache", read_cache, _read_cache_fake),
     ("attention", attention, _attention_fake),
     ("cache_positions", cache_positions, _cache_positions_fake),
 ):
-    if _name not in ("linear", "attention"):  # chosen by device in ops/cpu
+    if _name not in ("linear", "attention", "quantize"):  # chosen by device in ops/cpu
         LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qpass::{_name}", _fake, lib=LIBRARY)

@@ -38,7 +38,7 @@ SCHEMAS = {
 }
 
 # What ops/cpu/binding.cpp hands to Python: calls unlike any that it has seen.
-SCHEMAS |= {f"{name}_checked": SCHEMAS[name] for name in ("linear", "attention")}
+SCHEMAS |= {f"{name}_checked": SCHEMAS[name] for name in ("linear", "attention", "quantize")}
 
 LIBRARY = torch.library.Library("qpass", "DEF")
 for _name, _schema in SCHEMAS.items():

@@ -24,7 +24,7 @@ _UNUSUAL: Rules = (
     (r"[kv]_sconv\.weight_proj|[kv]_proj\.sconv\.weight_proj", "qkv"),
     (r"relative_position_bias\.(linear|proj)", "linear"),
     (r"conv(1d|2d|_1d)?\d?\.(weight|bias)|sconv|_conv|conv_qk|patch_embeddings?\.|A_log|time_mix|statics", "float"),
-    (r"relative_attention_bias", "embedding"),
+    (r"relative_attention_bias", "float|embedding"),
     (r"relative_pos_embeddings", "linear|router"),
     (r"position_bias$|position_embeddings?$|_bias(\b|_)|l2_clip|\.b[12]$|probe|extensor|class_embedding", "float"),
     (r"cls_token|mask_token|hc_|_hc\.|hyper_connection|query$(?<!self\.query)|adapter_list", "float"),

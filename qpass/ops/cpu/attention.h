@@ -3,7 +3,6 @@
 // Online softmax (Milakov and Gimelshein 2018) over blocks; the tokens of long caches are split over the threads and the
 // parts merged (flash decoding). One split of one key head serves all query heads of its group.
 #pragma once
-#include "extras.h"
 #include "linear.h"
 
 constexpr int64_t BLOCK = 64;     // tokens made floats at a time
@@ -99,11 +98,12 @@ struct Floats {
 };
 
 // Rows [begin, begin + count) of the cache of one head as floats `padded` apart, zeros behind each: in `memory`, or where they are.
-static const float* rows_to_float(const Cache& cache, Floats firsts, Floats lasts, int64_t head, int64_t begin, int64_t count,
-                                  int64_t padded, float* memory) {
+static const float* rows_to_float(const Cache& cache, const Frame& frame, Floats firsts, Floats lasts, int64_t head, int64_t begin,
+                                  int64_t count, int64_t padded, float* memory) {
   const Matrix& m = cache.rows;
   int64_t end = begin + count;
-  if (lasts.rows && begin >= lasts.from && end <= lasts.from + lasts.count && padded == m.k)
+  bool framed = frame.rotation || frame.scale;
+  if (lasts.rows && !framed && begin >= lasts.from && end <= lasts.from + lasts.count && padded == m.k)
     return lasts.rows + (head * lasts.count + begin - lasts.from) * m.k;
   bool there = m.spec->kind == FP32 && padded == m.k;
   for (Floats f : {firsts, lasts}) there &= !f.rows || f.from >= end || f.from + f.count <= begin;
@@ -111,7 +111,7 @@ static const float* rows_to_float(const Cache& cache, Floats firsts, Floats last
   stored_to_float(cache, head, begin, count, padded, memory);
   for (Floats f : {firsts, lasts})
     for (int64_t t = most(begin, f.from); f.rows && t < least(end, f.from + f.count); t++)
-      std::memcpy(memory + (t - begin) * padded, f.rows + (head * f.count + t - f.from) * m.k, m.k * sizeof(float));
+      into_frame(frame, head, f.rows + (head * f.count + t - f.from) * m.k, m.k, memory + (t - begin) * padded);
   return memory;
 }
 
@@ -202,7 +202,12 @@ static void attend(const Attention& a, int64_t b, int64_t key_head, int64_t q_be
   for (int64_t r = 0; r < rows; r++) {
     int64_t row = q_begin + r, h = first + row / a.queries, i = row % a.queries;
     const float* q = a.q + ((b * a.heads + h) * a.queries + i) * a.width;
-    for (int64_t k = 0; k < kp; k++) queries[r * kp + k] = k < a.width ? q[k] * a.scale : 0.0f;
+    const Frame& frame = a.more.keys;  // (q R) . (k R) = q . k, and (q * s) . (k / s)
+    float* out = queries + r * kp;
+    if (frame.rotation) rotate_row(frame.rotation, q, a.width, out);
+    else std::memcpy(out, q, a.width * sizeof(float));
+    if (frame.scale) for (int64_t k = 0; k < a.width; k++) out[k] *= frame.scale[key_head % frame.heads * a.width + k];
+    for (int64_t k = 0; k < kp; k++) out[k] = k < a.width ? out[k] * a.scale : 0.0f;
     largest[r] = -INFINITY, total[r] = 0.0f;
   }
   std::memset(acc, 0, rows * vp * sizeof(float));
@@ -216,7 +221,7 @@ static void attend(const Attention& a, int64_t b, int64_t key_head, int64_t q_be
     }
     if (!seen) continue;  // an unused end of a static cache is not read
     const Extras& e = a.more;
-    const float* k = rows_to_float(a.keys, {e.k_first, 0, e.firsts}, {e.k_last, e.start, e.lasts}, head, t0, count, kp, keys);
+    const float* k = rows_to_float(a.keys, e.keys, {e.k_first, 0, e.firsts}, {e.k_last, e.start, e.lasts}, head, t0, count, kp, keys);
     for (int64_t t = 0; t < count; t += ROWS_AT_ONCE) {
       const float* w[ROWS_AT_ONCE];
       for (int i = 0; i < ROWS_AT_ONCE; i++) w[i] = k + least(t + i, count - 1) * kp;
@@ -227,7 +232,7 @@ static void attend(const Attention& a, int64_t b, int64_t key_head, int64_t q_be
       for (int64_t t = round_up(count, ROWS_AT_ONCE); t < BLOCK; t++) scores[r * BLOCK + t] = 0.0f;
       weigh(scores + r * BLOCK, added + r * BLOCK, acc + r * vp, vp, largest + r, total + r);
     }
-    const float* v = rows_to_float(a.values, {e.v_first, 0, e.firsts}, {e.v_last, e.start, e.lasts}, head, t0, count, vp, values);
+    const float* v = rows_to_float(a.values, e.values, {e.v_first, 0, e.firsts}, {e.v_last, e.start, e.lasts}, head, t0, count, vp, values);
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) add_values<4>(scores + r * BLOCK, v, count, vp, acc + r * vp);
     for (; r < rows; r++) add_values<1>(scores + r * BLOCK, v, count, vp, acc + r * vp);
@@ -250,7 +255,8 @@ static void attention(const Attention& a, int threads) {
            acc, stats, stats + (end - begin));
   });
   parallel(heads * rows, 16, threads, [&](int64_t from, int64_t to) {
-    float* y = scratch<float>(SCORES, vp);
+    float* y = scratch<float>(SCORES, 2 * vp);
+    float* turned = y + vp;
     for (int64_t item = from; item < to; item++) {
       int64_t head = item / rows, row = item % rows, begin = row / QUERIES * QUERIES, width = least(QUERIES, rows - begin);
       auto stats = [&](int64_t s) { return parts + heads * splits * rows * vp + ((head * splits + s) * rows + begin) * 2 + row - begin; };
@@ -267,8 +273,11 @@ static void attention(const Attention& a, int threads) {
       }
       float inverse = total == 0.0f ? 0.0f : 1.0f / total;  // a query that sees nothing: zeros, as torch gives
       for (int64_t d = 0; d < vp; d++) y[d] *= inverse;
+      const Frame& frame = a.more.values;
+      if (frame.scale) for (int64_t d = 0; d < a.value_width; d++) y[d] *= frame.scale[head % a.key_heads % frame.heads * a.value_width + d];
+      if (frame.rotation) rotate_row(frame.rotation, y, a.value_width, turned);
       int64_t at = ((b * a.heads + h) * a.queries + row % a.queries) * a.value_width;
-      to_dtype(y, a.value_width, a.dtype, (char*)a.out + at * size_of(a.dtype));
+      to_dtype(frame.rotation ? turned : y, a.value_width, a.dtype, (char*)a.out + at * size_of(a.dtype));
     }
   });
 }

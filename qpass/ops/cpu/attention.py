@@ -10,9 +10,7 @@ from torch.nn import functional as F
 
 from qpass.ops import reference
 from qpass.ops.cpu.library import c_functions, remember
-from qpass.ops.cpu.matrix import DTYPES, CpuSpec, Matrix, contiguous, cpu_spec, fits
-from qpass.rotation import rotate
-from qpass.spec import QuantSpec
+from qpass.ops.cpu.matrix import DTYPES, CpuSpec, Frame, FrameStruct, Matrix, contiguous, cpu_spec, fits
 
 #: From this many queries a head on, attention over keys and values that are floats is torch's own.
 _MANY_QUERIES = 8
@@ -55,6 +53,8 @@ class ExtrasStruct(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("k_first", "v_first", "k_last", "v_last", "sinks")),
         *((name, ctypes.c_int64) for name in ("firsts", "lasts", "start")),
         ("soft_cap", ctypes.c_float),
+        ("keys", FrameStruct),
+        ("values", FrameStruct),
     ]
 
 
@@ -102,14 +102,11 @@ def attention(
         )
     y = q.new_empty((*q.shape[:-1], v_columns))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # Rotations and static scales are the queries' and the results': what is stored is read as it is.
-    queries = _as_stored(q.float(), k_known.spec, k_scale, inverse=True)
-    fp32 = [None if x is None else _as_stored(x.float(), known.spec, part).contiguous()
-            for x, known, part in zip(floats, (k_known, v_known) * 2, (k_scale, v_scale) * 2, strict=True)]  # fmt: skip
-    changed = any(known.spec.rotated or known.spec.static for known in (k_known, v_known))
-    found = _attend(queries, keys, k_known, values, v_known, v_columns, mask, is_causal, scale, fp32, start, soft_cap, sinks,
-                    torch.empty_like(y, dtype=torch.float32) if changed else y, again=not changed)  # fmt: skip
-    return _as_stored(found, v_known.spec, v_scale, inverse=True).to(q.dtype) if changed else y
+    fp32 = [None if x is None else x.float().contiguous() for x in floats]
+    _attend(
+        q.float(), keys, k_known, values, v_known, v_columns, mask, is_causal, scale, fp32, start, soft_cap, sinks, y
+    )
+    return y
 
 
 def _whole_chunk(q: Tensor, tokens: int, mask: Tensor | None, last: Tensor | None, start: Tensor | None) -> bool:
@@ -138,23 +135,14 @@ def _serves(q: Tensor, keys: tuple[Tensor | None, ...], k: CpuSpec, values: tupl
     )
 
 
-def _as_stored(x: Tensor, spec: QuantSpec, scale: Tensor | None, inverse: bool = False) -> Tensor:
-    """x [B, H, S, D] in the coordinates that K or V is stored in; `inverse`: what is multiplied by K, or is made of V."""
-    if spec.rotated:
-        x = rotate(x)
-    if spec.static:
-        assert scale is not None
-        wide = scale.repeat_interleave(x.shape[1] // scale.shape[1], 1) if scale.shape[1] > 1 else scale
-        x = x * wide if inverse else x / wide
-    return x
-
-
 def _attend(q: Tensor, keys: tuple[Tensor | None, ...], k_known: CpuSpec, values: tuple[Tensor | None, ...], v_known: CpuSpec,
             v_columns: int, mask: Tensor | None, is_causal: bool, scale: float, floats: list[Tensor | None],
-            start: Tensor | None, soft_cap: float, sinks: Tensor | None, y: Tensor, again: bool) -> Tensor:  # fmt: skip
+            start: Tensor | None, soft_cap: float, sinks: Tensor | None, y: Tensor) -> None:  # fmt: skip
     """The kernel: q [B, Hq, Q, D] float32, `floats` k_first, v_first, k_last, v_last as float32; writes y."""
     library = c_functions()
     batch, heads, queries, width = q.shape
+    scales = keys[1], values[1]
+    frames = Frame(k_known.spec, width, keys[1]), Frame(v_known.spec, v_columns, values[1])
     if k_known.spec.static:
         keys = (keys[0], None, *keys[2:])
     if v_known.spec.static:
@@ -176,6 +164,7 @@ def _attend(q: Tensor, keys: tuple[Tensor | None, ...], k_known: CpuSpec, values
         0 if floats[2] is None else floats[2].shape[2],
         0 if start is None else int(start),
         soft_cap,
+        *(f.struct for f in frames),
     )
     library.qpass_attention(
         *k_matrix.arguments,
@@ -191,9 +180,10 @@ def _attend(q: Tensor, keys: tuple[Tensor | None, ...], k_known: CpuSpec, values
         ctypes.addressof(more),
         torch.get_num_threads(),
     )
-    if again and all(a is b for a, b in zip((*k_matrix.parts, *v_matrix.parts), (*keys, *values), strict=True)):
+    given = all(f.is_given(scale) for f, scale in zip(frames, scales, strict=True))
+    if given and all(a is b for a, b in zip((*k_matrix.parts, *v_matrix.parts), (*keys, *values), strict=True)):
         # With more queries a prefill of an empty cache may be torch's own.
         remember(
-            "attention", library.qpass_attention, k_matrix, v_matrix, rest=(k_capacity, v_capacity, _MANY_QUERIES - 1)
-        )
-    return y
+            "attention", library.qpass_attention, k_matrix, v_matrix,
+            rest=(*(f.rotation for f in frames), *(f.heads for f in frames), k_capacity, v_capacity, _MANY_QUERIES - 1),
+        )  # fmt: skip

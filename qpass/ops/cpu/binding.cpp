@@ -1,4 +1,4 @@
-// torch.ops.qpass.linear and attention on CPU tensors without Python, on torch's stable ABI: the same call takes a few
+// torch.ops.qpass.linear, quantize and attention on CPU tensors without Python, on torch's stable ABI: the same call takes a few
 // microseconds instead of twenty-five to eighty.
 //
 // Only calls like one that Python (operators.py) has checked before are served here. "Like": everything that it looks at is
@@ -43,10 +43,33 @@ using AttentionKernel = void (*)(const void*, const void*, const void*, const vo
                                  const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
                                  const float* q, const void* mask, const int64_t* sizes, int32_t mask_type, int32_t causal, float scale,
                                  void* out, int32_t dtype, const Extras* more, int32_t threads);
+// How rows are changed before they are stored: see Frame of extras.h. Static scales are `heads` of those in the call; 0: none.
+struct Change {
+  const float* rotation;
+  int64_t heads;
+
+  Frame with(const void* scale) const { return {rotation, heads ? (const float*)scale : nullptr, heads}; }
+};
+
 struct AttentionCall {
   AttentionKernel kernel;
   Stored keys, values;
+  Change k_change, v_change;
   int64_t k_capacity, v_capacity, most_queries;
+};
+
+using QuantizeKernel = int64_t (*)(const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
+                                   const void* x, int64_t tokens, int32_t dtype, const Frame* frame, int32_t threads);
+struct QuantizeCall {
+  QuantizeKernel kernel;
+  Stored stored;
+  Change change;
+  int64_t n, k, tokens, slots;  // bit i of slots: whether data, scale, zero point, outer scale is stored
+};
+// What a call with these inputs gives.
+struct QuantizeParts {
+  QuantizeCall call;
+  std::vector<std::pair<int32_t, std::vector<int64_t>>> parts;  // type, sizes
 };
 
 // What Python looks at before it calls a kernel.
@@ -74,9 +97,11 @@ template <class Call> struct Memory {
 
 Memory<LinearCall> linears;
 Memory<AttentionCall> attentions;
+Memory<QuantizeParts> quantizes;
 // What Python says of the call that it was asked for by this thread.
 thread_local std::optional<LinearCall> linear_answer;
 thread_local std::optional<AttentionCall> attention_answer;
+thread_local std::optional<QuantizeCall> quantize_answer;
 
 void look_at(const Tensor& x, Layout& layout) {
   layout.push_back(int64_t(x.scalar_type()));
@@ -97,21 +122,25 @@ int32_t dtype_of(const Tensor& x) {
   return type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : type == ScalarType::Half ? 2 : -1;
 }
 
-Tensor empty_like(const Tensor& x, const std::vector<int64_t>& sizes) {
+int32_t type_of(const Tensor& x) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+  return type;
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-  int32_t type;
   AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &y));
   return Tensor(y);
 }
 
-template <class... T> Tensor in_python(const char* name, const T&... arguments) {
+template <class Result = Tensor, class... T> Result in_python(const char* name, const T&... arguments) {
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  return torch::stable::detail::to<Result>(stack[0]);
 }
 
 // x [.., K] -> [.., N]
@@ -132,7 +161,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Part& scale, const Part& z
       std::vector<int64_t> sizes(dims);
       for (int64_t i = 0; i + 1 < dims; i++) sizes[i] = x.size(i);
       sizes[dims - 1] = n;
-      Tensor y = empty_like(x, sizes);
+      Tensor y = empty(sizes, type_of(x));
       call->kernel(call->weight.spec, w.const_data_ptr(), data(scale), data(zero), data(outer), n, k, call->weight.scale_rows, call->weight.outer_rows,
                    x.const_data_ptr(), data(bias), y.mutable_data_ptr(), count, dtype, bias_dtype, call->int8,
                    int32_t(torch::stable::get_num_threads()));
@@ -181,16 +210,18 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
     for (int64_t size : {q.size(0), q.size(1), q.size(3), v_columns}) key.second.push_back(size);
     for (const Part& part : {Part(k), k_scale, k_zero, k_outer, Part(v), v_scale, v_zero, v_outer}) look_at(part, key.second);
     if (auto call = attentions.find(key); call && q.size(2) <= call->most_queries) {
-      Tensor y = empty_like(q, {q.size(0), q.size(1), q.size(2), v_columns});
+      Tensor y = empty({q.size(0), q.size(1), q.size(2), v_columns}, type_of(q));
       int64_t sizes[] = {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), call->k_capacity, call->v_capacity,
                          (*strides)[0], (*strides)[1], (*strides)[2], (*strides)[3]};
       int64_t heads = q.size(0) * k.size(1);
       auto floats = [](const Part& x) { return (const float*)data(x); };
+      const Change &kc = call->k_change, &vc = call->v_change;
       Extras more{floats(k_first), floats(v_first), floats(k_last), floats(v_last), floats(sinks), k_first ? k_first->size(2) : 0,
-                  k_last ? k_last->size(2) : 0, start ? *(const int64_t*)start->const_data_ptr() : 0, float(soft_cap)};
+                  k_last ? k_last->size(2) : 0, start ? *(const int64_t*)start->const_data_ptr() : 0, float(soft_cap),
+                  kc.with(data(k_scale)), vc.with(data(v_scale))};
       const Stored &ks = call->keys, &vs = call->values;
-      call->kernel(ks.spec, k.const_data_ptr(), data(k_scale), data(k_zero), data(k_outer), heads * call->k_capacity, q.size(3),
-                   ks.scale_rows, ks.outer_rows, vs.spec, v.const_data_ptr(), data(v_scale), data(v_zero), data(v_outer),
+      call->kernel(ks.spec, k.const_data_ptr(), kc.heads ? nullptr : data(k_scale), data(k_zero), data(k_outer), heads * call->k_capacity, q.size(3),
+                   ks.scale_rows, ks.outer_rows, vs.spec, v.const_data_ptr(), vc.heads ? nullptr : data(v_scale), data(v_zero), data(v_outer),
                    heads * call->v_capacity, v_columns, vs.scale_rows, vs.outer_rows, (const float*)q.const_data_ptr(), data(mask), sizes, mask_type, causal,
                    scale ? float(*scale) : 1.0f / std::sqrt(float(q.size(3))), y.mutable_data_ptr(), 0, &more,
                    int32_t(torch::stable::get_num_threads()));
@@ -204,6 +235,46 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
   return y;
 }
 
+// x [.., K] -> the parts that the spec has
+std::vector<Tensor> quantize(const Tensor& x, std::string spec, const Part& static_scale) {
+  int32_t dtype = dtype_of(x);
+  bool usual = dtype >= 0 && x.numel() && x.is_contiguous();
+  std::pair<std::string, Layout> key;
+  if (usual) {
+    key.first = spec;
+    key.second.reserve(24);
+    look_at(x, key.second);
+    look_at(static_scale, key.second);
+    if (auto known = quantizes.find(key)) {
+      const QuantizeCall& call = known->call;
+      std::vector<Tensor> parts;
+      void* slots[4] = {};
+      for (int slot = 0; slot < 4; slot++)
+        if (call.slots >> slot & 1) {
+          const auto& [type, sizes] = known->parts[parts.size()];
+          parts.push_back(empty(sizes, type));
+          slots[slot] = parts.back().mutable_data_ptr();
+        }
+      Frame frame = call.change.with(data(static_scale));
+      if (!call.kernel(call.stored.spec, slots[0], slots[1], slots[2], slots[3], call.n, call.k, call.stored.scale_rows, call.stored.outer_rows,
+                       x.const_data_ptr(), call.tokens, dtype, &frame, int32_t(torch::stable::get_num_threads())))
+        return parts;  // else Python says what is wrong
+    }
+  }
+  quantize_answer.reset();
+  auto parts = in_python<std::vector<Tensor>>("qpass::quantize_checked", x, spec, static_scale);
+  if (usual && quantize_answer) {
+    QuantizeParts known{*quantize_answer, {}};
+    for (const Tensor& part : parts) {
+      std::vector<int64_t> sizes(part.dim());
+      for (int64_t i = 0; i < part.dim(); i++) sizes[i] = part.size(i);
+      known.parts.emplace_back(type_of(part), sizes);
+    }
+    quantizes.keep(key, known);
+  }
+  return parts;
+}
+
 }  // namespace
 
 extern "C" {
@@ -213,18 +284,27 @@ void qpass_remember_linear(void* kernel, const void* spec, int64_t scale_rows, i
 }
 
 void qpass_remember_attention(void* kernel, const void* k_spec, int64_t k_scale_rows, int64_t k_outer_rows, const void* v_spec,
-                              int64_t v_scale_rows, int64_t v_outer_rows, int64_t k_capacity, int64_t v_capacity, int64_t most_queries) {
-  attention_answer = AttentionCall{(AttentionKernel)kernel, {k_spec, k_scale_rows, k_outer_rows}, {v_spec, v_scale_rows, v_outer_rows}, k_capacity, v_capacity, most_queries};
+                              int64_t v_scale_rows, int64_t v_outer_rows, const float* k_rotation, const float* v_rotation, int64_t k_heads,
+                              int64_t v_heads, int64_t k_capacity, int64_t v_capacity, int64_t most_queries) {
+  attention_answer = AttentionCall{(AttentionKernel)kernel, {k_spec, k_scale_rows, k_outer_rows}, {v_spec, v_scale_rows, v_outer_rows},
+                                   {k_rotation, k_heads}, {v_rotation, v_heads}, k_capacity, v_capacity, most_queries};
+}
+
+void qpass_remember_quantize(void* kernel, const void* spec, int64_t scale_rows, int64_t outer_rows, const float* rotation, int64_t heads,
+                             int64_t n, int64_t k, int64_t tokens, int64_t slots) {
+  quantize_answer = QuantizeCall{(QuantizeKernel)kernel, {spec, scale_rows, outer_rows}, {rotation, heads}, n, k, tokens, slots};
 }
 
 // Another instruction set or another way of computing from now on.
 void qpass_forget() {
   linears.forget();
   attentions.forget();
+  quantizes.forget();
 }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("attention", TORCH_BOX(&attention));
+  m.impl("quantize", TORCH_BOX(&quantize));
 }

@@ -42,29 +42,32 @@ int64_t qpass_rows(MATRIX(w_), const int64_t* indices, int64_t first, int64_t co
   return -1;
 }
 
-// x [n, k] of `dtype` -> the stored parts, which are written. `tokens`: rows of a head, where groups of them share scales. Gives
-// whether a scale was infinite.
-int64_t qpass_quantize(MATRIX(w_), const void* x, int64_t tokens, int32_t dtype, int32_t threads) {
+// x [n, k] of `dtype` -> the stored parts, which are written. `tokens`: rows of a head, where groups of them share scales or heads
+// have static ones. Gives whether a scale was infinite.
+int64_t qpass_quantize(MATRIX(w_), const void* x, int64_t tokens, int32_t dtype, const Frame* frame, int32_t threads) {
   Matrix w = AS_MATRIX(w_);
+  auto rows_of = [&](int64_t first, int64_t count) {
+    float* rows = scratch<float>(ROWS, count * w.k);
+    from_dtype((const char*)x + first * w.k * size_of(dtype), count * w.k, dtype, rows);
+    if (!frame->rotation && !frame->scale) return rows;
+    float* turned = scratch<float>(TURNED, count * w.k);
+    for (int64_t i = 0; i < count; i++) into_frame(*frame, (first + i) / tokens, rows + i * w.k, w.k, turned + i * w.k);
+    return turned;
+  };
   if (w.k * w.n < 1 << 15) threads = 1;
   std::atomic<int64_t> infinite{0};
   if (w.spec->tokens) {
     parallel(w.n / tokens * w.scale_rows, 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         int64_t head = i / w.scale_rows, first = i % w.scale_rows * w.spec->tokens, count = least(w.spec->tokens, tokens - first);
-        float* rows = scratch<float>(ROWS, count * w.k);
-        from_dtype((const char*)x + (head * tokens + first) * w.k * size_of(dtype), count * w.k, dtype, rows);
-        if (!quantize_tokens(w, rows, head * tokens + first, count, i)) infinite = 1;
+        if (!quantize_tokens(w, rows_of(head * tokens + first, count), head * tokens + first, count, i)) infinite = 1;
       }
     });
     return infinite;
   }
   parallel(w.n, most(1, (1 << 14) / most(1, w.k)), threads, [&](int64_t begin, int64_t end) {
-    float* row = scratch<float>(ROWS, w.k);
-    for (int64_t r = begin; r < end; r++) {
-      from_dtype((const char*)x + r * w.k * size_of(dtype), w.k, dtype, row);
-      if (!quantize_row(w, row, r)) infinite = 1;
-    }
+    for (int64_t r = begin; r < end; r++)
+      if (!quantize_row(w, rows_of(r, 1), r)) infinite = 1;
   });
   return infinite;
 }

@@ -20,7 +20,7 @@ def _functions(found: Kernels) -> Any:
     library = found.library
     library.qpass_linear.argtypes = [*matrix, pointer, pointer, pointer, size, small, small, small, small]
     library.qpass_rows.argtypes = [*matrix, pointer, size, size, pointer, small, small]
-    library.qpass_quantize.argtypes = [*matrix, pointer, size, small, small]
+    library.qpass_quantize.argtypes = [*matrix, pointer, size, small, pointer, small]
     attention = [
         *matrix, *matrix, pointer, pointer, pointer, small, small, ctypes.c_float, pointer, small, pointer, small,
     ]  # fmt: skip
@@ -54,14 +54,15 @@ def bind() -> str | None:
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         found.qpass_remember_linear.argtypes = [pointer, pointer, size, size, size, ctypes.c_int32]
         found.qpass_remember_attention.argtypes = [
-            pointer, pointer, size, size, pointer, size, size, size, size, size,
+            pointer, pointer, size, size, pointer, size, size, pointer, pointer, size, size, size, size, size,
         ]  # fmt: skip
+        found.qpass_remember_quantize.argtypes = [pointer, pointer, size, size, pointer, size, size, size, size, size]
         ON_CHANGE.append(found.qpass_forget)
         _bound.append(found)
     return None
 
 
-def remember(what: str, kernel: Any, *matrices: Matrix, rest: tuple[int, ...]) -> None:
+def remember(what: str, kernel: Any, *matrices: Matrix, rest: tuple[int | None, ...]) -> None:
     """Tell binding.cpp, if it is there and asked for this call, what a kernel was called with."""
     for library in _bound:
         stored = [x for m in matrices for x in (m.arguments[0], *m.arguments[-2:])]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qpass.granularity import PerTokens
 from qpass.packing import packed_length
+from qpass.rotation import rotation
 from qpass.spec import QuantSpec, parse_spec
 
 #: Activation type -> enum Dtype of weight.h.
@@ -116,6 +117,33 @@ def fits(parts: tuple[Tensor | None, ...], k: int, text: str) -> bool:
         if zero.dtype != spec.format.storage or zero.numel() * blocks != scale.numel() * zero_width:  # type: ignore[union-attr]
             return False
     return outer is None or (outer.dtype == torch.float32 and outer.numel() in (1, rows))
+
+
+class FrameStruct(ctypes.Structure):
+    """struct Frame of extras.h."""
+
+    _fields_ = [("rotation", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("heads", ctypes.c_int64)]
+
+
+@cache
+def _rotation(columns: int) -> Tensor:
+    return rotation(columns).contiguous()
+
+
+class Frame:
+    """How rows of `columns` are changed before they are stored: `rotation`, an address or None; static scales of `heads`."""
+
+    def __init__(self, spec: QuantSpec, columns: int, static_scale: Tensor | None) -> None:
+        self.rotation = _rotation(columns).data_ptr() if spec.rotated else None
+        self.scale, self.heads = None, 0
+        if spec.static and static_scale is not None:
+            self.scale = static_scale.to(torch.float32).expand(*static_scale.shape[:-1], columns).contiguous()
+            self.heads = self.scale.numel() // columns
+        self.struct = FrameStruct(self.rotation, None if self.scale is None else self.scale.data_ptr(), self.heads)
+
+    def is_given(self, static_scale: Tensor | None) -> bool:
+        """Whether the kernel reads the static scale where it was given."""
+        return self.scale is None or (static_scale is not None and self.scale.data_ptr() == static_scale.data_ptr())
 
 
 class Matrix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,10 +15,8 @@ from qpass.ops import reference
 from qpass.ops.cpu.attention import attention
 from qpass.ops.cpu.build import Kernels, cpu_features, kernels
 from qpass.ops.cpu.library import c_functions, remember
-from qpass.ops.cpu.matrix import DTYPES, Matrix, cpu_spec, fits
+from qpass.ops.cpu.matrix import DTYPES, Frame, Matrix, cpu_spec, fits
 from qpass.ops.schemas import LIBRARY
-from qpass.packing import packed_length
-from qpass.rotation import rotate
 from qpass.spec import parse_spec
 
 #: From this many rows of x on, a product in float goes through tiles of the dequantized weight and torch's own product.
@@ -165,36 +164,46 @@ _WRITTEN = frozenset({"int8", "int4", "int2", "fp8_e4m3", "fp8_e5m2"})
 
 
 def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
-    """[.., K] -> the parts that the spec has, to the bit those of the reference."""
+    """[.., K] -> the parts that the spec has, to the bit those of the reference, but for the last bit of a rotation."""
     library, known = c_functions(), cpu_spec(spec)
     s, k = known.spec, x.shape[-1]
-    served = s.format.name in _WRITTEN and not s.double_quantized and not s.static and str(s.granularity) != "tensor"
+    served = s.format.name in _WRITTEN and not s.double_quantized and str(s.granularity) != "tensor"
+    heads = x.shape[-3] if x.dim() > 2 else 1
+    if s.static:
+        served = static_scale is not None and static_scale.shape in ((1, heads, 1, k), (1, 1, 1, k)) and x.dim() == 4
     if library is None or x.dtype not in DTYPES or not x.numel() or not served:
         return reference.quantize(x, spec, static_scale)
-    x = rotate(x.float()) if s.rotated else x.contiguous()
-    lead, bits = x.shape[:-1], s.format.bits
-    parts = [x.new_empty((*lead, packed_length(k, bits) if bits < 8 else k), dtype=s.format.storage)]
-    if s.granularity is not None:
-        blocks = s.granularity.scale_shape(x.shape)
-        parts.append(x.new_empty(blocks, dtype=s.scale_dtype))
-        if s.float_zero:
-            parts.append(x.new_empty(blocks, dtype=s.scale_dtype))
-        elif s.has_zero_point:
-            width = packed_length(blocks[-1], bits) if bits < 8 else blocks[-1]
-            parts.append(x.new_empty((*blocks[:-1], width), dtype=s.format.storage))
-    matrix = Matrix((*parts, None, None, None)[:4], x.numel() // k, k, known)
+    x = x.contiguous()
+    parts = reference.quantized_like(x, spec)
+    slots: list[Tensor | None] = [None] * 4
+    for slot, part in zip(s.stored_parts, parts, strict=True):
+        slots[slot] = part
+    matrix, frame = Matrix(tuple(slots), x.numel() // k, k, known), Frame(s, k, static_scale)
     tokens = x.shape[-2] if x.dim() > 1 else 1
-    bad = library.qpass_quantize(*matrix.arguments, x.data_ptr(), tokens, DTYPES[x.dtype], torch.get_num_threads())
-    return parts if not bad else reference.quantize(x, spec)  # which says what is wrong
+    bad = library.qpass_quantize(
+        *matrix.arguments,
+        x.data_ptr(),
+        tokens,
+        DTYPES[x.dtype],
+        ctypes.addressof(frame.struct),
+        torch.get_num_threads(),
+    )
+    if bad:
+        return reference.quantize(x, spec)  # which says what is wrong
+    if frame.is_given(static_scale):
+        remember("quantize", library.qpass_quantize, matrix, rest=(
+            frame.rotation, frame.heads, x.numel() // k, k, tokens, sum(1 << slot for slot in s.stored_parts)
+        ))  # fmt: skip
+    return parts
 
 
-def _on_any_device(on_cpu: Callable[..., Tensor], elsewhere: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _on_any_device(on_cpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x, *rest: (on_cpu if x.device.type == "cpu" else elsewhere)(x, *rest)
 
 
-for _name, _function in (("embedding", embedding), ("quantize", quantize), ("dequantize", dequantize)):
+for _name, _function in (("embedding", embedding), ("dequantize", dequantize)):
     LIBRARY.impl(_name, _function, "CPU")
-_bound_calls: dict[str, Callable[..., Tensor]] = {"linear": linear, "attention": attention}
+_bound_calls: dict[str, Callable[..., Any]] = {"linear": linear, "attention": attention, "quantize": quantize}
 for _name, _on_cpu in _bound_calls.items():  # the CPU's own key is binding.cpp's
     LIBRARY.impl(_name, _on_any_device(_on_cpu, getattr(reference, _name)), "CompositeExplicitAutograd")
     LIBRARY.impl(f"{_name}_checked", _on_cpu, "CPU")

@@ -18,6 +18,7 @@ struct Rounding {
   Rounding(const Spec& spec, const Range& r) : nan(r.nan), float_zero(spec.zero_point == 2) {
     float half = float(1 << (spec.bits - 1));
     low_code = spec.zero_point ? -half : 1.0f - half, high_code = half - 1.0f;
+    nan &= spec.scale != NO_SCALE;  // which a block shares with its scale
     if (spec.scale == NO_SCALE) return;
     float top = spec.kind == E4M3 ? 448.0f : spec.kind == E5M2 ? 57344.0f : high_code;
     float largest = float_zero ? r.high - r.low : -r.low > r.high ? -r.low : r.high;
@@ -39,7 +40,7 @@ struct Rounding {
   int code(float v) const {
     float c = float_zero ? std::nearbyintf(v + zero) : std::nearbyintf(v) + zero;
     c = c < low_code ? low_code : c > high_code ? high_code : c;
-    return nan ? 0 : int(c);
+    return nan || c != c ? 0 : int(c);
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include "extras.h"
 #include "vec.h"
 
 enum Kind : int32_t { FP32, BF16, FP16, E4M3, E5M2, INT8, CODES, CODEBOOK };
@@ -201,8 +202,29 @@ INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// out = x R, of k columns.
+INLINE void rotate_row(const float* rotation, const float* x, int64_t k, float* out) {
+  int64_t i = 0;
+  for (; i + W <= k; i += W) {
+    F sum = zero();
+    for (int64_t j = 0; j < k; j++) sum = fma(all(x[j]), load(rotation + j * k + i), sum);
+    store(out + i, sum);
+  }
+  for (; i < k; i++) {
+    out[i] = 0.0f;
+    for (int64_t j = 0; j < k; j++) out[i] += x[j] * rotation[j * k + i];
+  }
+}
+
+// A row of keys or values as it is stored, but for rounding.
+INLINE void into_frame(const Frame& frame, int64_t head, const float* x, int64_t k, float* out) {
+  if (frame.rotation) rotate_row(frame.rotation, x, k, out);
+  else std::memcpy(out, x, k * sizeof(float));
+  if (frame.scale) for (int64_t i = 0; i < k; i++) out[i] /= frame.scale[head % frame.heads * k + i];
+}
+
 // Memory of a thread that outlives the call; its contents do not. A slot for each use that may be live with others.
-enum Slot { ROWS, SCALES, INPUT, SCORES, KEYS, VALUES, SUMS, SLOTS };
+enum Slot { ROWS, TURNED, SCALES, INPUT, SCORES, KEYS, VALUES, SUMS, SLOTS };
 
 template <class T> INLINE T* scratch(Slot slot, int64_t count) {
   static thread_local std::vector<uint64_t> memory[SLOTS];
