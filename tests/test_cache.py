@@ -126,6 +126,25 @@ def test_through_inductor() -> None:
     assert all(torch.equal(a, b) for a, b in zip(full, (t for la in cache.layers for t in la.k.parts), strict=True))
 
 
+def test_a_step_reads_the_storage_and_makes_no_float_of_the_size_of_the_cache() -> None:
+    """Seen by the profiler in a compiled step: one qpass::attention a layer, nothing dequantized, no large allocation."""
+    room = 2048
+    model = qpass.quantize(build("llama"), qpass.Recipe.uniform("int8", kv="int8"))
+    cache = qpass.KVCache(model.config, room)
+    with torch.no_grad():
+        for step in (IDS, IDS[:, :1], IDS[:, :1]):
+            model(step, past_key_values=cache)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            model(IDS[:, :1], past_key_values=cache)
+    calls = {e.key: e.count for e in profile.key_averages()}
+    assert calls["qpass::attention"] == model.config.num_hidden_layers
+    assert not any(
+        name in calls for name in ("qpass::read_cache", "qpass::dequantize", "aten::scaled_dot_product_attention")
+    )
+    keys_of_a_layer = len(IDS) * model.config.num_key_value_heads * room * model.config.head_dim * 4
+    assert keys_of_a_layer > 10 * max(e.self_cpu_memory_usage for e in profile.events())
+
+
 def test_a_cache_shorter_than_the_prompt() -> None:
     model = build("llama")
     with pytest.raises(qpass.QpassError, match="too short: it holds 0 and 7 more arrive"):
