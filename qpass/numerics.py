@@ -78,6 +78,13 @@ def _spread(per_block: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor:
     return per_block.repeat_interleave(spec.group_size, dim=-1)[..., : shape[-1]]
 
 
+def block_sums(x: Tensor, granularity: Granularity) -> Tensor:
+    """[.., K] -> the sum over each block, shaped like the scales."""
+    if isinstance(granularity, PerTensor):
+        return x.sum().reshape(granularity.scale_shape(x.shape))
+    return _blocks(x, granularity).sum(-1)
+
+
 def value_range(x: Tensor, granularity: Granularity, with_zero: bool = True) -> tuple[Tensor, Tensor]:
     """[.., K] -> (lowest, highest) value of each block in float32, both including 0 unless told; shaped like the scales."""
     if isinstance(granularity, PerTokens):
@@ -120,13 +127,17 @@ def _e8m0(amax: Tensor, fmt: Format, rounding: str) -> Tensor:
     return (exponent + _E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
+#: Scale, zero point as integer codes, outer scale.
+QParams = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
 def choose_qparams(
-    x: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None, shrink: Tensor | None = None
+) -> QParams:
     """Round-to-nearest scales of `x` [.., K]: (scale, zero_point, outer_scale) with zero_point as integer codes, unpacked.
 
     `tensor_range`: (lowest, highest) of the whole tensor where `x` is a part of it: what a scale per tensor and
-    nvfp4's outer scale are taken from.
+    nvfp4's outer scale are taken from. `shrink`: of the shape of the scales, by how much smaller a range they cover.
     """
     fmt, granularity = spec.format, spec.granularity
     if granularity is None:
@@ -137,6 +148,8 @@ def choose_qparams(
         low, high = low.clamp(max=0), high.clamp(min=0)
     else:
         low, high = value_range(x, granularity, with_zero=not spec.float_zero)
+    if shrink is not None:
+        low, high = low * shrink, high * shrink
     amax = torch.maximum(-low, high)
     if fmt.scale == "e8m0":
         return _e8m0(amax, fmt, spec.scale_rounding), None, None
@@ -226,22 +239,57 @@ def quantize(
 
     `static_scale`: broadcasts to x; the scale of a static spec, which is kept by whoever gave it.
     """
-    fmt = spec.format
     if spec.is_identity:
-        return Quantized(x.to(fmt.storage))
+        return Quantized(x.to(spec.format.storage))
     if spec.rotated:
         x = rotate(x.float())
-    scale, zero_point, outer = choose_qparams(x, spec, tensor_range)
+    qparams = choose_qparams(x, spec, tensor_range)
+    return quantize_to(x if static_scale is None else x.float() / static_scale, spec, qparams)
+
+
+def quantize_to(x: Tensor, spec: QuantSpec, qparams: QParams) -> Quantized:
+    """[.., K] float -> Quantized with the given scales and zero points, of the form that `choose_qparams` gives."""
+    scale, zero_point, outer = qparams
     scaled = x.float()
-    if static_scale is not None:
-        scaled = scaled / static_scale
     if scale is not None:
         scaled = scaled / _spread(scale_values(scale, outer), spec, x.shape)
     spread_zero = None if zero_point is None else _spread(zero_point, spec, x.shape)
-    data = _store(_encode(scaled, spec, spread_zero), fmt)
+    data = _store(_encode(scaled, spec, spread_zero), spec.format)
     if zero_point is not None and not spec.float_zero:
-        zero_point = _store(zero_point, fmt)
+        zero_point = _store(zero_point, spec.format)
     return Quantized(data, scale, zero_point, outer)
+
+
+def grid_of(spec: QuantSpec, qparams: QParams, shape: Sequence[int]) -> Grid:
+    """The representable values of each element of a tensor [.., K] with these scales."""
+    scale, zero_point, outer = qparams
+    spread = None if scale is None else _spread(scale_values(scale, outer), spec, shape).expand(*shape)
+    return Grid(spec, spread, None if zero_point is None else _spread(zero_point, spec, shape).expand(*shape))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What each element [.., K] may become: `scale` and `zero_point` of its block, spread over the block."""
+
+    spec: QuantSpec
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def column(self, x: Tensor, k: int) -> Tensor:
+        """Column `x` [..] of number `k`, each rounded to its nearest value."""
+        scale = None if self.scale is None else self.scale[..., k]
+        zero = None if self.zero_point is None else self.zero_point[..., k]
+        codes = _encode(x if scale is None else x / scale, self.spec, zero)
+        values = _code_values(codes, self.spec.format)
+        values = values if zero is None else values - zero.float()
+        return values if scale is None else values * scale
+
+
+def _code_values(codes: Tensor, fmt: Format) -> Tensor:
+    """Codes -> the float32 numbers that scales multiply."""
+    if fmt.codebook is None:
+        return codes.float()
+    return torch.tensor(fmt.codebook, dtype=torch.float32, device=codes.device)[codes.int()]
 
 
 def dequantize(q: Quantized, spec: QuantSpec, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -249,11 +297,7 @@ def dequantize(q: Quantized, spec: QuantSpec, columns: int, dtype: torch.dtype =
     fmt = spec.format
     if spec.is_identity:
         return q.data.to(dtype)
-    codes = _load(q.data, fmt, columns)
-    if fmt.codebook is not None:
-        values = torch.tensor(fmt.codebook, dtype=torch.float32, device=codes.device)[codes.int()]
-    else:
-        values = codes.float()
+    values = _code_values(_load(q.data, fmt, columns), fmt)
     if q.zero_point is not None:
         assert q.scale is not None
         zero_point = q.zero_point if spec.float_zero else _load(q.zero_point, fmt, q.scale.shape[-1])

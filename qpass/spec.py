@@ -13,7 +13,7 @@ from qpass.granularity import Granularity, PerAxis, PerGroup, PerTensor, PerToke
 
 SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCALE_ROUNDINGS = ("floor", "rceil")
-ALGORITHMS = ("rtn",)
+ALGORITHMS = ("search", "gptq")
 _TOKENS = (
     "g<group size>", "t<tokens>", "channel", "tensor", "static", "asym", "zero=float", "rotated", "dq", *SCALE_ROUNDINGS,
     *ALGORITHMS,
@@ -42,7 +42,7 @@ class QuantSpec:
     scale_dtype: torch.dtype = torch.float32
     double_quantized: bool = False
     scale_rounding: str = "floor"
-    algorithm: str = "rtn"
+    algorithms: tuple[str, ...] = ()
     float_zero: bool = False
     rotated: bool = False
     static: bool = False
@@ -118,8 +118,7 @@ class QuantSpec:
             parts.append(self.scale_rounding)
         if self.scale_dtype != torch.float32:
             parts.append("scale=" + next(k for k, v in SCALE_DTYPES.items() if v == self.scale_dtype))
-        if self.algorithm != "rtn":
-            parts.append(self.algorithm)
+        parts += self.algorithms
         return ":".join(parts)
 
 
@@ -152,7 +151,9 @@ def _apply(spec: QuantSpec, token: str, text: str) -> QuantSpec:
         return QpassError(f"spec {text!r}: {token!r} does not fit {fmt.name}: {why}")
 
     if token in ALGORITHMS:
-        return replace(spec, algorithm=token)
+        if fmt.kind == "identity":
+            raise refuse("a float format has nothing to choose")
+        return replace(spec, algorithms=tuple(a for a in ALGORITHMS if a in (*spec.algorithms, token)))
     if fmt.kind == "identity":
         raise refuse("a float format has no scale")
     if token in ("channel", "tensor") or (token[:1] in ("g", "t") and token[1:].isdigit()):

@@ -175,10 +175,18 @@ def _parallel(flow: Flow, kinds: Kinds) -> Kinds:
 
 
 def tables_of_scores(flow: Flow) -> set[Node]:
-    """The embeddings that are added to the scores of an attention: relative positions, a column for each head."""
-    wholes = [whole for node in flow.attentions if (whole := read_whole(node)) is not None]
-    masks = [mask for whole in wholes for mask in (whole.sdpa_mask, *(m for m, _ in whole.masks))]
-    return {n for mask in masks for n in flow.of(mask)} & flow.embeddings.keys()
+    """The embeddings that are added to the scores of an attention, a column for each head, and go nowhere else: relative
+    positions."""
+    found: set[Node] = set()
+    for node in flow.attentions:
+        whole = read_whole(node)
+        if whole is None:
+            continue
+        heads = (shape_of(whole.q) or (0, 0, 0))[-3]
+        behind = {n for mask in (whole.sdpa_mask, *(m for m, _ in whole.masks)) for n in flow.of(mask)}
+        tables = behind & flow.embeddings.keys() - flow.added - flow.readers.keys()
+        found |= {n for n in tables if flow.width(n) == heads}
+    return found
 
 
 def classify(flow: Flow, context: Context) -> Kinds:

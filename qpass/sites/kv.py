@@ -162,7 +162,8 @@ def rewrite(graph: Graph, match: Match) -> Edit:
         rest = (mask, whole.is_causal, whole.scale, *floats, whole.soft_cap, sinks)
         args = (q, *k, call.specs[0], *v, call.v.columns, call.specs[1], *rest)
         new = graph.call_function(torch.ops.qpass.attention.default, args)
-        out = graph.call_function(_aten.flatten.using_ints, (new, 0, 1)) if flat else new
+        flat_out = len(shape_of(node) or ()) == 3
+        out = graph.call_function(_aten.flatten.using_ints, (new, 0, 1)) if flat_out else new
     out.meta = dict(node.meta)
     node.replace_all_uses_with(out)
     added = tuple(n.name for n in graph.nodes if n not in before)

@@ -117,10 +117,22 @@ def _run(outcome: Outcome, inner: str) -> None:
     outcome.stage = "reference"
     expected = _twice(_reference(model, backend), inputs, _cache(model, outcome, qpass_cache=False))
     ours, theirs = logits_of(out).double(), logits_of(expected).double()
-    outcome.error = float((ours - theirs).abs().max() / theirs.abs().max())
+    outcome.error = _relative_error(ours, theirs)
+    if outcome.error > TOLERANCE and outcome.cache == "int8":
+        # A length in a tensor breaks the graph of some (positions cut by it), and torch runs the piece around it eagerly, in
+        # float. qpass.quantize leaves no float weights that it could use.
+        outcome.stage = "quantize"
+        torch._dynamo.reset()
+        stored = qpass.quantize(copy.deepcopy(model), RECIPE, inputs=inputs, inner=inner)
+        ours = logits_of(_twice(stored, inputs, _cache(model, outcome))).double()
+        outcome.error = _relative_error(ours, theirs)
     unquantized = logits_of(_twice(model, inputs, _cache(model, outcome, qpass_cache=False))).double()
     log_p, log_q = unquantized.log_softmax(-1), ours.log_softmax(-1)
     outcome.kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
 def _cache(model: Any, outcome: Outcome, qpass_cache: bool = True) -> dict[str, Any]:
