@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from qpass.algorithms import InputStats
 from qpass.backend import Decision, QPass
+from qpass.calibration import Batch, record
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
 from qpass.exported import quantize_program
@@ -32,10 +34,15 @@ from qpass.qtensor import QTensor
 from qpass.ready import check_ready
 from qpass.recipe import Recipe
 from qpass.registry import FINISHED, captured, captures_of
+from qpass.replay import quantize_in_order, stops_of
 from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.store import fuse, guards_beside_the_lookup, quantize_group
 from qpass.weights import as_rows, check_weight, memory_of
 
+#: A group of weights and the Parameters that it stands for.
+Planned = tuple[WeightGroup, list[Tensor]]
+#: `memory_of` a Parameter -> every place that holds it: tied weights have several.
+Owners = Mapping[tuple[Any, ...], Sequence[tuple[nn.Module, str]]]
 #: Tokens of the run that captures the graph when no inputs are given.
 _CAPTURE_TOKENS = 8
 
@@ -46,6 +53,7 @@ def quantize(
     recipe: str | Path | Recipe | Mapping[str, Any] = ...,
     *,
     inputs: Any = ...,
+    calibration: Iterable[Batch] | None = ...,
     strict: bool = ...,
     inner: str = ...,
     mode: str | None = ...,
@@ -59,16 +67,19 @@ def quantize(
     recipe: str | Path | Recipe | Mapping[str, Any] = "int8",
     *,
     inputs: Any = None,
+    calibration: Iterable[Batch] | None = None,
     strict: bool = False,
     inner: str = "inductor",
     mode: str | None = None,
 ) -> nn.Module | ExportedProgram:
     """Quantize `model` in place: Parameters become QTensors, the float weights are freed, calls are compiled.
 
-    The graph is captured by one short float run; `inputs` (a tensor, a tuple or a dict of arguments) is what it is run
-    on, by default a few token ids. A recipe with kv makes `generate(ids)` use a KVCache of that format. The other
-    arguments are those of `QPass`. Returns `model`; the same call again changes nothing. Of an ExportedProgram a quantized
-    copy is returned, with the stored weights as buffers; it is not compiled, and takes no inputs, inner or mode.
+    The graph is captured by one short float run; `inputs` (a tensor, a tuple or a dict of arguments) is what it is run on, by
+    default a few token ids. `calibration`: batches for algorithms that read data ("int4:g128:gptq"): token ids [B, S], or dicts
+    of arguments, where tokens that `attention_mask` leaves out do not count. A recipe with kv makes `generate(ids)` use a
+    KVCache of that format. The other arguments are those of `QPass`. Returns `model`; the same call again changes nothing. Of an
+    ExportedProgram a quantized copy is returned, with the stored weights as buffers; it is not compiled, and takes none of the
+    arguments from `inputs` on but `strict`.
     Raises `QpassError`, the model unchanged, for what cannot be quantized: a weight with NaN, on the meta device, already
     quantized, a group larger than a row, no site at all.
     """
@@ -87,6 +98,8 @@ def quantize(
         for name, flipped, param in zip(group.names, group.transposed, params, strict=True):
             check_weight(as_rows(param, flipped), group.spec, name)
     owners = _owners(module)
+    if calibration is not None:
+        groups = _calibrated(module, backend, calibration, groups, owners)
     for i in track(range(len(groups)), "qpass: quantizing"):
         group, params = groups[i]
         groups[i] = None  # type: ignore[call-overload]  # the float weights of a group are freed before the next
@@ -99,6 +112,19 @@ def quantize(
     module._apply = _ApplyToFreshParameters(module)  # type: ignore[method-assign]
     _prepare_generate(module, backend.recipe)
     return module
+
+
+def _calibrated(
+    model: nn.Module, backend: QPass, batches: Iterable[Batch], groups: Sequence[Planned], owners: Owners
+) -> list[Planned]:
+    """Quantize what linears multiply, in the order of the graphs; -> the groups that are left (tables, what no batch used)."""
+    runs = record(model, backend, batches)
+    stops = stops_of(runs)
+    seen = {one for key in stops for one in key}
+    left = each_once(groups, set(seen))
+    del groups
+    quantize_in_order(runs, stops, lambda group, params, stats: _convert(group, params, owners, backend, stats))
+    return left
 
 
 def diff(x: Any) -> Diff:
@@ -120,9 +146,9 @@ def _is_done(model: nn.Module, backend: QPass) -> bool:
     return quantized and isinstance(before, QPass) and before.options == backend.options
 
 
-def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> list[tuple[WeightGroup, list[Tensor]]]:
+def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> list[Planned]:
     """Run the model once in float and plan every graph that is captured: what will be quantized, in which groups."""
-    groups: list[tuple[WeightGroup, list[Tensor]]] = []
+    groups: list[Planned] = []
     seen: set[tuple[Any, ...]] = set()
 
     def capture(captured: GraphModule, args: Sequence[Any]) -> Any:
@@ -153,13 +179,11 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> l
     return groups
 
 
-def _like_their_siblings(
-    model: nn.Module, groups: list[tuple[WeightGroup, list[Tensor]]], backend: QPass
-) -> list[tuple[WeightGroup, list[Tensor]]]:
+def _like_their_siblings(model: nn.Module, groups: list[Planned], backend: QPass) -> list[Planned]:
     """Weights that the call did not use, in a ModuleList whose other modules' are quantized: experts that were not chosen."""
     found = {memory_of(p): (group, i, p) for group, params in groups for i, p in enumerate(params)}
     names = {id(p): name for name, p in model.named_parameters()}
-    extra: list[tuple[WeightGroup, list[Tensor]]] = []
+    extra: list[Planned] = []
     for modules in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
         members = [(key, p.shape, p) for child in modules for key, p in child.named_parameters()]
         known = {(key, shape): found[memory_of(p)] for key, shape, p in members if memory_of(p) in found}
@@ -202,10 +226,6 @@ def _call(compiled: Any, model: nn.Module, inputs: Any) -> None:
             ) from error
 
 
-#: `memory_of` a Parameter -> every place that holds it: tied weights have several.
-Owners = Mapping[tuple[Any, ...], Sequence[tuple[nn.Module, str]]]
-
-
 def _owners(model: nn.Module) -> Owners:
     owners: dict[tuple[Any, ...], list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -215,12 +235,14 @@ def _owners(model: nn.Module) -> Owners:
     return owners
 
 
-def _convert(group: WeightGroup, params: list[Tensor], owners: Owners, backend: QPass) -> None:
+def _convert(
+    group: WeightGroup, params: list[Tensor], owners: Owners, backend: QPass, stats: InputStats | None = None
+) -> list[QTensor]:
     """Put QTensors in the place of one group of float Parameters, as row ranges of one buffer."""
     stored = [as_rows(p, flipped) for p, flipped in zip(params, group.transposed, strict=True)]
     replacements = []
     for param, flipped, (quantized, sqnr_db) in zip(
-        params, group.transposed, quantize_group(stored, group.spec), strict=True
+        params, group.transposed, quantize_group(stored, group.spec, stats), strict=True
     ):
         replacement = QTensor(quantized, group.spec, param.shape, param.dtype, flipped)
         replacement.sqnr_db = sqnr_db
@@ -234,6 +256,7 @@ def _convert(group: WeightGroup, params: list[Tensor], owners: Owners, backend: 
             module._parameters[name] = installed
         backend.adopt(installed, decision)
         drop_mapped_pages(param)
+    return replacements
 
 
 def _prepare_generate(model: nn.Module, recipe: Recipe) -> None:

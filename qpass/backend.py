@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
+from qpass.algorithms import NEED_DATA
 from qpass.calling import Arguments, Lookup, run_as_inference
 from qpass.errors import QpassError, nearest
 from qpass.graph.expand import expand
@@ -319,6 +320,11 @@ class QPass:
     def _fresh(self, site: Site) -> Decision:
         kinds = [site.kind] + [r for r in ("embedding", "vocab") if r in site.roles and r != site.kind]
         specs = [self.recipe.spec_for(kind, site.name) for kind in kinds]
+        if kinds == ["embedding"]:  # rows that are looked up: no input says which columns count
+            specs = [
+                spec and replace(spec, algorithms=tuple(a for a in spec.algorithms if a not in NEED_DATA))
+                for spec in specs
+            ]
         columns = site.shape[-1]
         spec = max(specs, key=lambda s: (99, 0.0) if s is None else (s.format.bits, s.effective_bits(columns)))
         note = f"tied: {' and '.join(kinds)} share one table in {spec or 'float'}" if len(set(specs)) > 1 else ""

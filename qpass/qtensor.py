@@ -6,6 +6,7 @@ dequantized float weight; writing to it (`copy_`, `mul_`, `load_state_dict`) qua
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ class QTensor(Tensor):
             value = source.dequantize() if isinstance(source, QTensor) else source
             stored = as_rows(value.expand(self.shape), self.transposed)
             check_weight(stored, self.spec, "weight written to a QTensor")
-            new = quantize_weight(stored, self.spec)
+            new = quantize_weight(stored, replace(self.spec, algorithms=()))
         for mine, theirs in zip(self.quantized.parts, new.parts, strict=True):
             if mine is not None and theirs is not None:
                 mine.copy_(theirs)

@@ -141,6 +141,8 @@ def parse_spec(text: str) -> QuantSpec:
     spec = _default(get_format(name))
     for token in tokens:
         spec = _apply(spec, token, text)
+    if "search" in spec.algorithms and spec.granularity is None:
+        raise QpassError(f"spec {text!r}: a cast without scale has nothing to search; add channel or g32")
     return spec
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.algorithms import InputStats
 from qpass.errors import QpassError
 from qpass.graph.torch_private import WeakIdKeyDictionary
 from qpass.memory import into_huge_pages
@@ -147,8 +148,10 @@ def _state(param: Tensor) -> tuple[Any, ...]:
     return 0 if param.is_inference() else param._version, param.data_ptr()
 
 
-def quantize_group(weights: Sequence[Tensor], spec: QuantSpec) -> list[tuple[Quantized, float]]:
-    """[N_i, K] weights that one operator will read -> (Quantized, SQNR in dB) of each.
+def quantize_group(
+    weights: Sequence[Tensor], spec: QuantSpec, stats: InputStats | None = None
+) -> list[tuple[Quantized, float]]:
+    """[N_i, K] weights that one operator will read -> (Quantized, SQNR in dB) of each. `stats`: of their common input.
 
     In nvfp4 the weights of a group share the float that multiplies their scales, so that one kernel can run them all.
     """
@@ -158,7 +161,7 @@ def quantize_group(weights: Sequence[Tensor], spec: QuantSpec) -> list[tuple[Qua
         shared = (torch.stack([r[0] for r in ranges]).amin(), torch.stack([r[1] for r in ranges]).amax())
     done = []
     for weight in weights:
-        quantized = quantize_weight(weight, spec, shared)
+        quantized = quantize_weight(weight, spec, shared, stats)
         done.append((quantized, sqnr(weight, quantized, spec)))
     return done
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qpass.algorithms import InputStats, rounding_of
 from qpass.errors import QpassError
 from qpass.numerics import Quantized, dequantize, quantize
 from qpass.spec import QuantSpec
@@ -53,15 +54,21 @@ def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
             raise QpassError(f"{name}: the weight holds {kind}; repair the checkpoint, or leave this site in float")
 
 
-def quantize_weight(weight: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None) -> Quantized:
-    """[N, K] float -> Quantized, a chunk of rows at a time. `tensor_range` replaces the weight's own (lowest, highest)."""
+def quantize_weight(
+    weight: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None, stats: InputStats | None = None
+) -> Quantized:
+    """[N, K] float -> Quantized, a chunk of rows at a time, by the algorithms that the spec names.
+
+    `tensor_range` replaces the weight's own (lowest, highest). `stats`: of the inputs that it is multiplied by.
+    """
     weight = weight.detach()
     if spec.is_identity or not weight.numel():
         return quantize(weight, spec)
     if tensor_range is None:
         tensor_range = torch.aminmax(weight)
+    rounding = rounding_of(spec, stats)
     rows = max(1, CHUNK_ELEMENTS // weight.shape[-1])
-    chunks = [quantize(chunk, spec, tensor_range) for chunk in weight.split(rows)]
+    chunks = [rounding(chunk, tensor_range) for chunk in weight.split(rows)]
     return chunks[0] if len(chunks) == 1 else concat_rows(chunks, [len(c.data) for c in chunks], keep_single=True)
 
 

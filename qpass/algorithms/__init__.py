@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qpass.algorithms.gptq import gptq
+from qpass.algorithms.gptq import Gptq
 from qpass.algorithms.search import searched_qparams
+from qpass.errors import QpassError
 from qpass.numerics import Quantized, choose_qparams, quantize_to
 from qpass.spec import QuantSpec
 
@@ -40,13 +42,24 @@ class InputStats:
         return self.hessian.diagonal() / max(1, self.tokens)
 
 
-def quantize_by_algorithms(weight: Tensor, spec: QuantSpec, stats: InputStats | None) -> Quantized:
-    """[N, K] -> Quantized, by the algorithms that the spec names: scales by `search` or round to nearest, then codes."""
+#: Rows of a weight, with (lowest, highest) of all of it -> Quantized.
+Rounding = Callable[[Tensor, tuple[Tensor, Tensor]], Quantized]
+
+
+def rounding_of(spec: QuantSpec, stats: InputStats | None) -> Rounding:
+    """What the spec asks for: scales by search or round to nearest, then codes by GPTQ or round to nearest.
+
+    Raises `QpassError` if that needs data and there is none.
+    """
+    missing = sorted(NEED_DATA & set(spec.algorithms))
+    if missing and stats is None:
+        raise QpassError(f"{spec}: {missing[0]} needs data: qpass.quantize(model, recipe, calibration=batches)")
     importance = None if stats is None else stats.importance
-    qparams = (
-        searched_qparams(weight, spec, importance) if "search" in spec.algorithms else choose_qparams(weight, spec)
-    )
-    if "gptq" in spec.algorithms:
-        assert stats is not None
-        return gptq(weight, spec, qparams, stats.hessian)
-    return quantize_to(weight, spec, qparams)
+    solver = Gptq(stats.hessian) if stats is not None and "gptq" in spec.algorithms else None
+
+    def rounding(rows: Tensor, whole: tuple[Tensor, Tensor]) -> Quantized:
+        searched = "search" in spec.algorithms
+        qparams = searched_qparams(rows, spec, whole, importance) if searched else choose_qparams(rows, spec, whole)
+        return quantize_to(rows, spec, qparams) if solver is None else solver.quantize(rows, spec, qparams)
+
+    return rounding

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.numerics import QParams, Quantized, dequantize, grid_of, quantize_to
+from qpass.numerics import Grid, QParams, Quantized, dequantize, grid_of, quantize_to
 from qpass.spec import QuantSpec
 
 #: Added to the diagonal, as a share of its mean.
@@ -14,34 +14,47 @@ _DAMP = 0.01
 _BLOCK = 128
 
 
-def gptq(weight: Tensor, spec: QuantSpec, qparams: QParams, hessian: Tensor) -> Quantized:
-    """[N, K] -> Quantized with the scales and zero points of `qparams`, which are chosen before (static groups).
+class Gptq:
+    """The Hessian [K, K], the sum of x x^T over the inputs, made ready for the rows of every weight that reads them.
 
-    `hessian` [K, K]: the sum of x x^T over the inputs. Columns go in the order of their share in it, largest first. A row
-    that rounding to nearest would serve better, and every row if the Hessian has no factor, is rounded to nearest.
+    Columns go in the order of their share in it, largest first.
     """
-    nearest = quantize_to(weight, spec, qparams)
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order])
-    if factor is None:
-        return nearest
-    grid = grid_of(spec, qparams, weight.shape)
-    chosen = torch.empty_like(weight, dtype=torch.float32)
-    rest = weight[:, order].float().clone()
-    columns = order.tolist()
-    for start in range(0, len(columns), _BLOCK):
-        end = min(start + _BLOCK, len(columns))
-        errors = torch.empty_like(rest[:, start:end])
-        for i in range(start, end):
-            value = grid.column(rest[:, i], columns[i])
-            chosen[:, columns[i]] = value
-            errors[:, i - start] = (rest[:, i] - value) / factor[i, i]
-            rest[:, i + 1 : end].addr_(errors[:, i - start], factor[i, i + 1 : end], alpha=-1)
-        rest[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    done = quantize_to(chosen, spec, qparams)
-    better = _loss(weight, done, spec, hessian) < _loss(weight, nearest, spec, hessian)
-    kept = torch.where(better[:, None], chosen, dequantize(nearest, spec, weight.shape[-1]))
-    return quantize_to(kept, spec, qparams)
+
+    def __init__(self, hessian: Tensor) -> None:
+        self.hessian = hessian
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        self.order = order.tolist()
+        self.factor = _inverse_factor(hessian[order][:, order])
+
+    def quantize(self, weight: Tensor, spec: QuantSpec, qparams: QParams) -> Quantized:
+        """[N, K] -> Quantized with the scales and zero points of `qparams`, which are chosen before (static groups).
+
+        A row that rounding to nearest serves better, and every row if the Hessian has no factor, is rounded to nearest.
+        """
+        nearest = quantize_to(weight, spec, qparams)
+        if self.factor is None:
+            return nearest
+        chosen = self._solve(weight.float(), grid_of(spec, qparams, weight.shape), self.factor)
+        plain = dequantize(nearest, spec, weight.shape[1])
+        better = self._loss(weight - chosen) < self._loss(weight - plain)
+        return quantize_to(torch.where(better[:, None], chosen, plain), spec, qparams)
+
+    def _solve(self, weight: Tensor, grid: Grid, factor: Tensor) -> Tensor:
+        chosen, rest = torch.empty_like(weight), weight[:, self.order]
+        for start in range(0, len(self.order), _BLOCK):
+            end = min(start + _BLOCK, len(self.order))
+            errors = torch.empty_like(rest[:, start:end])
+            for i in range(start, end):
+                value = grid.column(rest[:, i], self.order[i])
+                chosen[:, self.order[i]] = value
+                errors[:, i - start] = (rest[:, i] - value) / factor[i, i]
+                rest[:, i + 1 : end].addr_(errors[:, i - start], factor[i, i + 1 : end], alpha=-1)
+            rest[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+        return chosen
+
+    def _loss(self, off: Tensor) -> Tensor:
+        """||(W - Q) X||^2 of each row."""
+        return ((off @ self.hessian) * off).sum(-1)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:
@@ -55,9 +68,3 @@ def _inverse_factor(hessian: Tensor) -> Tensor | None:
         return None
     factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     return None if int(failed) or not bool(torch.isfinite(factor).all()) else factor
-
-
-def _loss(weight: Tensor, quantized: Quantized, spec: QuantSpec, hessian: Tensor) -> Tensor:
-    """||(W - Q) X||^2 of each row."""
-    off = weight.float() - dequantize(quantized, spec, weight.shape[-1])
-    return ((off @ hessian) * off).sum(-1)

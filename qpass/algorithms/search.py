@@ -14,15 +14,20 @@ _GRID, _TRIED = 40, 20
 _POWER = 2.4
 
 
-def searched_qparams(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QParams:
-    """Scales and zero points of `weight` [N, K] with the least error; `importance` [K]: by how much a squared error counts."""
+def searched_qparams(
+    weight: Tensor, spec: QuantSpec, whole: tuple[Tensor, Tensor], importance: Tensor | None = None
+) -> QParams:
+    """Scales and zero points of `weight` [N, K] with the least error; `importance` [K]: by how much a squared error counts.
+
+    `whole`: (lowest, highest) of the tensor that these rows are of.
+    """
     best: Tensor | None = None
     shrink: Tensor | None = None
     assert spec.granularity is not None
     for i in range(_TRIED):
         shape = spec.granularity.scale_shape(weight.shape)
         tried = torch.full(shape, 1 - i / _GRID, device=weight.device)
-        quantized = quantize_to(weight, spec, choose_qparams(weight, spec, shrink=tried))
+        quantized = quantize_to(weight, spec, choose_qparams(weight, spec, whole, tried))
         error = (dequantize(quantized, spec, weight.shape[-1]) - weight.float()).abs()
         weighed = error**_POWER if importance is None else error.square() * importance
         loss = block_sums(weighed, spec.granularity)
@@ -31,4 +36,4 @@ def searched_qparams(weight: Tensor, spec: QuantSpec, importance: Tensor | None 
         else:
             shrink = torch.where(loss < best, tried, shrink)
             best = torch.minimum(loss, best)
-    return choose_qparams(weight, spec, shrink=shrink)
+    return choose_qparams(weight, spec, whole, shrink)

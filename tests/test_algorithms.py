@@ -1,0 +1,155 @@
+"""Range search and GPTQ, against what they must equal and what they must beat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import qpass
+from qpass.algorithms import InputStats
+from qpass.numerics import choose_qparams, dequantize, quantize
+from qpass.spec import parse_spec
+from qpass.weights import quantize_weight
+
+FORMATS = ["int4:g32", "int4:g48:asym", "int4:channel", "int3:g32:asym", "int2:g32:asym", "int8", "nf4:g64", "nf4:g64:dq",
+           "fp4_e2m1", "mxfp4", "nvfp4", "int4:tensor", "fp8_e4m3:channel"]  # fmt: skip
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(tokens: int, columns: int) -> Tensor:
+    """Inputs that lie near few directions, as those of a transformer do."""
+    return gaussian(tokens, columns // 8, seed=5) @ gaussian(columns // 8, columns, seed=6) + 0.3 * gaussian(
+        tokens, columns, seed=7
+    )
+
+
+def stats_of(x: Tensor) -> InputStats:
+    stats = InputStats.empty(x.shape[-1])
+    for part in x.split(100):
+        stats.add(part)
+    return stats
+
+
+def output_error(weight: Tensor, spec: str, stats: InputStats | None, x: Tensor) -> float:
+    """||(W - Q) X||^2 in float64."""
+    parsed = parse_spec(spec)
+    stored = quantize_weight(weight, parsed, stats=stats)
+    off = weight.double() - dequantize(stored, parsed, weight.shape[1]).double()
+    return float((x.double() @ off.T).square().sum())
+
+
+def test_the_hessian_is_the_sum_of_outer_products() -> None:
+    x = gaussian(3, 50, 24)
+    stats = InputStats.empty(24)
+    for part in x:
+        stats.add(part)
+    rows = x.reshape(-1, 24).double()
+    assert stats.tokens == 150
+    torch.testing.assert_close(stats.hessian.double(), rows.T @ rows, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(stats.importance.double(), rows.square().mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_gptq_with_a_diagonal_hessian_is_rounding_to_nearest_to_the_bit(text: str) -> None:
+    weight, spec = gaussian(40, 192), parse_spec(f"{text}:gptq")
+    stats = InputStats(torch.diag(gaussian(192, seed=1).square() + 0.1), 100)
+    for mine, nearest in zip(
+        quantize_weight(weight, spec, stats=stats).parts, quantize(weight, spec).parts, strict=True
+    ):
+        assert (mine is None) == (nearest is None)
+        assert mine is None or torch.equal(mine.view(torch.uint8), nearest.view(torch.uint8))
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_gptq_lowers_the_error_of_the_output(text: str) -> None:
+    weight, x = gaussian(64, 192), correlated(1000, 192)
+    stats = stats_of(x)
+    plain, better = (output_error(weight, spec, stats, x) for spec in (text, f"{text}:gptq"))
+    assert better < (0.9 if text.startswith("fp8") else 0.5) * plain
+
+
+def test_gptq_halves_the_loss_of_a_planted_layer_on_inputs_it_has_not_seen() -> None:
+    weight, x = gaussian(64, 256), correlated(4000, 256)
+    for text in ("int4:g128", "int3:g128", "int2:g64"):
+        plain, better = (output_error(weight, spec, stats_of(x[:3000]), x[3000:]) for spec in (text, f"{text}:gptq"))
+        assert better < plain / 2
+
+
+def test_gptq_equals_the_greedy_solution_in_float64() -> None:
+    """An independent, slow statement of it: after each column the others are solved for exactly (optimal brain surgeon)."""
+    columns, spec = 24, parse_spec("int3:channel:gptq")
+    weight, x = gaussian(5, columns), correlated(400, columns)
+    hessian = (x.double().T @ x.double()).float()
+    scale = choose_qparams(weight, spec)[0]
+    assert scale is not None
+    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(columns, dtype=torch.float64)
+    rest, left = weight.double().clone(), hessian.diagonal().argsort(descending=True).tolist()
+    while left:
+        now, later = left[0], left[1:]
+        value = (rest[:, now] / scale[:, 0]).round().clamp(-3, 3) * scale[:, 0].double()
+        off = rest[:, now] - value
+        if later:  # the others take over what is lost, in the least squares sense
+            rest[:, later] += off[:, None] * torch.linalg.solve(damped[later][:, later], damped[later][:, now])[None]
+        rest[:, now] = value
+        left = later
+    mine = dequantize(quantize_weight(weight, spec, stats=InputStats(hessian, 400)), spec, columns).double()
+    nearest = dequantize(quantize(weight, spec), spec, columns).double()
+    solved = [torch.allclose(row, wanted) for row, wanted in zip(mine, rest, strict=True)]
+    assert sum(solved) >= 4
+    assert all(s or torch.allclose(row, plain) for s, row, plain in zip(solved, mine, nearest, strict=True))
+
+
+def test_columns_that_are_never_used_do_not_matter() -> None:
+    weight, x = gaussian(16, 64), correlated(500, 64)
+    x[:, 10:20] = 0
+    spec = parse_spec("int4:g32:gptq")
+    values = dequantize(quantize_weight(weight, spec, stats=stats_of(x)), spec, 64)
+    assert bool(torch.isfinite(values).all())
+    assert output_error(weight, "int4:g32:gptq", stats_of(x), x) < output_error(weight, "int4:g32", None, x)
+
+
+def test_one_token_or_none_is_no_worse_than_rounding_to_nearest() -> None:
+    weight, x = gaussian(16, 64), gaussian(1, 64, seed=3)
+    for given in (x, x[:0], torch.zeros(3, 64)):
+        assert output_error(weight, "int4:g32:gptq", stats_of(given), x) <= output_error(weight, "int4:g32", None, x)
+
+
+@pytest.mark.parametrize("text", [t for t in FORMATS if t not in ("int8", "mxfp4")])
+def test_search_lowers_the_weighted_error(text: str) -> None:
+    """No block loses by it; the error is that which calibration weighs, if there was any."""
+    weight, x = gaussian(32, 192, seed=2) ** 3, correlated(500, 192) * torch.linspace(0.1, 3, 192)
+    importance = stats_of(x).importance
+    for stats, error in (
+        (None, lambda off: off.abs() ** 2.4),
+        (stats_of(x), lambda off: off.square() * importance),
+    ):
+        losses = []
+        for spec in (parse_spec(text), parse_spec(f"{text}:search")):
+            off = weight - dequantize(quantize_weight(weight, spec, stats=stats), spec, 192)
+            losses.append(float(error(off).sum()))
+        assert losses[1] < losses[0]
+
+
+def test_search_and_gptq_go_together() -> None:
+    weight, x = gaussian(64, 192) ** 3, correlated(1000, 192)
+    stats = stats_of(x)
+    errors = {
+        spec: output_error(weight, spec, stats, x) for spec in ("int3:g32", "int3:g32:gptq", "int3:g32:search:gptq")
+    }
+    assert errors["int3:g32:search:gptq"] < errors["int3:g32:gptq"] < errors["int3:g32"]
+    assert str(parse_spec("int3:g32:gptq:search")) == "int3:g32:search:gptq"
+
+
+@pytest.mark.parametrize("text", ["bf16:gptq", "fp32:search", "fp8_e4m3:search"])
+def test_what_has_nothing_to_choose_is_refused(text: str) -> None:
+    with pytest.raises(qpass.QpassError, match="nothing to"):
+        parse_spec(text)
+
+
+def test_gptq_without_data_says_what_to_do() -> None:
+    with pytest.raises(qpass.QpassError, match=r"int4:g32:gptq: gptq needs data: .*calibration=batches"):
+        quantize_weight(gaussian(4, 64), parse_spec("int4:g32:gptq"))
