@@ -4,8 +4,8 @@
                                   [--outliers F] [--json OUT]
 
 Weights stay in float. The windows are those of benchmarks/accuracy.py, read `--chunk` tokens at a time: a chunk sees its own
-tokens as floats and all before it as they are stored. Recall: a sentence stands at a quarter, half and three quarters of so many
-tokens of text, and greedy decoding must give its last words; so many of nine. --outliers F: in every head two of the keys'
+tokens as floats and all before it as they are stored. Recall: a sentence stands at a quarter, half or three quarters of so many
+tokens of text, and greedy decoding must give its last words; so many of three. --outliers F: in every head two of the keys'
 channels (a pair that rotary embedding turns) are F times as large, and those of its queries F times smaller, which changes
 nothing in float.
 """
@@ -64,23 +64,19 @@ def with_key_outliers(model: Any, factor: float) -> Any:
 
 @torch.no_grad()
 def recalls(model: Any, tokenizer: Any, words: list[int], length: int, make: Any) -> int:
-    """How many of the three needles at three places come back, of nine."""
+    """How many of the three needles, each at a place of its own, come back."""
     found = 0
-    for sentence, question, answer in NEEDLES:
-        for place in (0.25, 0.5, 0.75):
-            needle, asked, wanted = (
-                tokenizer(t, add_special_tokens=False).input_ids for t in (sentence, question, answer)
-            )
-            at = int(length * place)
-            ids = torch.tensor([words[:at] + needle + words[at:length] + asked])
-            cache = make(ids.shape[1] + len(wanted) + 1)
-            logits = model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-            token, given = ids[:, -1:], []
-            for _ in wanted:
-                logits = model(token, past_key_values=cache, use_cache=True).logits
-                token = logits[:, -1:].argmax(-1)
-                given.append(int(token))
-            found += given == wanted
+    for (sentence, question, answer), place in zip(NEEDLES, (0.25, 0.5, 0.75), strict=True):
+        needle, asked, wanted = (tokenizer(t, add_special_tokens=False).input_ids for t in (sentence, question, answer))
+        at = int(length * place)
+        ids = torch.tensor([words[:at] + needle + words[at:length] + asked])
+        cache = make(ids.shape[1] + len(wanted) + 1)
+        model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token, given = ids[:, -1:], []
+        for _ in wanted:
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            given.append(int(token))
+        found += given == wanted
     return found
 
 
@@ -131,7 +127,7 @@ def main() -> None:
             row[f"recall_{length}"] = recalls(model, tokenizer, words, length, make)
         rows.append(row)
         quarters = " ".join(f"{q:.5f}" for q in row["kl_by_quarter"])
-        recalled = " ".join(f"{row[f'recall_{n}']}/9" for n in args.recall)
+        recalled = " ".join(f"{row[f'recall_{n}']}/3" for n in args.recall)
         print(
             f"| {row['format']} | {per_token:,.0f} | {row['perplexity']:.3f} | {row['kl']:.5f} | {row['standard_error']:.5f} "
             f"| {quarters} | {row['top1']:.4f} | {recalled} |", flush=True,

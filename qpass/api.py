@@ -115,14 +115,14 @@ def quantize(
 
 
 def _calibrated(
-    model: nn.Module, backend: QPass, batches: Iterable[Batch], groups: Sequence[Planned], owners: Owners
+    model: nn.Module, backend: QPass, batches: Iterable[Batch], groups: list[Planned], owners: Owners
 ) -> list[Planned]:
     """Quantize what linears multiply, in the order of the graphs; -> the groups that are left (tables, what no batch used)."""
     runs = record(model, backend, batches)
     stops = stops_of(runs)
     seen = {one for key in stops for one in key}
-    left = each_once(groups, set(seen))
-    del groups
+    left = each_once(groups, seen)
+    groups.clear()  # the float weights of a group are freed before the next
     quantize_in_order(runs, stops, lambda group, params, stats: _convert(group, params, owners, backend, stats))
     return left
 

@@ -58,7 +58,9 @@ def record(model: nn.Module, backend: QPass, batches: Iterable[Batch]) -> list[R
                 compiled(**batch) if isinstance(batch, Mapping) else compiled(batch)
     if not runs:
         raise QpassError("calibration: no batches; give token ids of shape [batch, sequence], or dicts of arguments")
-    return runs
+    found = list(runs)
+    runs.clear()  # Dynamo keeps `call`, which would keep every weight
+    return found
 
 
 @contextmanager

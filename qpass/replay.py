@@ -150,7 +150,8 @@ def quantize_in_order(
         assert stats is not None
         if not bool(torch.isfinite(stats.hessian).all()):
             raise QpassError(
-                f"{first.group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow"
+                f"{first.group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
+                "weights before it are quantized already: load the model again"
             )
         stored = convert(first.group.subset(new), weights, stats)
         for run in runs:

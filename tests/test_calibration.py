@@ -1,0 +1,195 @@
+"""qpass.quantize(..., calibration=batches): each weight is quantized on what reaches it through the quantized ones before it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import qpass
+from qpass.algorithms import InputStats
+from qpass.numerics import dequantize
+from qpass.spec import parse_spec
+from qpass.weights import quantize_weight
+from tests.models import VOCAB, build, hf, tokens
+
+SPEC = "int4:g16:gptq"
+
+
+class Two(nn.Module):
+    """A table and a feed-forward pair around a residual add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(VOCAB, 32)
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.table(ids)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def calibrated(model: nn.Module, recipe: Any = SPEC, batches: Any = None, **options: Any) -> nn.Module:
+    batches = [tokens(batch=4, length=12)] if batches is None else batches
+    return qpass.quantize(model.eval(), recipe, calibration=batches, inner="eager", **options)
+
+
+def stored(weight: Any) -> list[Tensor]:
+    return [p for p in weight.quantized.parts if p is not None]
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(stored(a), stored(b), strict=True))
+
+
+@torch.no_grad()
+def test_each_weight_sees_what_comes_through_those_before_it() -> None:
+    model = Two()
+    ids = tokens(batch=6, length=20)
+    table, up, down = model.table.weight.clone(), model.up.weight.clone(), model.down.weight.clone()
+    quantized = calibrated(model, batches=list(ids.split(2)))
+    spec = parse_spec(SPEC)
+
+    def gptq(weight: Tensor, x: Tensor) -> Any:
+        stats = InputStats.empty(x.shape[-1])
+        for part in x.split(2):
+            stats.add(part)
+        return quantize_weight(weight, spec, stats=stats)
+
+    x = F.embedding(ids, table)
+    first = gptq(up, x)
+    second = gptq(down, F.gelu(F.linear(x, dequantize(first, spec, 32), model.up.bias)))
+    of_floats = gptq(down, F.gelu(F.linear(x, up, model.up.bias)))
+    assert all(torch.equal(a, b) for a, b in zip(stored(quantized.up.weight), first.parts, strict=False))
+    assert torch.equal(quantized.down.weight.quantized.data, second.data)
+    assert not torch.equal(second.data, of_floats.data)
+
+
+@torch.no_grad()
+def test_it_loses_less_than_rounding_to_nearest() -> None:
+    """On other tokens than those of the calibration; q, k, v and gate, up share an input."""
+    reference, ids = build("llama"), tokens(batch=8, length=32)
+    other = ids.flip(0, 1)
+    losses = {}
+    for recipe in ("int3:g32", "int3:g32:gptq", "int3:g32:search:gptq"):
+        model = build("llama")
+        qpass.quantize(model, recipe, calibration=list(ids.split(2)) if "gptq" in recipe else None, inner="eager")
+        with qpass.set_compute("float"):
+            losses[recipe] = float((model(other).logits - reference(other).logits).square().mean())
+    assert losses["int3:g32:gptq"] < 0.8 * losses["int3:g32"]
+    assert losses["int3:g32:search:gptq"] < 0.8 * losses["int3:g32"]
+
+
+def test_padding_does_not_count() -> None:
+    ids = tokens(batch=3, length=10)
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 10, dtype=torch.long)], 1)
+    plain = calibrated(Two(), batches=[ids])
+    masked = calibrated(
+        Two(), batches=[{"ids": padded, "attention_mask": mask}], inputs={"ids": padded, "attention_mask": mask}
+    )
+    counted = calibrated(Two(), batches=[padded])
+    assert same(plain.up.weight, masked.up.weight)
+    assert same(plain.down.weight, masked.down.weight)
+    assert not same(plain.up.weight, counted.up.weight)
+
+
+def test_batches_of_any_length_are_one_set() -> None:
+    ids = tokens(batch=1, length=60)
+    whole = calibrated(Two(), batches=[ids])
+    pieces = calibrated(Two(), batches=[ids[:, :7], ids[:, 7:30], ids[:, 30:]])
+    share = (whole.down.weight.quantized.data == pieces.down.weight.quantized.data).float().mean()
+    assert float(share) > 0.99, "only the order of a sum differs"
+
+
+@pytest.mark.parametrize("name", ["tied", "conv1d", "experts", "biased"])
+def test_every_kind_of_linear(name: str) -> None:
+    make = {
+        "tied": lambda: hf("LlamaForCausalLM", tie_word_embeddings=True, num_key_value_heads=2),
+        "conv1d": lambda: hf("GPT2LMHeadModel", n_embd=64, n_layer=1, n_head=4),
+        "experts": lambda: hf("MixtralForCausalLM", num_local_experts=4, num_key_value_heads=2),
+        "biased": lambda: hf("Qwen2ForCausalLM", num_key_value_heads=2),
+    }[name]
+    ids = tokens(batch=4, length=24)
+    reference, model, plain = make().eval(), make().eval(), make().eval()
+    plain.load_state_dict(reference.state_dict())
+    model.load_state_dict(reference.state_dict())
+    calibrated(model, "int3:g16:gptq", [ids])
+    qpass.quantize(plain, "int3:g16", inner="eager")
+    with torch.no_grad(), qpass.set_compute("float"):
+        wanted = reference(ids).logits
+        losses = [float((m(ids).logits - wanted).square().mean()) for m in (model, plain)]
+    assert losses[0] < losses[1]
+    sites = [s for s in qpass.report(model).sites if s.format]
+    assert {s.format for s in sites if s.kind != "embedding"} == {"int3:g16:gptq"}, "the table of a tied projection too"
+    assert {s.format for s in sites if s.kind == "embedding"} <= {"int3:g16"}, (
+        "a table multiplies nothing: no input, no data"
+    )
+
+
+class Breaks(Two):
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.table(ids)
+        x = x + self.down(F.gelu(self.up(x)))
+        torch._dynamo.graph_break()
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def test_a_model_with_graph_breaks() -> None:
+    model = calibrated(Breaks())
+    assert str(model.up.weight.spec) == SPEC
+    with torch.no_grad():
+        model(tokens())
+
+
+def test_float_weights_are_freed() -> None:
+    model = build("llama")
+    weights = [weakref.ref(p) for n, p in model.named_parameters() if "proj" in n]
+    calibrated(model)
+    gc.collect()
+    assert not any(w() is not None for w in weights)
+
+
+def test_calibrating_leaves_the_config_as_it_was() -> None:
+    model = build("llama")
+    before = model.config.use_cache
+    calibrated(model)
+    assert model.config.use_cache is before
+
+
+@pytest.mark.parametrize(
+    ("batches", "says"),
+    [
+        ([], "no batches"),
+        (["a text"], "a batch is a str"),
+        (None, "gptq needs data: .*calibration=batches"),
+    ],
+)
+def test_bad_data_is_refused(batches: Any, says: str) -> None:
+    model = Two().eval()
+    with pytest.raises(qpass.QpassError, match=says):
+        qpass.quantize(model, SPEC, calibration=batches, inner="eager")
+    assert isinstance(model.up.weight, nn.Parameter)
+    assert not isinstance(model.up.weight, qpass.QTensor)
+
+
+def test_an_input_with_nan_is_named() -> None:
+    class Bad(Two):
+        def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            x = self.table(ids) / (ids.shape[1] != 9)
+            return x + self.down(F.gelu(self.up(x)))
+
+    with pytest.raises(qpass.QpassError, match=r"up\.weight: its input in calibration holds NaN"):
+        calibrated(Bad(), batches=[tokens(length=9)])
+
+
+def test_torch_compile_says_that_data_are_needed() -> None:
+    fast = torch.compile(Two().eval(), backend=qpass.QPass(SPEC, inner="eager"))
+    with pytest.raises(qpass.QpassError, match="gptq needs data"), torch.no_grad():
+        fast(tokens())
