@@ -1,9 +1,11 @@
 """What each format costs a model: KL, perplexity and top-1 on validation windows, and bytes.
 
     python benchmarks/accuracy.py MODEL_DIR [--text FILE | --tokens FILE.npy] [--recipes int8,int4,...] [--json OUT]
+                                  [--calibration FILE --calibration-windows 32]
 
 `--text`: documents separated by lines of <|endoftext|>; the first `--window` tokens of each of the first `--windows`.
-`--tokens`: a uint16 array, cut into windows. Formats whose products take int8 activations are measured with float ones too.
+`--tokens`: a uint16 array, cut into windows. `--calibration`: text for recipes that need data ("int4:g128:gptq"), all of its documents
+cut into windows, of which the first so many are used. Formats whose products take int8 activations are measured with float ones too.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,17 @@ def read_windows(args: argparse.Namespace) -> torch.Tensor:
     return torch.tensor(rows[: args.windows])
 
 
+def calibration_windows(args: argparse.Namespace) -> torch.Tensor | None:
+    """[windows, window] token ids of the calibration text."""
+    if not args.calibration:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    documents = Path(args.calibration).read_text().split("<|endoftext|>\n")
+    rows = [tokenizer(d, add_special_tokens=False).input_ids for d in documents if d.strip()]
+    cut = [row[i : i + args.window] for row in rows for i in range(0, len(row) - args.window + 1, args.window)]
+    return torch.tensor(cut[: args.calibration_windows])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -42,21 +56,26 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--recipes", default=DEFAULT)
+    parser.add_argument("--calibration")
+    parser.add_argument("--calibration-windows", type=int, default=32)
     parser.add_argument("--json")
     args = parser.parse_args()
     batches = read_windows(args).split(args.batch)
     reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = {batch.data_ptr(): reference(batch).logits for batch in batches}
-    results = {}
+    data, results = calibration_windows(args), {}
     for recipe in args.recipes.split(","):
-        model = qpass.quantize(copy.deepcopy(reference), recipe, inner="eager")
+        start = time.perf_counter()
+        calibration = data.split(args.batch) if data is not None and "gptq" in recipe else None
+        model = qpass.quantize(copy.deepcopy(reference), recipe, calibration=calibration, inner="eager")
+        seconds = time.perf_counter() - start
         for compute in (None, "float"):
             with qpass.set_compute(compute):
                 found = qpass.evaluate(model, lambda batch: logits[batch.data_ptr()], batches)
             size = qpass.report(model).resident_quantized + qpass.report(model).resident_float
             key = recipe if compute is None else f"{recipe}, {compute}"
-            results[key] = found.to_json() | {"bytes": size}
+            results[key] = found.to_json() | {"bytes": size, "quantizing_seconds": seconds}
             print(f"{recipe:18} {size / 1e6:7.1f} MB  {found}", flush=True)
             if "int8" not in found.compute.values():
                 break
