@@ -4,8 +4,8 @@
                                   [--calibration FILE --calibration-windows 32]
 
 `--text`: documents separated by lines of <|endoftext|>; the first `--window` tokens of each of the first `--windows`.
-`--tokens`: a uint16 array, cut into windows. `--calibration`: text for recipes that need data ("int4:g128:gptq"); its documents are
-cut into windows, and the first so many used. Formats whose products take int8 activations are measured with float ones too.
+`--tokens`: a uint16 array, cut into windows. `--calibration`: text for recipes that need data ("int4:g128:gptq"); its documents
+are cut into windows, and the first so many used. Formats whose products take int8 activations are measured with float ones too.
 """
 
 from __future__ import annotations
