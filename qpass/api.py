@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from qpass.algorithms import InputStats
+from qpass.algorithms import NEED_DATA, InputStats, check_data_free
 from qpass.backend import Decision, QPass
 from qpass.calibration import Batch, record
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
 from qpass.exported import quantize_program
 from qpass.graph.torch_private import (
+    as_plain_module,
     backend_of,
     compile_in_place,
     copy_captured,
@@ -34,7 +35,7 @@ from qpass.qtensor import QTensor
 from qpass.ready import check_ready
 from qpass.recipe import Recipe
 from qpass.registry import FINISHED, captured, captures_of
-from qpass.replay import quantize_in_order, stops_of
+from qpass.replay import places_of, quantize_in_order
 from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.store import fuse, guards_beside_the_lookup, quantize_group
 from qpass.weights import as_rows, check_weight, memory_of
@@ -97,9 +98,11 @@ def quantize(
     for group, params in groups:
         for name, flipped, param in zip(group.names, group.transposed, params, strict=True):
             check_weight(as_rows(param, flipped), group.spec, name)
+        if calibration is None:
+            check_data_free(group.spec)
     owners = _owners(module)
     if calibration is not None:
-        groups = _calibrated(module, backend, calibration, groups, owners)
+        groups = _calibrated(module, backend, calibration, groups, owners, own)
     for i in track(range(len(groups)), "qpass: quantizing"):
         group, params = groups[i]
         groups[i] = None  # type: ignore[call-overload]  # the float weights of a group are freed before the next
@@ -115,15 +118,23 @@ def quantize(
 
 
 def _calibrated(
-    model: nn.Module, backend: QPass, batches: Iterable[Batch], groups: list[Planned], owners: Owners
+    model: nn.Module, backend: QPass, batches: Iterable[Batch], groups: list[Planned], owners: Owners, own: OwnState
 ) -> list[Planned]:
     """Quantize what linears multiply, in the order of the graphs; -> the groups that are left (tables, what no batch used)."""
-    runs = record(model, backend, batches)
-    stops = stops_of(runs)
-    seen = {one for key in stops for one in key}
-    left = each_once(groups, seen)
+    try:
+        runs = record(model, backend, batches, own)
+    finally:
+        own.undo()
+    places = places_of(runs)
+    left = each_once(groups, {one for key in places for one in key})
+    for group, _ in left:
+        if NEED_DATA & set(group.spec.algorithms):
+            raise QpassError(
+                f"{group.names[0]}: no batch of the calibration uses it (an expert that was not chosen?); add batches "
+                "that do, or give this site a spec without data"
+            )
     groups.clear()  # the float weights of a group are freed before the next
-    quantize_in_order(runs, stops, lambda group, params, stats: _convert(group, params, owners, backend, stats))
+    quantize_in_order(runs, places, lambda group, params, stats: _convert(group, params, owners, backend, stats))
     return left
 
 
@@ -154,7 +165,7 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> l
     def capture(captured: GraphModule, args: Sequence[Any]) -> Any:
         gm = copy_captured(captured)
         with errors_through_dynamo():
-            plan = backend.plan_graph(gm, args)
+            plan = backend.plan_graph(gm, args, keeping=True)
         parameters = parameter_nodes(gm, args)
         by_name = {node.name: tensor for node, tensor in parameters.items()}
         planned = [(group, [by_name[name] for name in group.weights]) for group, _ in group_weights(plan, parameters)]
@@ -163,12 +174,10 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> l
         own.see(gm.graph, args, [] if specs is None else find_held(gm.graph, parameters, {}, specs)[0])
         return captured.forward
 
-    previous, model._compiled_call_impl = model._compiled_call_impl, None
     try:
-        with torch.no_grad():
+        with torch.no_grad(), as_plain_module(model):
             _call(torch.compile(model, backend=capture, **isolated()), model, inputs)
     finally:
-        model._compiled_call_impl = previous
         own.undo()
     groups = each_once(backend.whole_groups(model), set()) or groups
     groups += _like_their_siblings(model, groups, backend)

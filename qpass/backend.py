@@ -142,9 +142,9 @@ class QPass:
                 )
             return self._convert(gm, inputs, mode)
 
-    def plan_graph(self, gm: GraphModule, inputs: Sequence[Any]) -> Plan:
+    def plan_graph(self, gm: GraphModule, inputs: Sequence[Any], keeping: bool = False) -> Plan:
         """Find the sites of a captured graph and decide each; nothing is rewritten but torch's own attention layers, which
-        are written out. `inputs`: the real arguments.
+        are written out. `inputs`: the real arguments. `keeping`: caches that the module keeps will be quantized in it.
 
         A fragment between graph breaks is read in the light of the whole model, where that can be traced.
         """
@@ -160,9 +160,8 @@ class QPass:
             self._see_whole()
         parameters = parameter_nodes(gm, inputs)
         names = {node: self._name(param) or source_name(node) or node.name for node, param in parameters.items()}
-        return self.plan_parameters(
-            gm.graph, parameters, names, fragment, self._held_in_float(gm.graph, parameters, names)
-        )
+        held = self._held_in_float(gm.graph, parameters, names, keeping)
+        return self.plan_parameters(gm.graph, parameters, names, fragment, held)
 
     def plan_parameters(
         self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False,
@@ -189,14 +188,16 @@ class QPass:
         self._remember(skips, names, parameters)
         return Plan(tuple(m for m in matches if m.site in specs), specs, tuple(skips))
 
-    def _held_in_float(self, graph: Graph, parameters: Mapping[Node, Tensor], names: Mapping[Node, str]) -> list[Skip]:
-        """Why the caches that the module keeps are floats."""
+    def _held_in_float(
+        self, graph: Graph, parameters: Mapping[Node, Tensor], names: Mapping[Node, str], keeping: bool
+    ) -> list[Skip]:
+        """Why the caches that the module keeps are floats; `keeping`: those that can be are quantized soon."""
         specs = self.recipe.kv_specs
         states, skips = find_held(graph, parameters, names, specs)
         if specs is None:
             sites = [state.site for state in states] + [skip.site for skip in skips]
             return [Skip(site, "the recipe leaves kv in float", expected=True) for site in sites]
-        return skips + [Skip(state.site, _KEPT_BY_MODULE) for state in states]
+        return skips + [Skip(state.site, _KEPT_BY_MODULE, expected=keeping) for state in states]
 
     def _see_whole(self) -> None:
         """Decide every site of the module being compiled from its whole graph, once, before its first fragment."""

@@ -21,8 +21,8 @@ from qpass.spec import QuantSpec, parse_spec
 
 #: What is looked for where the recipe has no format for caches.
 _ANY = parse_spec("int8")
-#: Attributes of a module that are set back after a run.
-_PLAIN = (Tensor, int, float, str, type(None))
+#: Attributes of a module that torch sets.
+_TORCHS_OWN = {"_compiled_call_impl", "_apply"}
 
 
 @dataclass
@@ -102,10 +102,9 @@ def find_held(
 
 
 class OwnState:
-    """Tensors that the modules of a model keep beside Parameters, while it is run once to be captured.
+    """Tensors that the modules of a model keep beside Parameters, while it is run to be captured or calibrated.
 
-    That run is on made-up tokens and must leave no trace: caches that will be quantized are so before it, other tensors that
-    a graph writes are copied, and attributes that it sets are set back.
+    Such a run must leave no trace: tensors that a graph writes are copied before it, and attributes that it sets are set back.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -113,35 +112,34 @@ class OwnState:
         self._before = [(place, dict(place)) for place in places]
         self._owned = {id(v): v for _, values in self._before for v in values.values() if isinstance(v, Tensor)}
         self._copies: dict[int, Tensor] = {}
-        self._stored: dict[int, QState] = {}
+        self._specs: dict[int, QuantSpec] = {}
 
     def see(self, graph: Graph, inputs: Sequence[Any], states: Sequence[State]) -> None:
         """Take what the run of a captured graph will write. `inputs`: its real arguments; `states`: what will be quantized."""
         of = dict(zip(graph.find_nodes(op="placeholder"), inputs, strict=True))
         for state in states:
-            value = of[state.node]
-            if id(value) in self._owned and id(value) not in self._stored:
-                self._stored[id(value)] = QState.of(value, state.spec)
+            if id(of[state.node]) in self._owned:
+                self._specs.setdefault(id(of[state.node]), state.spec)
         for node in graph.nodes:
             target = writes_to(node)
             value = None if target is None else of.get(memory_behind(target))
-            known = id(value) in self._stored or id(value) in self._copies
-            if isinstance(value, Tensor) and id(value) in self._owned and not known:
+            if isinstance(value, Tensor) and id(value) in self._owned and id(value) not in self._copies:
                 self._copies[id(value)] = value.clone()
 
     def undo(self) -> None:
         """Set all back."""
         for key, copy in self._copies.items():
             self._owned[key].copy_(copy)
-        self._fill({})
-
-    def store(self) -> None:
-        """Put the QStates in the place of their floats."""
-        self._fill(self._stored)
-
-    def _fill(self, instead: Mapping[int, Tensor]) -> None:
+        self._copies.clear()
         for place, values in self._before:
             for name, old in values.items():
-                value = instead.get(id(old), old)
-                if isinstance(value, _PLAIN) and place.get(name) is not value:
-                    place[name] = value
+                if name not in _TORCHS_OWN and place.get(name) is not old:
+                    place[name] = old
+
+    def store(self) -> None:
+        """Put QStates in the place of the caches that will be quantized."""
+        stored = {key: QState.of(self._owned[key], spec) for key, spec in self._specs.items()}
+        for place, values in self._before:
+            for name, old in values.items():
+                if id(old) in stored:
+                    place[name] = stored[id(old)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.graph.rows import ALONG, WHOLE, WRITES, keeps_rows
@@ -83,8 +83,10 @@ class QState(Tensor):
         if isinstance(target, QState):
             names = [a.name for a in func._schema.arguments]
 
-            def argument(position: int, _: str) -> Any:
-                return args[position] if position < len(args) else kwargs.get(names[position])
+            def argument(position: int, wanted: str) -> Any:
+                if position < len(args):
+                    return args[position]
+                return kwargs.get(names[position] if position < len(names) else wanted)
 
             along = name in ALONG and keeps_rows(name, target.dim(), argument)
             if along and (name != "expand" or argument(1, "")[-1] in (-1, target.shape[-1])):
@@ -99,18 +101,7 @@ class QState(Tensor):
                 where = WRITES[name]
                 if where is None or isinstance(args[where[0]], Tensor):
                     return target._write(func, name, list(args))
-        written = [a for a, spec in zip(args, func._schema.arguments, strict=False) if _is_written(spec)]
-        floats: dict[int, Tensor] = {}
-
-        def to_float(value: Any) -> Any:
-            return floats.setdefault(id(value), value.dequantize()) if isinstance(value, QState) else value
-
-        out = func(*tree_map(to_float, args), **tree_map(to_float, kwargs))
-        for state in written:
-            if isinstance(state, QState):  # a write of another form: all of it is quantized again
-                state._take(QState.of(floats[id(state)], state.spec))
-                return state
-        return out
+        return on_floats(func, args, kwargs)
 
     def _like(self, parts: list[Tensor]) -> QState:
         return QState(parts, self.spec, self.shape[-1], self.dtype)
@@ -155,8 +146,9 @@ def quantized(states: Tensor, spec: QuantSpec) -> list[Tensor]:
 
 def _cat(tensors: Any, dim: int = 0) -> QState | None:
     """States and floats joined along another axis than the last, in the format of the first state."""
+    tensors = [t for t in tensors if t.shape != (0,)]  # torch takes an empty one of one axis
     first = next((t for t in tensors if isinstance(t, QState)), None)
-    if first is None or dim % first.dim() == first.dim() - 1:
+    if first is None or any(isinstance(t, FloatView) for t in tensors) or dim % first.dim() == first.dim() - 1:
         return None
     pieces = [
         t.parts if isinstance(t, QState) and t.spec == first.spec else quantized(t.to(first.dtype), first.spec)
@@ -165,8 +157,90 @@ def _cat(tensors: Any, dim: int = 0) -> QState | None:
     return first._like([torch.cat(list(parts), dim) for parts in zip(*pieces, strict=True)])
 
 
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
+class FloatView(Tensor):
+    """A view of a QState that does not keep its rows, as floats: what is written to it is written to the state.
+
+    `steps`: the view operations, with their other arguments, that lead from the state to it.
+    """
+
+    state: QState
+    steps: tuple[tuple[Any, Any, Any], ...]
+
+    @staticmethod
+    def __new__(cls, state: QState, steps: tuple[tuple[Any, Any, Any], ...], like: Tensor) -> FloatView:
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device, requires_grad=False)
+
+    def __init__(self, state: QState, steps: tuple[tuple[Any, Any, Any], ...], like: Tensor) -> None:
+        self.state, self.steps = state, steps
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    @torch.compiler.disable
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return on_floats(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"FloatView({list(self.shape)}) of {self.state!r}"
+
+
+def on_floats(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operation as it is on floats. A state that it writes to, be it through a view, is quantized again, all of it."""
+    wholes: dict[int, tuple[QState, Tensor]] = {}
+
+    def floats_of(state: QState) -> Tensor:
+        if id(state) not in wholes:
+            wholes[id(state)] = state, state.dequantize()
+        return wholes[id(state)][1]
+
+    def to_float(value: Any) -> Any:
+        if isinstance(value, QState):
+            return floats_of(value)
+        if isinstance(value, FloatView):
+            floats = floats_of(value.state)
+            for view, more, named in value.steps:
+                floats = view(floats, *more, **named)
+            return floats
+        return value
+
+    out = func(*tree_map(to_float, args), **tree_map(to_float, kwargs))
+    schema = func._schema
+    given = [
+        *zip(schema.arguments, args, strict=False),
+        *((a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs),
+    ]
+    written = [
+        v for a, value in given if a.alias_info is not None and a.alias_info.is_write for v in tree_leaves(value)
+    ]
+    for value in written:
+        state = value.state if isinstance(value, FloatView) else value
+        if isinstance(state, QState):
+            state._take(QState.of(wholes[id(state)][1], state.spec))
+    if written:
+        return written[0] if isinstance(out, Tensor) else None if out is None else out
+    first = args[0] if args else None
+    is_view = any(r.alias_info is not None for r in schema.returns)
+    if is_view and isinstance(first, QState | FloatView) and not _is_fake(first):
+        state, steps = (first, ()) if isinstance(first, QState) else (first.state, first.steps)
+        return _views(func, args[1:], kwargs, state, steps, out)
+    return out
+
+
+def _views(func: Any, more: Any, named: Any, state: QState, steps: tuple[tuple[Any, Any, Any], ...], out: Any) -> Any:
+    """The result, or the list of results, of a view operation as views of the state."""
+    if isinstance(out, Tensor):
+        return FloatView(state, (*steps, (func, more, named)), out)
+
+    def one(i: int) -> Any:
+        return lambda x, *a, **k: func(x, *a, **k)[i]
+
+    return [FloatView(state, (*steps, (one(i), more, named)), x) for i, x in enumerate(out)]
+
+
+def _is_fake(value: QState | FloatView) -> bool:
+    """Whether it is traced: in a graph, writes are seen as such (qpass.sites.state)."""
+    parts = value.state.parts if isinstance(value, FloatView) else value.parts
+    return hasattr(parts[0], "fake_mode")
 
 
 def _rebuild_qstate(parts: list[Tensor], spec: str, columns: int, dtype: torch.dtype) -> QState:

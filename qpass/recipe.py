@@ -107,6 +107,10 @@ def kv_specs(k: SpecLike, v: SpecLike, both: SpecLike, where: str) -> tuple[Quan
             raise QpassError(
                 f"{where}: {spec} has one scale for the whole tensor; a token needs its own: int8, int8:static, mxfp8, ..."
             )
+        if spec is not None and spec.algorithms:
+            raise QpassError(
+                f"{where}: {spec}: {spec.algorithms[0]} is for weights; a cache is rounded as it is written"
+            )
         if i and spec is not None and isinstance(spec.granularity, PerTokens):
             raise QpassError(
                 f"{where}: {spec} for values: scales per channel and group of tokens are for keys; use g32"

@@ -6,7 +6,7 @@ those that are still needed are held, and nothing is computed behind the last we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.fx import GraphModule, Node
 from qpass.algorithms import InputStats
 from qpass.errors import QpassError
 from qpass.graph.calls import LinearCall
+from qpass.graph.flow import memory_behind
+from qpass.graph.torch_private import exit_autocast
+from qpass.graph.vocabulary import op_name, writes_to
 from qpass.progress import track
 from qpass.qtensor import QTensor
 from qpass.sites.core import Plan
@@ -26,23 +29,29 @@ from qpass.weights import memory_of
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a graph knows the input of a group of weights: `x` is [.., K], or [.., K, tokens] if `columns`."""
+    """Where a graph reads a group of weights: at node number `at`, with input `x`, [.., K], or [.., K, tokens] if `columns`."""
 
     group: WeightGroup
     weights: tuple[Node, ...]
     x: Node
+    at: int
     columns: bool
 
 
 @dataclass(frozen=True)
 class Program:
-    """A captured graph with its stops, in order. `last_use`: node -> number of the last that reads it, but for the output."""
+    """A captured graph with its stops, in order.
+
+    `last_use`: node -> number of the last that reads it, but for the output. `of_weights`: what is computed of weights alone,
+    which is done anew whenever it is read. `written`: inputs that the graph writes to.
+    """
 
     module: GraphModule
     nodes: tuple[Node, ...]
-    number: Mapping[Node, int]
     last_use: Mapping[Node, int]
     stops: tuple[Stop, ...]
+    of_weights: frozenset[Node]
+    written: frozenset[Node]
 
     @classmethod
     def of(cls, module: GraphModule, plan: Plan, parameters: Mapping[Node, Tensor]) -> Program:
@@ -54,106 +63,180 @@ class Program:
             call = matches[0].call
             if isinstance(call, LinearCall):
                 weights = tuple(m.weight for m in matches if m.weight is not None)
-                stops.append(Stop(group, weights, call.x, call.columns))
-        stops.sort(key=lambda stop: number[stop.x])
-        last_use = {n: max((number[user] for user in n.users if user.op != "output"), default=-1) for n in nodes}
-        return cls(module, nodes, number, last_use, tuple(stops))
+                stops.append(Stop(group, weights, call.x, min(number[m.node] for m in matches), call.columns))
+        stops.sort(key=lambda stop: stop.at)
+        of_weights = set(parameters)
+        for node in nodes:
+            inputs = node.all_input_nodes
+            if node.op in ("call_function", "call_method") and inputs and of_weights.issuperset(inputs):
+                of_weights.add(node)
+        targets = (writes_to(node) for node in nodes)
+        written = frozenset(root for t in targets if t is not None and (root := memory_behind(t)).op == "placeholder")
+        last_use: dict[Node, int] = {}
+        for node in nodes:
+            if node.op != "output" and node not in of_weights:
+                for read in _behind(node.all_input_nodes, of_weights):
+                    last_use[read] = number[node]
+        return cls(module, nodes, last_use, tuple(stops), frozenset(of_weights), written)
+
+    def arguments(self, given: Sequence[Any]) -> dict[Node, Any]:
+        """The values of the inputs; what the graph writes to is copied."""
+        placeholders = self.module.graph.find_nodes(op="placeholder")
+        pairs = zip(placeholders, given, strict=True)
+        return {n: v.clone() if n in self.written and isinstance(v, Tensor) else v for n, v in pairs}
+
+
+def _behind(nodes: Iterable[Node], of_weights: Set[Node]) -> Iterator[Node]:
+    """`nodes`, and the weights that some of them are computed of."""
+    for node in nodes:
+        yield node
+        if node in of_weights:
+            yield from _behind(node.all_input_nodes, of_weights)
 
 
 class Run:
     """One call of a program, as far as it has come. `mask`: [B, S], which tokens count; None for all."""
 
-    def __init__(self, program: Program, args: Sequence[Any], mask: Tensor | None) -> None:
-        self.program, self.mask, self.at = program, mask, 0
-        placeholders = program.module.graph.find_nodes(op="placeholder")
-        self.values: dict[Node, Any] = dict(zip(placeholders, args, strict=True))
+    def __init__(self, program: Program, values: dict[Node, Any], mask: Tensor | None) -> None:
+        self.program, self.values, self.mask, self.at = program, values, mask, 0
+        self._autocasts: list[Node] = []  # entered and not left, where the run has come to
 
-    def to(self, node: Node) -> Any:
-        """Compute up to `node`, and give its value."""
-        program = self.program
-        while self.at <= program.number[node]:
-            current = program.nodes[self.at]
-            self._execute(current)
-            for n in (*current.all_input_nodes, current):
-                if program.last_use[n] <= self.at and n is not node:
+    def before(self, number: int) -> None:
+        """Compute everything before node `number`."""
+        for entered in self._autocasts:
+            self._execute(entered)
+        while self.at < number:
+            node = self.program.nodes[self.at]
+            self._step(node)
+            for n in _behind((*node.all_input_nodes, node), self.program.of_weights):
+                if self.program.last_use.get(n, -1) <= self.at:
                     self.values.pop(n, None)
             self.at += 1
-        return self.values[node]
+        for entered in reversed(self._autocasts):
+            exit_autocast(self.values[entered])
+
+    def _step(self, node: Node) -> None:
+        if (
+            node.op in ("placeholder", "output")
+            or node in self.program.of_weights
+            or op_name(node) == "_set_grad_enabled"
+        ):
+            return
+        if op_name(node) == "_enter_autocast":
+            self._autocasts.append(node)
+        elif op_name(node) == "_exit_autocast":
+            self._autocasts.remove(node.all_input_nodes[0])
+        self._execute(node)
 
     def _execute(self, node: Node) -> None:
-        if node.op in ("placeholder", "output"):
-            return
+        self.values[node] = self._value_of(node)
+
+    def _value_of(self, node: Node) -> Any:
         if node.op == "get_attr":
             value: Any = self.program.module
             for name in str(node.target).split("."):
                 value = getattr(value, name)
-        else:
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._float_of)
-            if node.op == "call_method":
-                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
-        self.values[node] = value
+            return value
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._read)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _float_of(self, node: Node) -> Any:
+    def _read(self, node: Node) -> Any:
+        if node.op != "placeholder" and node in self.program.of_weights:
+            return self._value_of(node)
         value = self.values[node]
         return value.dequantize() if isinstance(value, QTensor) else value
 
     def rows(self, stop: Stop) -> Tensor:
         """The inputs [tokens, K] of a group of weights, without the padding."""
-        x = self.to(stop.x)
+        self.before(stop.at)
+        x = self._read(stop.x)
         x = x.mT if stop.columns else x
-        rows: Tensor = x.reshape(-1, x.shape[-1])
-        if self.mask is None or self.mask.numel() != len(rows):
-            return rows
-        return rows[self.mask.reshape(-1).bool()]
+        flat: Tensor = x.reshape(-1, x.shape[-1])
+        if self.mask is None:
+            return flat
+        lead = tuple(x.shape[:-1])
+        masked = lead == tuple(self.mask.shape) or (len(lead) == 1 and lead[0] == self.mask.numel())
+        return flat[self.mask.reshape(-1).bool()] if masked else flat
 
 
 #: What identifies the weights of a group in all graphs.
 Key = tuple[tuple[object, ...], ...]
 
 
-def stops_of(runs: Sequence[Run]) -> dict[Key, list[tuple[Run, Stop]]]:
-    """Each group of weights, in the order of the graphs, with where each run knows its input."""
-    stops: dict[Key, list[tuple[Run, Stop]]] = {}
+@dataclass
+class Place:
+    """Where the runs read a group of weights. `weights`: the float ones, until they are quantized."""
+
+    weights: list[Tensor]
+    readers: list[tuple[Run, Stop]]
+
+
+def places_of(runs: Sequence[Run]) -> dict[Key, Place]:
+    """Each group of weights, in an order that no run has to go back for.
+
+    Raises `QpassError` if there is none: calls of the model that use the weights in different orders.
+    """
+    places: dict[Key, Place] = {}
+    queues: list[list[Key]] = []
     for run in runs:
+        queue: list[Key] = []
         for stop in run.program.stops:
-            key = tuple(memory_of(run.values[w]) for w in stop.weights)
-            stops.setdefault(key, []).append((run, stop))
-    return stops
+            weights = [run.values[w] for w in stop.weights]
+            key = tuple(memory_of(w) for w in weights)
+            if key not in queue:  # of a weight that is used again, the first use counts
+                places.setdefault(key, Place(weights, [])).readers.append((run, stop))
+                queue.append(key)
+        queues.append(queue)
+    ordered: list[Key] = []
+    while any(queues):
+        heads = [queue[0] for queue in queues if queue]
+        free = [k for k in heads if all(k not in queue[1:] for queue in queues)]
+        if not free:
+            names = places[heads[0]].readers[0][1].group.names
+            raise QpassError(
+                f"calibration: the batches use {names[0]} and others in different orders; give batches for one kind of call"
+            )
+        ordered.append(free[0])
+        for queue in queues:
+            if queue and queue[0] == free[0]:
+                queue.pop(0)
+    return {key: places[key] for key in ordered}
 
 
 @torch.no_grad()
 def quantize_in_order(
     runs: Sequence[Run],
-    stops: Mapping[Key, Sequence[tuple[Run, Stop]]],
+    places: Mapping[Key, Place],
     convert: Callable[[WeightGroup, list[Tensor], InputStats], Sequence[QTensor]],
 ) -> None:
-    """Quantize the weights of all stops, each with what the runs give of its input.
+    """Quantize the weights of all places, each with what the runs give of its input.
 
     `convert`: (group, its float weights, stats of their input) -> QTensors, which the runs go on with.
     Raises `QpassError` for an input with NaN or inf, naming the site.
     """
     done: set[tuple[object, ...]] = set()
-    for key in track(list(stops), "qpass: calibrating"):
+    for key in track(list(places), "qpass: calibrating"):
+        place = places[key]
         new = [i for i, one in enumerate(key) if one not in done]  # others are the second use of a tied weight
+        weights, place.weights = [place.weights[i] for i in new], []
+        done |= set(key)
         if not new:
             continue
-        done |= set(key)
-        run, first = stops[key][0]
-        weights = [run.values[first.weights[i]] for i in new]
+        group = place.readers[0][1].group
         stats: InputStats | None = None
-        for run, stop in stops[key]:
+        for run, stop in place.readers:
             rows = run.rows(stop)
             stats = stats or InputStats.empty(rows.shape[-1], rows.device)
             stats.add(rows)
         assert stats is not None
         if not bool(torch.isfinite(stats.hessian).all()):
             raise QpassError(
-                f"{first.group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
+                f"{group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
                 "weights before it are quantized already: load the model again"
             )
-        stored = convert(first.group.subset(new), weights, stats)
+        stored = convert(group.subset(new), weights, stats)
         for run in runs:
             for node, value in run.values.items():
                 for weight, quantized in zip(weights, stored, strict=True):

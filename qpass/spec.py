@@ -143,6 +143,8 @@ def parse_spec(text: str) -> QuantSpec:
         spec = _apply(spec, token, text)
     if "search" in spec.algorithms and spec.granularity is None:
         raise QpassError(f"spec {text!r}: a cast without scale has nothing to search; add channel or g32")
+    if "search" in spec.algorithms and isinstance(spec.granularity, PerTensor):
+        raise QpassError(f"spec {text!r}: one scale for the whole tensor; search is of blocks: use channel or g32")
     return spec
 
 

@@ -150,6 +150,24 @@ def test_what_has_nothing_to_choose_is_refused(text: str) -> None:
         parse_spec(text)
 
 
+def test_search_is_of_blocks_and_no_algorithm_is_for_a_cache() -> None:
+    with pytest.raises(qpass.QpassError, match="search is of blocks"):
+        parse_spec("int4:tensor:search")
+    with pytest.raises(qpass.QpassError, match="gptq is for weights"):
+        qpass.Recipe(kv="int8:gptq")
+
+
+@pytest.mark.parametrize("text", ["int4:g32:asym:search", "int4:channel:gptq", "nvfp4:search", "int4:tensor:gptq"])
+def test_a_weight_in_several_chunks_is_as_in_one(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, spec = gaussian(50, 96) * torch.linspace(0.05, 1, 50)[:, None], parse_spec(text)
+    stats = stats_of(correlated(300, 96))
+    whole = quantize_weight(weight, spec, stats=stats)
+    monkeypatch.setattr("qpass.weights.CHUNK_ELEMENTS", 96 * 7)
+    cut = quantize_weight(weight, spec, stats=stats)
+    error = (dequantize(whole, spec, 96) - dequantize(cut, spec, 96)).abs().max()
+    assert float(error) < 1e-6
+
+
 def test_gptq_without_data_says_what_to_do() -> None:
     with pytest.raises(qpass.QpassError, match=r"int4:g32:gptq: gptq needs data: .*calibration=batches"):
         quantize_weight(gaussian(4, 64), parse_spec("int4:g32:gptq"))

@@ -175,8 +175,7 @@ def test_bad_data_is_refused(batches: Any, says: str) -> None:
     model = Two().eval()
     with pytest.raises(qpass.QpassError, match=says):
         qpass.quantize(model, SPEC, calibration=batches, inner="eager")
-    assert isinstance(model.up.weight, nn.Parameter)
-    assert not isinstance(model.up.weight, qpass.QTensor)
+    assert not any(isinstance(p, qpass.QTensor) for p in model.parameters())
 
 
 def test_an_input_with_nan_is_named() -> None:
@@ -193,3 +192,100 @@ def test_torch_compile_says_that_data_are_needed() -> None:
     fast = torch.compile(Two().eval(), backend=qpass.QPass(SPEC, inner="eager"))
     with pytest.raises(qpass.QpassError, match="gptq needs data"), torch.no_grad():
         fast(tokens())
+
+
+class Variants(Two):
+    """What a forward may do around its linears."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.extra = how, nn.Linear(32, 32)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, ids: Tensor, more: Tensor | None = None) -> Tensor:
+        x = self.table(ids)
+        if self.how == "turned early":
+            up, down = self.up.weight.t(), self.down.weight.t()
+            return x + F.gelu(x @ up) @ down
+        if self.how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return x + self.down(F.gelu(self.up(x)))
+        if self.how == "counts":
+            self.calls.add_(1)
+        if self.how == "more" and more is not None:
+            x = x + more * self.extra(x)
+        h = F.gelu(self.up(x))
+        if self.how == "zeroed":
+            h[..., :16] = 0
+        if self.how == "breaks":
+            torch._dynamo.graph_break()
+            x += self.extra(x)
+        if self.how == "twice":
+            h = h + F.gelu(self.up(self.down(h)))
+        return x + self.down(h)
+
+
+@pytest.mark.parametrize("how", ["turned early", "autocast", "counts", "zeroed", "breaks", "twice"])
+def test_whatever_stands_around_the_linears(how: str) -> None:
+    model = Variants(how)
+    calibrated(model, batches=[tokens(batch=2, length=9), tokens(batch=2, length=9).flip(1)])
+    assert {str(m.weight.spec) for m in (model.up, model.down)} == {SPEC}
+    assert not torch.is_autocast_enabled("cpu")
+    assert float(model.calls) == 0
+
+
+@torch.no_grad()
+def test_the_input_is_taken_as_the_linear_reads_it() -> None:
+    """Not as it was before something was written into it; nor, behind a graph break, as it is after."""
+    model, ids = Variants("zeroed"), tokens(batch=4, length=12)
+    table, up = model.table.weight.clone(), model.up.weight.clone()
+    down = model.down.weight.clone()
+    calibrated(model, batches=[ids])
+    spec = parse_spec(SPEC)
+
+    def gptq(weight: Tensor, x: Tensor) -> Any:
+        stats = InputStats.empty(x.shape[-1])
+        stats.add(x)
+        return quantize_weight(weight, spec, stats=stats)
+
+    x = F.embedding(ids, table)
+    h = F.gelu(F.linear(x, dequantize(gptq(up, x), spec, 32), model.up.bias))
+    h[..., :16] = 0
+    assert torch.equal(model.down.weight.quantized.data, gptq(down, h).data)
+    broken = Variants("breaks")
+    table, extra = broken.table.weight.clone(), broken.extra.weight.clone()
+    calibrated(broken, batches=[ids])
+    assert torch.equal(broken.extra.weight.quantized.data, gptq(extra, F.embedding(ids, table)).data)
+
+
+def test_batches_of_two_kinds_of_calls() -> None:
+    ids, more = tokens(batch=2, length=9), torch.ones(())
+    model = calibrated(
+        Variants("more"), batches=[{"ids": ids}, {"ids": ids, "more": more}], inputs={"ids": ids, "more": more}
+    )
+    assert str(model.extra.weight.spec) == SPEC
+
+
+def test_a_weight_that_no_batch_uses_is_named_before_anything_is_quantized() -> None:
+    ids, more = tokens(batch=2, length=9), torch.ones(())
+    model = Variants("more").eval()
+    with pytest.raises(qpass.QpassError, match=r"extra\.weight: no batch of the calibration uses it"):
+        calibrated(model, batches=[{"ids": ids}], inputs={"ids": ids, "more": more})
+    assert not any(isinstance(p, qpass.QTensor) for p in model.parameters())
+
+
+def test_a_model_that_was_compiled_in_place_before() -> None:
+    model = Two().eval()
+    model.compile(backend="eager")
+    calibrated(model)
+    assert str(model.up.weight.spec) == SPEC
+
+
+def test_batches_that_torch_does_not_capture_are_refused() -> None:
+    class Named(Two):
+        def forward(self, ids: Tensor, name: str = "") -> Tensor:
+            return super().forward(ids) + len(name + "x")
+
+    batches = [{"ids": tokens(), "name": str(i)} for i in range(12)]
+    with pytest.raises(qpass.QpassError, match="was not captured: past its limit of recompilations"):
+        qpass.quantize(Named().eval(), SPEC, calibration=batches, inner="eager")

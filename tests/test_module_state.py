@@ -158,3 +158,55 @@ def test_a_state_is_moved_copied_and_loaded_with_its_module() -> None:
     assert isinstance(half.keys, QState)
     assert half.keys.dtype == torch.bfloat16
     torch.testing.assert_close(half(x.bfloat16(), at).float(), out, rtol=0.05, atol=0.05)
+
+
+class Cleared(Holder):
+    """A branch that no capture of the other has seen."""
+
+    def forward(self, x: Tensor, at: Tensor, clear: str = "") -> Tensor:
+        if clear == "fill":
+            self.keys.fill_(0.5)
+        elif clear == "mul":
+            self.keys.mul_(0.5)
+        elif clear == "columns":
+            self.keys[..., :4].zero_()
+        elif clear == "part":
+            self.keys[..., :4] = 1.0
+        return super().forward(x, at)
+
+
+@pytest.mark.parametrize("clear", ["fill", "mul", "part"])
+@torch.no_grad()
+def test_writes_of_other_forms_quantize_all_of_it_again(clear: str) -> None:
+    torch.manual_seed(0)
+    model = Cleared("index_copy").eval()
+    x, at = torch.randn(1, 3, WIDTH), torch.tensor([3, 4, 5])
+    expected = reference(model, "int8")
+    quantized = qpass.quantize(model, recipe("int8"), inputs=(x, at), inner="eager")
+    torch.testing.assert_close(quantized(x, at, clear), expected(x, at, clear), rtol=0.02, atol=0.01)
+    torch.testing.assert_close(quantized.keys.dequantize(), expected.keys, rtol=0.02, atol=0.01)
+
+
+@torch.no_grad()
+def test_a_write_through_a_view_of_columns_is_refused_not_lost() -> None:
+    x, at = torch.randn(1, 3, WIDTH), torch.tensor([3, 4, 5])
+    quantized = qpass.quantize(Cleared("index_copy").eval(), recipe("int8"), inputs=(x, at), inner="eager")
+    with pytest.raises(qpass.QpassError, match="makes a view of a quantized cache that is written to"):
+        quantized(x, at, "columns")
+
+
+def test_strict_takes_a_cache_that_will_be_quantized() -> None:
+    x, at = torch.randn(1, 3, WIDTH), torch.arange(3)
+    qpass.quantize(Holder("index_copy").eval(), recipe("int8"), inputs=(x, at), inner="eager", strict=True)
+
+
+@torch.no_grad()
+def test_what_is_refused_leaves_the_cache_as_it_was() -> None:
+    model = Holder("index_copy").eval()
+    model.o.weight[0, 0] = torch.nan
+    keys = model.keys.clone()
+    with pytest.raises(qpass.QpassError, match="NaN"):
+        qpass.quantize(
+            model, qpass.Recipe.uniform("int8", kv="int8"), inputs=(torch.randn(1, 3, WIDTH), torch.arange(3))
+        )
+    assert torch.equal(model.keys, keys)

@@ -111,6 +111,45 @@ def test_other_writes_quantize_all_of_it_again(write: str) -> None:
     torch.testing.assert_close(state.dequantize(), rounded(floats, "int8"), rtol=1e-6, atol=1e-6)
 
 
+VIEWS: dict[str, Callable[[Tensor], object]] = {
+    "columns": lambda x: x[..., :4].fill_(5),
+    "one number": lambda x: x[0, 0, 0, 0].fill_(5),
+    "view": lambda x: x.view(2, 6, 32)[:, 1].fill_(5),
+    "squeeze": lambda x: x.squeeze(0).zero_(),
+    "unflatten": lambda x: x.unflatten(-1, (4, 8))[..., 1, :].zero_(),
+    "split": lambda x: [p.mul_(i) for i, p in enumerate(x.split(3, 2))],
+    "unbind": lambda x: x.unbind(2)[1].zero_(),
+    "out": lambda x: torch.mul(x, 2, out=x),
+    "foreach": lambda x: torch._foreach_mul_([x], 0.5),
+    "a mask": lambda x: x.masked_fill_(x > 1, 0.0),
+    "a scatter that adds": lambda x: x.scatter_(2, torch.ones(1, 2, 1, 1, dtype=torch.long).expand(1, 2, 1, 32),
+                                                torch.ones(1, 2, 1, 32), reduce="add"),
+    "a scatter of a part": lambda x: x.scatter_(2, torch.ones(1, 2, 1, 1, dtype=torch.long).expand(1, 2, 1, 32),
+                                                torch.ones(1, 2, 5, 32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_writes_through_views_reach_the_state(view: str) -> None:
+    torch.manual_seed(0)
+    state = QState.of(torch.randn(SHAPE), parse_spec("int8"))
+    floats = state.dequantize()
+    VIEWS[view](state)
+    VIEWS[view](floats)
+    torch.testing.assert_close(state.dequantize(), floats, rtol=0, atol=float(floats.abs().max()) / 100)
+
+
+def test_a_mask_of_all_axes_is_an_index() -> None:
+    state = QState.of(torch.randn(SHAPE), parse_spec("int8"))
+    state[state > 1.0] = 0.0
+    assert float(state.dequantize().max()) <= 1.0 + 1e-6
+
+
+def test_cat_with_an_empty_tensor_of_one_axis() -> None:
+    state = QState.of(torch.randn(SHAPE), parse_spec("int8"))
+    assert torch.equal(torch.cat([torch.empty(0), state], 2).dequantize(), state.dequantize())
+
+
 def test_arithmetic_sees_floats() -> None:
     state = QState.of(torch.randn(SHAPE), parse_spec("int8"))
     for out in (state + 1, state.sum(), state @ torch.ones(32, 2), state.transpose(2, 3), state[..., :4]):

@@ -182,6 +182,22 @@ def test_what_is_added_to_scores_stays_in_float_and_other_tables_do_not() -> Non
     assert all("added to attention's scores" in str(s.skipped) for s in tables.values())
 
 
+@pytest.mark.parametrize("shape", [(5, WIDTH), (2, 5, WIDTH)], ids=["2-D", "3-D"])
+def test_an_attention_without_heads_is_one_too(shape: tuple[int, ...]) -> None:
+    class Headless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.q(x) @ self.k(x).transpose(-1, -2) * 0.1).softmax(-1) @ self.v(x)
+
+    fast = torch.compile(Headless().eval(), backend=qpass.QPass("int8", inner="eager"))
+    with torch.no_grad():
+        fast(torch.randn(shape))
+    assert {s.kind for s in qpass.report(fast).sites} == {"qkv"}
+
+
 def _caches(model: nn.Module) -> list[str]:
     return [str(row.skipped) for row in qpass.report(model).sites if row.kind == "kv"]
 

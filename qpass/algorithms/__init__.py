@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,10 +37,22 @@ class InputStats:
         self.hessian.addmm_(rows.mT, rows)
         self.tokens += len(rows)
 
+    @cached_property
+    def solver(self) -> Gptq:
+        """GPTQ for the weights that read this input, once all of it was seen."""
+        return Gptq(self.hessian)
+
     @property
     def importance(self) -> Tensor:
         """Mean of x^2 for each column [K]."""
         return self.hessian.diagonal() / max(1, self.tokens)
+
+
+def check_data_free(spec: QuantSpec) -> None:
+    """Raises `QpassError` for a spec that names an algorithm which needs data."""
+    missing = sorted(NEED_DATA & set(spec.algorithms))
+    if missing:
+        raise QpassError(f"{spec}: {missing[0]} needs data: qpass.quantize(model, recipe, calibration=batches)")
 
 
 #: Rows of a weight, with (lowest, highest) of all of it -> Quantized.
@@ -51,11 +64,10 @@ def rounding_of(spec: QuantSpec, stats: InputStats | None) -> Rounding:
 
     Raises `QpassError` if that needs data and there is none.
     """
-    missing = sorted(NEED_DATA & set(spec.algorithms))
-    if missing and stats is None:
-        raise QpassError(f"{spec}: {missing[0]} needs data: qpass.quantize(model, recipe, calibration=batches)")
+    if stats is None:
+        check_data_free(spec)
     importance = None if stats is None else stats.importance
-    solver = Gptq(stats.hessian) if stats is not None and "gptq" in spec.algorithms else None
+    solver = stats.solver if stats is not None and "gptq" in spec.algorithms else None
 
     def rounding(rows: Tensor, whole: tuple[Tensor, Tensor]) -> Quantized:
         searched = "search" in spec.algorithms

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 #: What rearranges a tensor -> position and name of the argument that says which axes (None: none).
@@ -29,23 +30,22 @@ _WRITTEN_ALONG = {"slice_scatter": (2, "dim"), "select_scatter": (2, "dim"), "se
 def keeps_rows(name: str, rank: int, argument: Callable[[int, str], Any]) -> bool:
     """Whether the rearrangement or write `name` of a tensor of `rank` axes leaves the last axis whole and last.
 
-    `argument`: (position, name) -> an argument of the call, or None; of a node, its value.
+    `argument`: (position, name) -> an argument of the call, or None; of nodes, their values.
     """
+    if name.startswith("scatter"):
+        return _scatters_rows(rank, argument)
     if name.startswith("index_put") and argument(3, "accumulate"):
         return False
-    if name.startswith("scatter"):  # one row after the other only if the index is expanded along the last axis
-        index = argument(2, "index")
-        return bool(argument(1, "dim") % rank != rank - 1) and isinstance(index, Tensor) and index.stride()[-1] == 0
     where = ALONG[name] if name in ALONG else _WRITTEN_ALONG.get(name, (1, "dim"))
     if where is None:
         return True
     along = argument(*where)
     if name in ("getitem", "setitem", "index_put", "index_put_"):
         index = list(along) if isinstance(along, list | tuple) else [along]
-        if Ellipsis in index:
-            return index[-1] in (Ellipsis, slice(None))
-        taken = sum(i is not None or name.startswith("index_put") for i in index)
-        return taken < rank or index[-1] == slice(None)
+        if any(i is Ellipsis for i in index):
+            return index[-1] is Ellipsis or _is_all(index[-1])
+        taken = sum(_axes(i) for i in index if i is not None or name.startswith("index_put"))
+        return taken < rank or _is_all(index[-1])
     if name == "permute":
         return bool(along[-1] % rank == rank - 1)
     if name == "transpose":
@@ -55,3 +55,22 @@ def keeps_rows(name: str, rank: int, argument: Callable[[int, str], Any]) -> boo
     dims = along if isinstance(along, list | tuple) else [along]
     # A roll without axes moves across all of them.
     return bool(dims) and all(isinstance(d, int) and d % rank != rank - 1 for d in dims)
+
+
+def _is_all(index: Any) -> bool:
+    return isinstance(index, slice) and index == slice(None)
+
+
+def _axes(index: Any) -> int:
+    """Axes of a tensor that one index takes: as many as a mask has."""
+    return index.dim() if isinstance(index, Tensor) and index.dtype == torch.bool else 1
+
+
+def _scatters_rows(rank: int, argument: Callable[[int, str], Any]) -> bool:
+    """Whether a scatter writes whole rows: its index, of the shape of what is written, is expanded along the last axis."""
+    dim, index, source = argument(1, "dim"), argument(2, "index"), argument(3, "src")
+    if argument(4, "reduce") is not None or dim % rank == rank - 1:
+        return False
+    if not isinstance(index, Tensor) or not isinstance(source, Tensor):
+        return False
+    return index.shape == source.shape and index.stride()[-1] == 0

@@ -22,6 +22,9 @@ from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary
 
 from qpass.errors import QpassError
 
+#: Leaves a region of torch.autocast that a graph entered.
+exit_autocast = torch.amp.autocast_mode._exit_autocast
+
 
 class CaptureError(QpassError, ShortenTraceback):
     """A QpassError raised while Dynamo compiles: this base reaches the caller as it is, not as BackendCompilerFailed."""
@@ -48,6 +51,16 @@ def source_name(node: Node) -> str | None:
     text = text() if callable(text) else text
     keys = re.findall(r"(?:\.|\.__dict__\[')_(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]", text or "")
     return ".".join(keys) or None
+
+
+@contextmanager
+def as_plain_module(model: torch.nn.Module) -> Iterator[None]:
+    """`model` without what `model.compile` set on it."""
+    previous, model._compiled_call_impl = model._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = previous
 
 
 def is_of_module(node: Node) -> bool:

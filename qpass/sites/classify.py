@@ -180,12 +180,12 @@ def tables_of_scores(flow: Flow) -> set[Node]:
     found: set[Node] = set()
     for node in flow.attentions:
         whole = read_whole(node)
-        if whole is None:
+        shape = () if whole is None else shape_of(whole.q) or ()
+        if whole is None or len(shape) != 4:
             continue
-        heads = (shape_of(whole.q) or (0, 0, 0))[-3]
         behind = {n for mask in (whole.sdpa_mask, *(m for m, _ in whole.masks)) for n in flow.of(mask)}
         tables = behind & flow.embeddings.keys() - flow.added - flow.readers.keys()
-        found |= {n for n in tables if flow.width(n) == heads}
+        found |= {n for n in tables if flow.width(n) == shape[1]}
     return found
 
 

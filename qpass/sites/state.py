@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from qpass.errors import QpassError
 from qpass.graph.attention import read_whole
 from qpass.graph.flow import Flow
 from qpass.graph.rows import ALONG, WHOLE, WRITES, keeps_rows
-from qpass.graph.vocabulary import CASTS, CATS, argument, op_name, shape_of, source_of, value_of, writes_to
+from qpass.graph.vocabulary import CASTS, CATS, SHAPES, argument, op_name, shape_of, source_of, value_of, writes_to
 from qpass.sites.core import Edit, Site, Skip
 from qpass.spec import QuantSpec
 
@@ -124,7 +125,7 @@ class Rewriter:
         self.added: list[Node] = []
 
     def run(self) -> list[Edit]:
-        """Rewrite all; -> one edit for each state."""
+        """Rewrite all; -> one edit for each state. Raises `QpassError` for a write that does not reach what is stored."""
         removed: list[Node] = []
         for node in list(self.graph.nodes):
             if node.op == "output":
@@ -168,10 +169,31 @@ class Rewriter:
                 if name in ALONG and _keeps_last_axis(node):
                     self.of[node] = state, [self._again(node, p) for p in parts]
                     return True
+                if writes_to(node) is not None:
+                    self.of[node] = state, self._write_all(node, first)
+                    return True
+            if any(n in self.of and _is_written_through(node) for n in node.all_input_nodes):
+                raise QpassError(
+                    f"{node.name}: {name} makes a view of a quantized cache that is written to later; write to the cache itself, "
+                    "whole rows: cache.index_copy_(dim, positions, rows)"
+                )
             floats = {n: self._read(n) for n in node.all_input_nodes if n in self.of}
         node.args = torch.fx.node.map_arg(node.args, lambda n: floats.get(n, n))
         node.kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: floats.get(n, n))
         return False
+
+    def _write_all(self, node: Node, held: Node) -> list[Node]:
+        """A write of another form: the floats are written to, and all of them quantized again."""
+        state, parts = self.of[held]
+        floats = self._read(held)
+        others = {n: self._read(n) for n in node.all_input_nodes if n in self.of and n is not held}
+        new = self.graph.node_copy(node, lambda n: floats if n is held else others.get(n, n))
+        new.meta = {}
+        self.evaluate(new)
+        self.added.append(new)
+        for part, piece in zip(parts, self._stored(floats, state), strict=True):
+            self._insert(_aten.copy_.default, part, piece)
+        return parts
 
     def _again(self, node: Node, part: Node, **changed: Any) -> Node:
         """The same call on a part, with other arguments where `changed` (position -> value) says so."""
@@ -233,6 +255,13 @@ class Rewriter:
         return tuple(flat)
 
 
+def _is_written_through(view: Node) -> bool:
+    """Whether something writes to memory that `view`, which shares its input's, looks at."""
+    if op_name(view) not in SHAPES:
+        return False
+    return any(writes_to(user) is view or _is_written_through(user) for user in view.users)
+
+
 def _sizes(insert: Callable[..., Node], node: Node) -> list[Any]:
     shape = shape_of(node) or ()
     return [n if isinstance(n, int) else insert(_aten.sym_size.int, node, i) for i, n in enumerate(shape)]
@@ -242,7 +271,6 @@ def _keeps_last_axis(node: Node) -> bool:
     rank = len(shape_of(source_of(node)) or ())
 
     def given(position: int, name: str) -> Any:
-        found = argument(node, position, name)
-        return value_of(found) if isinstance(found, Node) and name == "index" and position == 2 else found
+        return torch.fx.node.map_arg(argument(node, position, name), value_of)
 
     return keeps_rows(op_name(node), rank, given)

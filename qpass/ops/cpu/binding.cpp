@@ -2,8 +2,8 @@
 // microseconds instead of twenty-five to eighty.
 //
 // Only calls like one that Python (operators.py) has checked before are served here. "Like": everything that it looks at is
-// equal, which is types and layouts of the stored parts, the spec, and the inputs' columns. Others go to Python, as `linear_checked` and
-// `attention_checked`; if it finds that a kernel can serve them, it says with what (qpass_remember_..) and that is kept.
+// equal, which is types and layouts of the stored parts, the spec, and the inputs' columns. Others go to Python, as `linear_checked`
+// and the like; if it finds that a kernel can serve them, it says with what (qpass_remember_..) and that is kept.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -189,7 +189,7 @@ def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[T
         torch.get_num_threads(),
     )
     if bad:
-        return reference.quantize(x, spec)  # which says what is wrong
+        return reference.quantize(x, spec, static_scale)  # which says what is wrong
     if frame.is_given(static_scale):
         remember("quantize", library.qpass_quantize, matrix, rest=(
             frame.rotation, frame.heads, x.numel() // k, k, tokens, sum(1 << slot for slot in s.stored_parts)
