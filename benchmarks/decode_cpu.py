@@ -100,7 +100,8 @@ def compare(found: list[Engine], batch: int, context: int, rows: int, rounds: in
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            step(ids)  # threads of the engine before may still spin
+            time.sleep(0.2)  # threads of the engine before may still spin
+            step(ids)
             for _ in range(_STEPS if rows == 1 else 1):
                 start = time.perf_counter()
                 step(ids)

@@ -13,8 +13,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from qpass.algorithms import NEED_DATA, InputStats, check_data_free
-from qpass.backend import Decision, QPass
+from qpass.backend import QPass
 from qpass.calibration import Batch, record
+from qpass.decisions import Decision
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
 from qpass.exported import quantize_program
@@ -197,11 +198,11 @@ def _like_their_siblings(model: nn.Module, groups: list[Planned], backend: QPass
         members = [(key, p.shape, p) for child in modules for key, p in child.named_parameters()]
         known = {(key, shape): found[memory_of(p)] for key, shape, p in members if memory_of(p) in found}
         for key, shape, param in members:
-            if (key, shape) not in known or memory_of(param) in found or backend.decision(param) is not None:
+            if (key, shape) not in known or memory_of(param) in found or backend.decisions.of(param) is not None:
                 continue
             group, i, sibling = known[key, shape]
             name = names[id(param)]
-            spec = backend.decide_like(param, sibling, name)
+            spec = backend.decisions.like(param, sibling, name)
             if spec is not None:
                 single = replace(group.subset([i]), weights=(name,), names=(name,), biases=(None,), spec=spec)
                 extra.append((single, [param]))
@@ -258,12 +259,12 @@ def _convert(
         replacements.append(replacement)
     fuse(replacements)
     for param, replacement in zip(params, replacements, strict=True):
-        decision = backend.decision(param)
+        decision = backend.decisions.of(param)
         assert isinstance(decision, Decision)
         installed = nn.Parameter(replacement, requires_grad=False)
         for module, name in owners[memory_of(param)]:
             module._parameters[name] = installed
-        backend.adopt(installed, decision)
+        backend.decisions.adopt(installed, decision)
         drop_mapped_pages(param)
     return replacements
 

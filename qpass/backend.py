@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -17,12 +19,14 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
-from qpass.algorithms import NEED_DATA
+from qpass.algorithms import InputStats
+from qpass.calibration import Recording
 from qpass.calling import Arguments, Lookup, run_as_inference
+from qpass.decisions import Decisions
 from qpass.errors import QpassError, nearest
 from qpass.graph.expand import expand
 from qpass.graph.torch_private import (
-    WeakIdKeyDictionary,
+    captured_code,
     check_inner,
     compile_inner,
     compiled_call,
@@ -32,6 +36,7 @@ from qpass.graph.torch_private import (
     fake_like,
     fake_parts_of,
     fake_static,
+    forget_code,
     frame_key,
     is_graph_fragment,
     source_name,
@@ -54,12 +59,13 @@ from qpass.progress import track
 from qpass.qtensor import QTensor
 from qpass.ready import check_ready
 from qpass.recipe import Recipe, resolve_recipe
+from qpass.replay import places_of, quantize_in_order
 from qpass.sites.classify import Context
-from qpass.sites.core import Edit, Match, Plan, Site, Skip
+from qpass.sites.core import Edit, Plan, Skip
 from qpass.sites.find import find_sites
 from qpass.sites.group import WeightGroup, group_weights
-from qpass.spec import QuantSpec, parse_spec
-from qpass.store import WeightStore, anchor
+from qpass.store import WeightStore, anchor, quantize_group
+from qpass.weights import as_rows, check_weight
 
 #: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
 BACKENDS: weakref.WeakSet[QPass] = weakref.WeakSet()
@@ -67,16 +73,6 @@ _clock = itertools.count(1)
 _KEPT_BY_MODULE = (
     "the module keeps a float cache: model = qpass.quantize(model, recipe) stores quantized what is there before a call"
 )
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What was decided for one Parameter, once, for all graphs that use it: a spec, or the reason for none."""
-
-    site: Site
-    spec: QuantSpec | None
-    skip: Skip | None = None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,12 +110,15 @@ class QPass:
         check_inner(inner)
         self.store = WeightStore()
         self.captures: list[Capture] = []
-        self._decisions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.decisions = Decisions(self.recipe)
         self.last_used = 0
         #: Models that were captured in fragments -> the weight groups of the whole, if it could be traced.
         self._whole: weakref.WeakKeyDictionary[torch.nn.Module, list[WeightGroup] | None] = weakref.WeakKeyDictionary()
         self._ready: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
+        #: Code that was captured; what is recorded between the start and the end of `calibrate`.
+        self._codes: set[CodeType] = set()
+        self._recording: Recording | None = None
         BACKENDS.add(self)
 
     @property
@@ -140,7 +139,51 @@ class QPass:
                 raise QpassError(
                     f"unknown option {sorted(options)[0]!r}: set recipe, strict, inner, mode on qpass.QPass(...)"
                 )
+            code = captured_code()
+            if code is not None:
+                self._codes.add(code)
+            if self._recording is not None:
+                return self._recording.of_graph(gm, inputs, self)
             return self._convert(gm, inputs, mode)
+
+    @contextmanager
+    def calibrate(self) -> Iterator[QPass]:
+        """Inside of it calls run in float and are recorded; leaving it quantizes the weights on them, and the next call runs
+        quantized. The calls are replayed then: their inputs are held until the end, those that the graph writes to as copies.
+
+        Raises `QpassError` at the end if there was no call; what `qpass.quantize` with calibration raises.
+        """
+        if self._recording is not None:
+            raise QpassError("calibrate: inside of calibrate; leave the first block before the next")
+        for code in self._codes:
+            forget_code(code)
+        self._recording = recording = Recording()
+        try:
+            yield self
+            if not recording.runs:
+                raise QpassError("calibrate: no call of the compiled model inside of the block")
+            places = places_of(recording.runs)
+            quantize_in_order(recording.runs, places, self._choose)
+        finally:
+            self._recording = None
+            recording.runs.clear()
+            for code in recording.codes:
+                forget_code(code)
+
+    def _choose(self, group: WeightGroup, params: list[Tensor], stats: InputStats) -> list[QTensor]:
+        """Quantize float weights that stay where they are, for the graphs that will be captured."""
+        if any(isinstance(p, QTensor) for p in params):
+            raise QpassError(f"{group.names[0]}: calibrate: the weight is quantized already; load the float model")
+        rows = [as_rows(p.detach(), t) for p, t in zip(params, group.transposed, strict=True)]
+        for row, name in zip(rows, group.names, strict=True):
+            check_weight(row, group.spec, name)
+        made = quantize_group(rows, group.spec, stats)
+        for param, (quantized, sqnr_db) in zip(params, made, strict=True):
+            self.store.choose(param, quantized, sqnr_db)
+        return [
+            QTensor(quantized, group.spec, p.shape, p.dtype, t)
+            for p, t, (quantized, _) in zip(params, group.transposed, made, strict=True)
+        ]
 
     def plan_graph(self, gm: GraphModule, inputs: Sequence[Any], keeping: bool = False) -> Plan:
         """Find the sites of a captured graph and decide each; nothing is rewritten but torch's own attention layers, which
@@ -159,7 +202,9 @@ class QPass:
         if fragment:
             self._see_whole()
         parameters = parameter_nodes(gm, inputs)
-        names = {node: self._name(param) or source_name(node) or node.name for node, param in parameters.items()}
+        names = {
+            node: self.decisions.name(param) or source_name(node) or node.name for node, param in parameters.items()
+        }
         held = self._held_in_float(gm.graph, parameters, names, keeping)
         return self.plan_parameters(gm.graph, parameters, names, fragment, held)
 
@@ -179,13 +224,17 @@ class QPass:
     def _plan(
         self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False
     ) -> Plan:
-        context = Context(*self._tables(), fragment)
+        tables = self.decisions.tables()
+        for model in self._in_pieces():  # torch runs parts of these eagerly
+            weights = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
+            tables |= {id(anchor(weight)): weight.shape[0] for weight in weights}
+        context = Context(frozenset(tables.values()), frozenset(tables), fragment)
         matches, skips = find_sites(graph, parameters, names, context, self.recipe.k is not None)
-        decided = [self._decide(match, parameters) for match in matches]
+        decided = [self.decisions.decide(match, parameters) for match in matches]
         matches = [replace(m, site=d.site) for m, d in zip(matches, decided, strict=True)]
         specs = {d.site: d.spec for d in decided if d.spec is not None}
         skips += list({d.site: d.skip for d in decided if d.skip is not None}.values())
-        self._remember(skips, names, parameters)
+        self.decisions.remember(skips, names, parameters)
         return Plan(tuple(m for m in matches if m.site in specs), specs, tuple(skips))
 
     def _held_in_float(
@@ -217,7 +266,10 @@ class QPass:
     @property
     def in_pieces(self) -> list[str]:
         """Classes of models captured in fragments whose whole graph could not be traced: kinds are those of each piece."""
-        return [type(model).__name__ for model, groups in self._whole.items() if groups is None]
+        return [type(model).__name__ for model in self._in_pieces()]
+
+    def _in_pieces(self) -> list[torch.nn.Module]:
+        return [model for model, groups in self._whole.items() if groups is None]
 
     def whole_groups(self, model: torch.nn.Module) -> list[tuple[WeightGroup, list[Tensor]]]:
         """The weight groups of a model seen as a whole because of graph breaks; nothing otherwise."""
@@ -234,7 +286,7 @@ class QPass:
         placeholders = {node.name: node for node in original.graph.find_nodes(op="placeholder")}
         parameters = parameter_nodes(original, held.inputs)
         groups = [group for group, _ in group_weights(plan, parameters)]
-        lookups = {g: Lookup(self.store, g, order, partial(self.learn, plan=plan, group=g)) for g in groups}
+        lookups = {g: Lookup(self.store, g, order, partial(self.decisions.learn, plan=plan, group=g)) for g in groups}
         for lookup in track(list(lookups.values()), "qpass: quantizing"):
             lookup(inputs)
 
@@ -263,89 +315,6 @@ class QPass:
         )
         finish = partial(restored, returned=held.returned) if held.returned else None
         return partial(run_as_inference, compiled, pick, finish)
-
-    # --- decisions ------------------------------------------------------------------------------------------------
-
-    def decision(self, param: Tensor) -> Decision | None:
-        """What was decided for a Parameter; None if no captured graph held it."""
-        return self._decisions.get(anchor(param))
-
-    def decide_like(self, param: Tensor, sibling: Tensor, name: str) -> QuantSpec | None:
-        """Decide for a Parameter that no graph holds as for one that stands in the same place of a sibling module."""
-        known = self.decision(sibling)
-        assert known is not None
-        self.adopt(param, self._fresh(replace(known.site, name=name)))
-        return self._decisions[anchor(param)].spec
-
-    def known_parameters(self) -> list[tuple[Any, Decision]]:
-        """(Parameter, or the contents of a QTensor; what was decided) for all that are alive."""
-        return list(self._decisions.items())
-
-    def learn(self, params: Sequence[Tensor], plan: Plan, group: WeightGroup) -> None:
-        """Parameters that a compiled graph meets for the first time (one block's graph serves all blocks of its class)."""
-        sites = {m.weight.name: m.site for m in plan.matches if m.weight is not None}
-        for param, name in zip(params, group.weights, strict=False):
-            if self.decision(param) is None:
-                self.adopt(param, Decision(sites[name], group.spec))
-
-    def _name(self, param: Tensor) -> str | None:
-        known = self.decision(param)
-        return None if known is None else known.site.name
-
-    def adopt(self, param: Tensor, decision: Decision) -> None:
-        """Take over a decision for a Parameter that replaces the one it was made for."""
-        self._decisions[anchor(param)] = decision
-
-    def _tables(self) -> tuple[frozenset[int], frozenset[int]]:
-        """(rows, identities) of the embedding tables of all graphs so far; where torch runs a part eagerly, of its modules."""
-        known = {id(p): d.site.shape[0] for p, d in self._decisions.items() if "embedding" in d.site.roles}
-        for model in (model for model, plan in self._whole.items() if plan is None):
-            tables = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
-            known |= {id(anchor(table)): table.shape[0] for table in tables}
-        return frozenset(known.values()), frozenset(known)
-
-    def _decide(self, match: Match, parameters: Mapping[Node, Tensor]) -> Decision:
-        if match.weight is None:  # a cache that is quantized already: the spec is in the call
-            return Decision(match.site, parse_spec(match.call.specs[0]))
-        param = parameters[match.weight]
-        known = self.decision(param)
-        if known is None:
-            known = Decision(match.site, param.spec) if isinstance(param, QTensor) else self._fresh(match.site)
-        elif known.site.kind == "linear" and match.site.kind != "linear" and known.spec is None:
-            known = self._fresh(match.site)
-        roles = tuple(dict.fromkeys(known.site.roles + match.site.roles))
-        known = replace(known, site=replace(known.site, roles=roles))
-        self.adopt(param, known)
-        return known
-
-    def _fresh(self, site: Site) -> Decision:
-        kinds = [site.kind] + [r for r in ("embedding", "vocab") if r in site.roles and r != site.kind]
-        specs = [self.recipe.spec_for(kind, site.name) for kind in kinds]
-        if kinds == ["embedding"]:  # rows that are looked up: no input says which columns count
-            specs = [
-                spec and replace(spec, algorithms=tuple(a for a in spec.algorithms if a not in NEED_DATA))
-                for spec in specs
-            ]
-        columns = site.shape[-1]
-        spec = max(specs, key=lambda s: (99, 0.0) if s is None else (s.format.bits, s.effective_bits(columns)))
-        note = f"tied: {' and '.join(kinds)} share one table in {spec or 'float'}" if len(set(specs)) > 1 else ""
-        if spec is None:
-            reason = note or f"the recipe leaves {site.kind} in float"
-            return Decision(site, None, Skip(site, reason, expected=True), note)
-        return Decision(site, spec, None, note)
-
-    def _remember(self, skips: Sequence[Skip], names: Mapping[Node, str], parameters: Mapping[Node, Tensor]) -> None:
-        """Keep for each Parameter why it stays in float, or what of it does beside its quantized uses."""
-        by_name = {names[node]: param for node, param in parameters.items()}
-        for skip in skips:
-            param = by_name.get(skip.site.name)
-            if param is None or skip.site.kind == "kv":
-                continue
-            known = self.decision(param)
-            if known is None:
-                self.adopt(param, Decision(skip.site, None, skip))
-            elif known.spec is not None:
-                self.adopt(param, replace(known, note=skip.reason))
 
     def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:
         unexpected = [s for s in plan.skipped if not s.expected]

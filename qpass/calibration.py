@@ -1,37 +1,48 @@
-"""Calibration data of qpass.quantize: the calls of a model, recorded as the graphs that they are captured in."""
+"""Calibration data: the calls of a model, recorded as the graphs that they are captured in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qpass.backend import QPass
 from qpass.errors import QpassError
 from qpass.graph.torch_private import (
     as_plain_module,
+    captured_code,
     copy_captured,
     errors_through_dynamo,
+    is_argument,
     is_graph_fragment,
     isolated,
 )
 from qpass.module_state import OwnState
 from qpass.passes import parameter_nodes
 from qpass.replay import Program, Run
+from qpass.sites.core import Plan
 
 #: Token ids [B, S], or the arguments of a call by name.
 Batch = Tensor | Mapping[str, Any]
+
+
+class Planner(Protocol):
+    """What plans a captured graph: the backend."""
+
+    def plan_graph(self, gm: GraphModule, inputs: Sequence[Any], keeping: bool = False) -> Plan:
+        """See QPass."""
 
 
 class _Recorded(Exception):
     """Ends a call whose whole graph is known: nothing need be computed."""
 
 
-def record(model: nn.Module, backend: QPass, batches: Iterable[Batch], own: OwnState) -> list[Run]:
+def record(model: nn.Module, backend: Planner, batches: Iterable[Batch], own: OwnState) -> list[Run]:
     """The calls `model(batch)`, captured but not computed (where the graph breaks: computed in float), as runs from the start.
 
     `own`: keeps what such a call writes to. Raises `QpassError` if there is no batch, or one is no tensor and no mapping, or
@@ -84,6 +95,33 @@ def _mask_of(batch: Batch) -> Tensor | None:
         return None
     mask = batch.get("attention_mask")
     return mask if isinstance(mask, Tensor) else None
+
+
+@dataclass
+class Recording:
+    """Calls between the start and the end of `QPass.calibrate`, and the code that was captured for them."""
+
+    runs: list[Run] = field(default_factory=list)
+    codes: set[CodeType] = field(default_factory=set)
+
+    def of_graph(self, captured: GraphModule, inputs: Sequence[Any], backend: Planner) -> Callable[..., Any]:
+        """A captured graph in float whose calls are recorded. Tokens that argument attention_mask leaves out do not count."""
+        module = copy_captured(captured)
+        plan = backend.plan_graph(module, inputs)
+        program = Program.of(module, plan, parameter_nodes(module, inputs))
+        placeholders = captured.graph.find_nodes(op="placeholder")
+        masks = [i for i, node in enumerate(placeholders) if is_argument(node, "attention_mask")]
+        code = captured_code()
+        if code is not None:
+            self.codes.add(code)
+
+        def call(*given: Any) -> Any:
+            mask = given[masks[0]] if masks and isinstance(given[masks[0]], Tensor) else None
+            self.runs.append(Run(program, program.arguments(given), mask))
+            with torch.no_grad():
+                return captured.forward(*given)
+
+        return call
 
 
 @contextmanager

@@ -56,8 +56,8 @@ def captured(x: Any, asker: str) -> QPass:
         found = [x if isinstance(x, QPass) else given]
     else:
         params = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-        found = [b for b in BACKENDS if any(b.decision(p) is not None for p in params)]
-    found = sorted((b for b in found if b.captures or len(b._decisions)), key=lambda b: b.last_used)
+        found = [b for b in BACKENDS if any(b.decisions.of(p) is not None for p in params)]
+    found = sorted((b for b in found if b.captures or len(b.decisions)), key=lambda b: b.last_used)
     if found:
         return found[-1]
     raise QpassError(

@@ -153,12 +153,12 @@ def _parameters(x: Any, backend: QPass) -> list[tuple[str, Tensor]]:
     model = original_module(x)
     if hasattr(model, "named_parameters"):
         return list(model.named_parameters())
-    return [(d.site.name, p) for p, d in backend.known_parameters()]
+    return [(d.site.name, p) for p, d in backend.decisions.items()]
 
 
 def _weight_rows(name: str, param: Tensor, backend: QPass, eager: bool) -> list[SiteReport]:
     """`eager`: parts of the model may run outside of all captured graphs."""
-    decision = backend.decision(param)
+    decision = backend.decisions.of(param)
     before = math.prod(param.shape) * param.dtype.itemsize
     if decision is None:
         reason = "in no captured graph: "
@@ -200,7 +200,7 @@ def _cache_rows(captures: Sequence[Capture]) -> list[SiteReport]:
 
 
 def _notes(backend: QPass, params: list[tuple[str, Tensor]], quantized: bool) -> list[str]:
-    decisions = [d for _, p in params if (d := backend.decision(p)) is not None]
+    decisions = [d for _, p in params if (d := backend.decisions.of(p)) is not None]
     notes = [f"{d.site.name}: {d.note}" for d in decisions if d.note]
     found = {d.site.kind for d in decisions} | {r for d in decisions for r in d.site.roles}
     named = [

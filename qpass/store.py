@@ -61,6 +61,8 @@ class WeightStore:
         self._entries: dict[tuple[int, str], _Entry] = {}
         self._lock = threading.Lock()
         self._stats: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        #: Parameter -> its state, what calibration made of it, and the SQNR.
+        self._chosen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def get(
         self, params: Sequence[Tensor], group: WeightGroup, key: str, on_new: Callable[[Sequence[Tensor]], None]
@@ -78,6 +80,16 @@ class WeightStore:
             self._entries[slot] = _Entry(params, parts, lambda _: self._entries.pop(slot, None))
         on_new(params)
         return parts
+
+    def choose(self, param: Tensor, quantized: Quantized, sqnr_db: float) -> None:
+        """Keep what calibration made of a Parameter, for all graphs that will use it, as long as it is not changed."""
+        self._chosen[param] = _state(param), quantized, sqnr_db
+
+    def _made_before(self, params: Sequence[Tensor]) -> list[tuple[Quantized, float]] | None:
+        made = [None if isinstance(p, QTensor) else self._chosen.get(p) for p in params]
+        if any(m is None or m[0] != _state(p) for m, p in zip(made, params, strict=True)):
+            return None
+        return [(quantized, sqnr_db) for _, quantized, sqnr_db in made]  # type: ignore[misc]
 
     def stats(self, param: Tensor) -> WeightStats | None:
         """What quantizing `param` gave, if it was done here or the Parameter is a QTensor."""
@@ -113,7 +125,7 @@ class WeightStore:
             value = weight.dequantize() if isinstance(weight, QTensor) else weight.detach()
             stored.append(as_rows(value, flipped))
             check_weight(stored[-1], group.spec, name)
-        done = quantize_group(stored, group.spec)
+        done = self._made_before(weights) or quantize_group(stored, group.spec)
         shared = group.spec.format.scale == "e4m3"  # one float multiplies the scales of them all
         for i, (weight, (quantized, sqnr_db)) in enumerate(zip(weights, done, strict=True)):
             if not isinstance(weight, QTensor):

@@ -215,14 +215,14 @@ def test_dead_models_leave_nothing_behind() -> None:
     backend = qpass.QPass(inner="eager")
     model = build("nanogpt")
     run(torch.compile(model, backend=backend))
-    assert backend.known_parameters()
+    assert backend.decisions.items()
     assert backend.store._entries
     del model
     torch._dynamo.reset()
     import gc
 
     gc.collect()
-    assert not backend.known_parameters()
+    assert not backend.decisions.items()
     assert not backend.store._entries
 
 

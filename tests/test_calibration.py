@@ -289,3 +289,76 @@ def test_batches_that_torch_does_not_capture_are_refused() -> None:
     batches = [{"ids": tokens(), "name": str(i)} for i in range(12)]
     with pytest.raises(qpass.QpassError, match="was not captured: past its limit of recompilations"):
         qpass.quantize(Named().eval(), SPEC, calibration=batches, inner="eager")
+
+
+# --- with backend.calibrate(): -----------------------------------------------------------------------------------------
+
+
+def calibrate(backend: qpass.QPass, fast: Any, batches: list[Any]) -> None:
+    with torch.no_grad(), backend.calibrate():
+        for batch in batches:
+            fast(**batch) if isinstance(batch, dict) else fast(batch)
+
+
+def test_calls_inside_run_in_float_and_those_behind_it_quantized() -> None:
+    """The weights are those of qpass.quantize on the same batches; the float ones stay in the model."""
+    ids = tokens(batch=6, length=20)
+    backend, model, plain = qpass.QPass(SPEC, inner="eager"), Two().eval(), Two().eval()
+    fast = torch.compile(model, backend=backend)
+    with torch.no_grad(), backend.calibrate():
+        for batch in ids.split(2):
+            assert torch.equal(fast(batch), plain(batch))
+    stored_model = calibrated(Two(), batches=list(ids.split(2)))
+    with torch.no_grad(), qpass.set_compute("float"):
+        torch.testing.assert_close(fast(ids), stored_model(ids), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(fast(ids), plain(ids))
+    assert not isinstance(model.up.weight, qpass.QTensor)
+    assert {s.format for s in qpass.report(fast).sites} == {SPEC, "int4:g16"}
+
+
+def test_what_was_captured_before_is_captured_anew() -> None:
+    backend = qpass.QPass("int3:g16:search", inner="eager")
+    fast, ids = torch.compile(Two().eval(), backend=backend), tokens(batch=2, length=12)
+    with torch.no_grad():
+        before = fast(ids)
+    calibrate(backend, fast, [ids])
+    with torch.no_grad():
+        assert not torch.equal(fast(ids), before), "with data, search weighs by them"
+
+
+def test_the_mask_of_a_call_counts() -> None:
+    ids = tokens(batch=3, length=10)
+    padded = torch.cat([torch.zeros(3, 4, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 10, dtype=torch.long)], 1)
+    outs = []
+    for batch in ({"ids": ids}, {"ids": padded, "attention_mask": mask}, {"ids": padded}):
+        backend = qpass.QPass(SPEC, inner="eager")
+        fast = torch.compile(Two().eval(), backend=backend)
+        calibrate(backend, fast, [batch])
+        with torch.no_grad():
+            outs.append(fast(ids))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_a_changed_weight_is_quantized_again() -> None:
+    """What calibration chose is of the weight that it saw."""
+    backend, model, ids = qpass.QPass("int4:g16:search", inner="eager"), Two().eval(), tokens(batch=2, length=12)
+    fast = torch.compile(model, backend=backend)
+    calibrate(backend, fast, [ids])
+    with torch.no_grad():
+        fast(ids)
+        model.up.weight.mul_(0)
+        model.up.bias.mul_(0)
+        torch.testing.assert_close(fast(ids), model.table.weight[ids] + model.down.bias, rtol=0.1, atol=0.1)
+
+
+def test_a_calibration_without_calls_or_inside_of_another_is_refused() -> None:
+    backend = qpass.QPass(SPEC, inner="eager")
+    with pytest.raises(qpass.QpassError, match="no call of the compiled model"), backend.calibrate():
+        pass
+    with pytest.raises(qpass.QpassError, match="inside of calibrate"), backend.calibrate(), backend.calibrate():
+        pass
+    fast = torch.compile(calibrated(Two()), backend=backend)
+    with pytest.raises(qpass.QpassError, match="quantized already"):
+        calibrate(backend, fast, [tokens()])

@@ -135,7 +135,7 @@ def test_graph_breaks_change_nothing(family: str, where: str, how: str) -> None:
             backend = captured(model, "test")
         with torch.no_grad():
             logits = logits_of(model(tokens()))
-        decisions = {n: backend.decision(p) for n, p in model.named_parameters() if p.dim() == 2}
+        decisions = {n: backend.decisions.of(p) for n, p in model.named_parameters() if p.dim() == 2}
         results.append((logits, {n: (d.site, d.spec) for n, d in decisions.items()}, len(backend.captures)))
     assert results[0][2] == 1
     assert results[1][2] > 1, "the hooks did not break the graph"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.external_utils import wrap_inline
@@ -114,6 +115,30 @@ def compiled_call() -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]] |
 def outside_of_capture() -> Any:
     """A context in which something else may be traced while Dynamo compiles."""
     return torch._guards.tracing(None)
+
+
+def captured_code() -> CodeType | None:
+    """The code object that Dynamo is compiling right now."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if _is_dynamos_compile(frame.f_code):
+            code = frame.f_locals.get("code")
+            return code if isinstance(code, CodeType) else None
+        frame = frame.f_back
+    return None
+
+
+def forget_code(code: CodeType) -> None:
+    """The next call of `code` is captured anew."""
+    reset_code(code)
+
+
+def is_argument(node: Node, name: str) -> bool:
+    """Whether an input of a captured graph is what the caller passed as argument `name`."""
+    source = getattr(node, "_dynamo_source", None)
+    text = getattr(source, "name", None)
+    text = text() if callable(text) else text
+    return bool(text) and str(text).endswith(f"['{name}']")
 
 
 def frame_key(gm: GraphModule) -> str | None:

@@ -232,7 +232,7 @@ def _reference(model: nn.Module, backend: qpass.QPass) -> nn.Module:
     } | {n for n, _ in model.named_parameters() if n.endswith("rel_logits_proj.proj")}
     with torch.no_grad():
         for (name, target), source in zip(reference.named_parameters(), model.parameters(), strict=True):
-            decision = backend.decision(source)
+            decision = backend.decisions.of(source)
             if decision is None or decision.spec is None:
                 continue
             rows = source.transpose(-1, -2) if name in conv1d | turned else source
