@@ -47,6 +47,10 @@ class _Entry:
         # Held, so that new memory of a Parameter cannot come to lie where the old was.
         self.storages = [p.untyped_storage() for p in params if not isinstance(p, QTensor)]
 
+    def holds(self, param: Tensor) -> bool:
+        """Whether the parts were made of `param`, among others."""
+        return any(ref() is anchor(param) for ref in self.refs)
+
     def is_of(self, params: Sequence[Tensor]) -> bool:
         for p, ref, state in zip(params, self.refs, self.states, strict=True):
             if ref() is not anchor(p) or _state(p) != state:
@@ -84,6 +88,8 @@ class WeightStore:
     def choose(self, param: Tensor, quantized: Quantized, sqnr_db: float) -> None:
         """Keep what calibration made of a Parameter, for all graphs that will use it, as long as it is not changed."""
         self._chosen[param] = _state(param), quantized, sqnr_db
+        for slot in [slot for slot, entry in self._entries.items() if entry.holds(param)]:
+            del self._entries[slot]
 
     def _made_before(self, params: Sequence[Tensor]) -> list[tuple[Quantized, float]] | None:
         made = [None if isinstance(p, QTensor) else self._chosen.get(p) for p in params]

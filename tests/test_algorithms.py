@@ -118,7 +118,7 @@ def test_one_token_or_none_is_no_worse_than_rounding_to_nearest() -> None:
         assert output_error(weight, "int4:g32:gptq", stats_of(given), x) <= output_error(weight, "int4:g32", None, x)
 
 
-@pytest.mark.parametrize("text", [t for t in FORMATS if t not in ("int8", "mxfp4")])
+@pytest.mark.parametrize("text", [t for t in FORMATS if t not in ("int8", "mxfp4", "int4:tensor")])
 def test_search_lowers_the_weighted_error(text: str) -> None:
     """No block loses by it; the error is that which calibration weighs, if there was any."""
     weight, x = gaussian(32, 192, seed=2) ** 3, correlated(500, 192) * torch.linspace(0.1, 3, 192)
