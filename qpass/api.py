@@ -86,6 +86,10 @@ def quantize(
     quantized, a group larger than a row, no site at all.
     """
     if isinstance(model, ExportedProgram):
+        if inputs is not None or calibration is not None:
+            raise QpassError(
+                "qpass.quantize: an ExportedProgram takes no inputs and no calibration; use specs that need no data"
+            )
         return quantize_program(model, recipe, strict)
     if not isinstance(model, nn.Module):
         raise QpassError(f"qpass.quantize: takes a torch.nn.Module or an ExportedProgram, got {type(model).__name__}")

@@ -133,6 +133,14 @@ def test_every_kind_of_linear(name: str) -> None:
     )
 
 
+def test_an_exported_program_takes_no_data() -> None:
+    program = torch.export.export(Two().eval(), (tokens(),))
+    with pytest.raises(qpass.QpassError, match="takes no inputs and no calibration"):
+        qpass.quantize(program, SPEC, calibration=[tokens()])
+    with pytest.raises(qpass.QpassError, match="gptq needs data"):
+        qpass.quantize(program, SPEC)
+
+
 class Breaks(Two):
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.table(ids)
