@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpass
+from qpass.recipe import resolve_recipe
 
 DEFAULT = "int8,fp8_e4m3,int4:g128,int4:g128:asym,int4:g64:asym,int4:g32,nf4,int4"
 
@@ -67,7 +68,8 @@ def main() -> None:
     data, results = calibration_windows(args), {}
     for recipe in args.recipes.split(","):
         start = time.perf_counter()
-        calibration = data.split(args.batch) if data is not None and "gptq" in recipe else None
+        needs_data = "gptq" in str(resolve_recipe(recipe).to_dict())
+        calibration = data.split(args.batch) if data is not None and needs_data else None
         model = qpass.quantize(copy.deepcopy(reference), recipe, calibration=calibration, inner="eager")
         seconds = time.perf_counter() - start
         for compute in (None, "float"):
