@@ -58,7 +58,7 @@ def record(model: nn.Module, backend: Planner, batches: Iterable[Batch], own: Ow
         program = Program.of(module, plan, parameter_nodes(module, args))
 
         def call(*given: Any) -> Any:
-            runs.append(Run(program, program.arguments(given), mask))
+            runs.append(Run(program, given, mask))
             if not fragment:
                 raise _Recorded
             own.see(module.graph, given, [])
@@ -117,7 +117,7 @@ class Recording:
 
         def call(*given: Any) -> Any:
             mask = given[masks[0]] if masks and isinstance(given[masks[0]], Tensor) else None
-            self.runs.append(Run(program, program.arguments(given), mask))
+            self.runs.append(Run(program, given, mask))
             with torch.no_grad():
                 return captured.forward(*given)
 

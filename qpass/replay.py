@@ -6,7 +6,8 @@ those that are still needed are held, and nothing is computed behind the last we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,12 @@ from qpass.sites.core import Plan
 from qpass.sites.group import WeightGroup, group_weights
 from qpass.weights import memory_of
 
+#: Bytes of values that may be held between two weights. Above them a run goes back to the last narrow place (the residual
+#: stream, not what lies inside of a feed-forward network) and computes the rest again.
+BUDGET = 4 << 30
+#: A place where this many times as much is held as at the narrowest is not a narrow one.
+_NARROW = 1.5
+
 
 @dataclass(frozen=True)
 class Stop:
@@ -42,14 +49,16 @@ class Stop:
 class Program:
     """A captured graph with its stops, in order.
 
-    `last_use`: node -> number of the last that reads it, but for the output. `of_weights`: what is computed of weights alone,
-    which is done anew whenever it is read. `written`: inputs that the graph writes to.
+    `last_use`: node -> number of the last that reads it, but for the output. `weights`: inputs that are Parameters.
+    `of_weights`: what is computed of these alone, which is done anew whenever it is read. `written`: what owns memory that the
+    graph writes to.
     """
 
     module: GraphModule
     nodes: tuple[Node, ...]
     last_use: Mapping[Node, int]
     stops: tuple[Stop, ...]
+    weights: frozenset[Node]
     of_weights: frozenset[Node]
     written: frozenset[Node]
 
@@ -71,35 +80,59 @@ class Program:
             if node.op in ("call_function", "call_method") and inputs and of_weights.issuperset(inputs):
                 of_weights.add(node)
         targets = (writes_to(node) for node in nodes)
-        written = frozenset(root for t in targets if t is not None and (root := memory_behind(t)).op == "placeholder")
-        last_use: dict[Node, int] = {}
-        for node in nodes:
-            if node.op != "output" and node not in of_weights:
-                for read in _behind(node.all_input_nodes, of_weights):
-                    last_use[read] = number[node]
-        return cls(module, nodes, last_use, tuple(stops), frozenset(of_weights), written)
+        written = frozenset(memory_behind(target) for target in targets if target is not None)
+        last_use = {
+            read: number[node]
+            for node in nodes
+            if node.op != "output" and node not in of_weights
+            for read in node.all_input_nodes
+        }
+        return cls(
+            module,
+            nodes,
+            last_use,
+            tuple(stops),
+            frozenset(parameters),
+            frozenset(of_weights - set(parameters)),
+            written,
+        )
 
-    def arguments(self, given: Sequence[Any]) -> dict[Node, Any]:
-        """The values of the inputs; what the graph writes to is copied."""
-        placeholders = self.module.graph.find_nodes(op="placeholder")
-        pairs = zip(placeholders, given, strict=True)
-        return {n: v.clone() if n in self.written and isinstance(v, Tensor) else v for n, v in pairs}
-
-
-def _behind(nodes: Iterable[Node], of_weights: Set[Node]) -> Iterator[Node]:
-    """`nodes`, and the weights that some of them are computed of."""
-    for node in nodes:
-        yield node
-        if node in of_weights:
-            yield from _behind(node.all_input_nodes, of_weights)
+    def copied(self, values: Mapping[Node, Any]) -> dict[Node, Any]:
+        """`values`, with copies of those that the graph writes to."""
+        return {n: v.clone() if n in self.written and isinstance(v, Tensor) else v for n, v in values.items()}
 
 
 class Run:
-    """One call of a program, as far as it has come. `mask`: [B, S], which tokens count; None for all."""
+    """One call of a program, as far as it has come. `given`: its arguments. `mask`: [B, S], which tokens count; None for all."""
 
-    def __init__(self, program: Program, values: dict[Node, Any], mask: Tensor | None) -> None:
-        self.program, self.values, self.mask, self.at = program, values, mask, 0
+    def __init__(self, program: Program, given: Sequence[Any], mask: Tensor | None) -> None:
+        arguments = dict(zip(program.module.graph.find_nodes(op="placeholder"), given, strict=True))
+        self.program, self.mask, self.at = program, mask, 0
+        self.weights = {node: value for node, value in arguments.items() if node in program.weights}
+        self.values = program.copied({n: v for n, v in arguments.items() if n not in program.weights})
         self._autocasts: list[Node] = []  # entered and not left, where the run has come to
+        self.narrowest = math.inf  # bytes held at the narrowest mark
+        self._mark = 0, self.program.copied(self.values), list(self._autocasts)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether little more is held than at the narrowest mark."""
+        return self.nbytes <= _NARROW * self.narrowest
+
+    def mark(self) -> None:
+        """From here on `back` leads here."""
+        self._mark = self.at, self.program.copied(self.values), list(self._autocasts)
+        self.narrowest = min(self.narrowest, self.nbytes)
+
+    def back(self) -> None:
+        """Forget what was computed since the last mark."""
+        self.at, values, autocasts = self._mark
+        self.values, self._autocasts = self.program.copied(values), list(autocasts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values that are held."""
+        return sum(v.nbytes for v in self.values.values() if isinstance(v, Tensor))
 
     def before(self, number: int) -> None:
         """Compute everything before node `number`."""
@@ -108,7 +141,7 @@ class Run:
         while self.at < number:
             node = self.program.nodes[self.at]
             self._step(node)
-            for n in _behind((*node.all_input_nodes, node), self.program.of_weights):
+            for n in (*node.all_input_nodes, node):
                 if self.program.last_use.get(n, -1) <= self.at:
                     self.values.pop(n, None)
             self.at += 1
@@ -143,10 +176,12 @@ class Run:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _read(self, node: Node) -> Any:
-        if node.op != "placeholder" and node in self.program.of_weights:
+        if node in self.program.of_weights:
             return self._value_of(node)
-        value = self.values[node]
-        return value.dequantize() if isinstance(value, QTensor) else value
+        if node not in self.weights:
+            return self.values[node]
+        weight = self.weights[node]
+        return weight.dequantize() if isinstance(weight, QTensor) else weight
 
     def rows(self, stop: Stop) -> Tensor:
         """The inputs [tokens, K] of a group of weights, without the padding."""
@@ -183,7 +218,7 @@ def places_of(runs: Sequence[Run]) -> dict[Key, Place]:
     for run in runs:
         queue: list[Key] = []
         for stop in run.program.stops:
-            weights = [run.values[w] for w in stop.weights]
+            weights = [run.weights[w] for w in stop.weights]
             key = tuple(memory_of(w) for w in weights)
             if key not in queue:  # of a weight that is used again, the first use counts
                 places.setdefault(key, Place(weights, [])).readers.append((run, stop))
@@ -230,6 +265,11 @@ def quantize_in_order(
             rows = run.rows(stop)
             stats = stats or InputStats.empty(rows.shape[-1], rows.device)
             stats.add(rows)
+            del rows
+            if run.is_narrow or sum(r.nbytes for r in runs) <= BUDGET:
+                run.mark()
+            else:
+                run.back()  # computed again behind the weights that are quantized now
         assert stats is not None
         if not bool(torch.isfinite(stats.hessian).all()):
             raise QpassError(
@@ -238,7 +278,7 @@ def quantize_in_order(
             )
         stored = convert(group.subset(new), weights, stats)
         for run in runs:
-            for node, value in run.values.items():
+            for node, value in run.weights.items():
                 for weight, quantized in zip(weights, stored, strict=True):
                     if value is weight:
-                        run.values[node] = quantized
+                        run.weights[node] = quantized
