@@ -17,8 +17,6 @@ KNOWN = {
     "in float, with that reason",
     "Gemma4AssistantForCausalLM": "its own config class refuses its defaults: not built",
     "Gemma4UnifiedAssistantForCausalLM": "its own config class refuses its defaults: not built",
-    "JetMoeForCausalLM": "a graph break for each expert; past torch's limit of recompilations the rest runs eagerly, in float "
-    "(`qpass.quantize` stores its weights quantized all the same)",
     "Qwen4ExpForCausalLM": "a graph break in its sparse attention; in the pieces a linear of its linear-attention layers is "
     "taken for feed-forward (quantized all the same)",
 }
