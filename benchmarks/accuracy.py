@@ -15,13 +15,16 @@ import copy
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpass
+from qpass.algorithms.rounding import needs_data
 from qpass.recipe import resolve_recipe
+from qpass.spec import QuantSpec
 
 DEFAULT = "int8,fp8_e4m3,int4:g128,int4:g128:asym,int4:g64:asym,int4:g32,nf4,int4"
 
@@ -48,6 +51,22 @@ def calibration_windows(args: argparse.Namespace) -> torch.Tensor | None:
     return torch.tensor(cut[: args.calibration_windows])
 
 
+def read_recipe(text: str) -> qpass.Recipe:
+    """A preset, a spec, or sites: "int4:g32:gptq;embedding=int8:g32;vocab=int8:g32;bits=5"."""
+    spec, *sites = text.split(";")
+    if not sites:
+        return resolve_recipe(spec)
+    given: dict[str, Any] = dict(site.split("=", 1) for site in sites)
+    bits = {"bits": float(given.pop("bits"))} if "bits" in given else {}
+    return qpass.Recipe.uniform(spec, **given, **bits)
+
+
+def needs_calibration(recipe: qpass.Recipe) -> bool:
+    """Whether a site of it asks for data."""
+    specs = [spec for spec in vars(recipe).values() if isinstance(spec, QuantSpec)]
+    return recipe.bits is not None or any(needs_data(spec) for spec in specs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -68,9 +87,9 @@ def main() -> None:
     data, results = calibration_windows(args), {}
     for recipe in args.recipes.split(","):
         start = time.perf_counter()
-        needs_data = "gptq" in str(resolve_recipe(recipe).to_dict())
-        calibration = data.split(args.batch) if data is not None and needs_data else None
-        model = qpass.quantize(copy.deepcopy(reference), recipe, calibration=calibration, inner="eager")
+        resolved = read_recipe(recipe)
+        calibration = data.split(args.batch) if data is not None and needs_calibration(resolved) else None
+        model = qpass.quantize(copy.deepcopy(reference), resolved, calibration=calibration, inner="eager")
         seconds = time.perf_counter() - start
         for compute in (None, "float"):
             with qpass.set_compute(compute):

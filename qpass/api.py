@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from qpass.algorithms import NEED_DATA, InputStats, check_data_free
+from qpass.algorithms.rounding import check_data_free, needs_data
 from qpass.backend import QPass
-from qpass.calibration import Batch, record
+from qpass.calibration import Data, batches_of, record
 from qpass.decisions import Decision
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
@@ -30,6 +30,7 @@ from qpass.graph.torch_private import (
 )
 from qpass.memory import drop_mapped_pages, own_memory, return_freed_heap
 from qpass.module_state import OwnState, find_held
+from qpass.observers import InputStats
 from qpass.passes import parameter_nodes
 from qpass.progress import track
 from qpass.qtensor import QTensor
@@ -55,7 +56,7 @@ def quantize(
     recipe: str | Path | Recipe | Mapping[str, Any] = ...,
     *,
     inputs: Any = ...,
-    calibration: Iterable[Batch] | None = ...,
+    calibration: Data | None = ...,
     strict: bool = ...,
     inner: str = ...,
     mode: str | None = ...,
@@ -69,7 +70,7 @@ def quantize(
     recipe: str | Path | Recipe | Mapping[str, Any] = "int8",
     *,
     inputs: Any = None,
-    calibration: Iterable[Batch] | None = None,
+    calibration: Data | None = None,
     strict: bool = False,
     inner: str = "inductor",
     mode: str | None = None,
@@ -77,11 +78,11 @@ def quantize(
     """Quantize `model` in place: Parameters become QTensors, the float weights are freed, calls are compiled.
 
     The graph is captured by one short float run; `inputs` (a tensor, a tuple or a dict of arguments) is what it is run on, by
-    default a few token ids. `calibration`: batches for algorithms that read data ("int4:g128:gptq"): token ids [B, S], or dicts
-    of arguments, where tokens that `attention_mask` leaves out do not count. A recipe with kv makes `generate(ids)` use a
-    KVCache of that format. The other arguments are those of `QPass`. Returns `model`; the same call again changes nothing. Of an
-    ExportedProgram a quantized copy is returned, with the stored weights as buffers; it is not compiled, and takes none of the
-    arguments from `inputs` on but `strict`.
+    default a few token ids. `calibration`: data for algorithms that read them ("int4:g128:gptq"): batches of token ids [B, S], or
+    dicts of arguments, where tokens that `attention_mask` leaves out do not count; or all ids [N, S]; or text files. A recipe
+    with kv makes `generate(ids)` use a KVCache of that format. The other arguments are those of `QPass`. Returns `model`; the
+    same call again changes nothing. Of an ExportedProgram a quantized copy is returned, with the stored weights as buffers; it is
+    not compiled, and takes none of the arguments from `inputs` on but `strict`.
     Raises `QpassError`, the model unchanged, for what cannot be quantized: a weight with NaN, on the meta device, already
     quantized, a group larger than a row, no site at all.
     """
@@ -95,6 +96,8 @@ def quantize(
         raise QpassError(f"qpass.quantize: takes a torch.nn.Module or an ExportedProgram, got {type(model).__name__}")
     module: nn.Module = original_module(model)
     backend = QPass(recipe, strict=strict, inner=inner, mode=mode)
+    if calibration is not None:
+        backend.use_data()
     if _is_done(module, backend):
         return module
     check_ready(module)
@@ -105,6 +108,7 @@ def quantize(
             check_weight(as_rows(param, flipped), group.spec, name)
         if calibration is None:
             check_data_free(group.spec)
+            backend.check_bits_given_out()
     owners = _owners(module)
     if calibration is not None:
         groups = _calibrated(module, backend, calibration, groups, owners, own)
@@ -123,17 +127,20 @@ def quantize(
 
 
 def _calibrated(
-    model: nn.Module, backend: QPass, batches: Iterable[Batch], groups: list[Planned], owners: Owners, own: OwnState
+    model: nn.Module, backend: QPass, data: Data, groups: list[Planned], owners: Owners, own: OwnState
 ) -> list[Planned]:
     """Quantize what linears multiply, in the order of the graphs; -> the groups that are left (tables, what no batch used)."""
     try:
-        runs = record(model, backend, batches, own)
+        runs = record(model, backend, batches_of(data, model), own)
     finally:
         own.undo()
+    if backend.recipe.bits is not None:
+        backend.give_out_bits(runs)
+        groups[:] = [single for group, params in groups for single in _as_decided(group, params, backend)]
     places = places_of(runs)
     left = each_once(groups, {one for key in places for one in key})
     for group, _ in left:
-        if NEED_DATA & set(group.spec.algorithms):
+        if needs_data(group.spec):
             raise QpassError(
                 f"{group.names[0]}: no batch of the calibration uses it (an expert that was not chosen?); add batches "
                 "that do, or give this site a spec without data"
@@ -141,6 +148,16 @@ def _calibrated(
     groups.clear()  # the float weights of a group are freed before the next
     quantize_in_order(runs, places, lambda group, params, stats: _convert(group, params, owners, backend, stats))
     return left
+
+
+def _as_decided(group: WeightGroup, params: list[Tensor], backend: QPass) -> list[Planned]:
+    """Each weight by itself, with the spec that was decided for it last."""
+    singles: list[Planned] = []
+    for i, param in enumerate(params):
+        decision = backend.decisions.of(param)
+        spec = group.spec if decision is None or decision.spec is None else decision.spec
+        singles.append((replace(group.subset([i]), spec=spec), [param]))
+    return singles
 
 
 def diff(x: Any) -> Diff:
@@ -255,11 +272,10 @@ def _convert(
     """Put QTensors in the place of one group of float Parameters, as row ranges of one buffer."""
     stored = [as_rows(p, flipped) for p, flipped in zip(params, group.transposed, strict=True)]
     replacements = []
-    for param, flipped, (quantized, sqnr_db) in zip(
-        params, group.transposed, quantize_group(stored, group.spec, stats), strict=True
-    ):
-        replacement = QTensor(quantized, group.spec, param.shape, param.dtype, flipped)
-        replacement.sqnr_db = sqnr_db
+    done = quantize_group(stored, group.spec, stats)
+    for param, flipped, made in zip(params, group.transposed, done, strict=True):
+        replacement = QTensor(made.quantized, group.spec, param.shape, param.dtype, flipped)
+        replacement.sqnr_db, replacement.observed = made.sqnr_db, made.observed
         replacements.append(replacement)
     fuse(replacements)
     for param, replacement in zip(params, replacements, strict=True):

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
-from qpass.algorithms import InputStats
 from qpass.calibration import Recording
 from qpass.calling import Arguments, Lookup, run_as_inference
 from qpass.decisions import Decisions
@@ -44,6 +43,7 @@ from qpass.graph.torch_private import (
 from qpass.graph.vocabulary import DROPOUTS, SDPA, argument, op_name, value_of
 from qpass.graph.whole import trace_whole
 from qpass.module_state import find_held, hold_parts, restored
+from qpass.observers import InputStats
 from qpass.ops.cpu.library import bind
 from qpass.passes import (
     Convert,
@@ -59,7 +59,8 @@ from qpass.progress import track
 from qpass.qtensor import QTensor
 from qpass.ready import check_ready
 from qpass.recipe import Recipe, resolve_recipe
-from qpass.replay import places_of, quantize_in_order
+from qpass.replay import Run, places_of, quantize_in_order
+from qpass.sensitivity import with_bits
 from qpass.sites.classify import Context
 from qpass.sites.core import Edit, Plan, Skip
 from qpass.sites.find import find_sites
@@ -107,6 +108,7 @@ class QPass:
         mode: str | None = None,
     ) -> None:
         self.recipe, self.strict, self.inner, self.mode = resolve_recipe(recipe), strict, inner, mode
+        self._given = recipe
         check_inner(inner)
         self.store = WeightStore()
         self.captures: list[Capture] = []
@@ -119,6 +121,7 @@ class QPass:
         #: Code that was captured; what is recorded between the start and the end of `calibrate`.
         self._codes: set[CodeType] = set()
         self._recording: Recording | None = None
+        self._bits_given_out = False
         BACKENDS.add(self)
 
     @property
@@ -144,7 +147,15 @@ class QPass:
                 self._codes.add(code)
             if self._recording is not None:
                 return self._recording.of_graph(gm, inputs, self)
+            if not any(isinstance(value, QTensor) for value in inputs):
+                self.check_bits_given_out()
             return self._convert(gm, inputs, mode)
+
+    def use_data(self) -> None:
+        """There will be calibration data: a preset that has another recipe for then is that from here on."""
+        recipe = resolve_recipe(self._given, calibrated=True)
+        if recipe != self.recipe:
+            self.recipe, self.decisions = recipe, Decisions(recipe)
 
     @contextmanager
     def calibrate(self) -> Iterator[QPass]:
@@ -157,11 +168,13 @@ class QPass:
             raise QpassError("calibrate: inside of calibrate; leave the first block before the next")
         for code in self._codes:
             forget_code(code)
+        self.use_data()
         self._recording = recording = Recording()
         try:
             yield self
             if not recording.runs:
                 raise QpassError("calibrate: no call of the compiled model inside of the block")
+            self.give_out_bits(recording.runs)
             places = places_of(recording.runs)
             quantize_in_order(recording.runs, places, self._choose)
         finally:
@@ -170,6 +183,20 @@ class QPass:
             for code in recording.codes:
                 forget_code(code)
 
+    def give_out_bits(self, runs: Sequence[Run]) -> None:
+        """Decide the formats of weights by recorded calls, if the recipe says `bits`."""
+        if self.recipe.bits is not None:
+            with_bits(runs, self.recipe.bits, self.decisions)
+            self._bits_given_out = True
+
+    def check_bits_given_out(self) -> None:
+        """Raises `QpassError` for a recipe with `bits` that has seen no data."""
+        if self.recipe.bits is not None and not self._bits_given_out:
+            raise QpassError(
+                "recipe: bits are given out by what calibration finds: qpass.quantize(model, recipe, calibration=batches), or "
+                "with backend.calibrate()"
+            )
+
     def _choose(self, group: WeightGroup, params: list[Tensor], stats: InputStats) -> list[QTensor]:
         """Quantize float weights that stay where they are, for the graphs that will be captured."""
         if any(isinstance(p, QTensor) for p in params):
@@ -177,12 +204,12 @@ class QPass:
         rows = [as_rows(p.detach(), t) for p, t in zip(params, group.transposed, strict=True)]
         for row, name in zip(rows, group.names, strict=True):
             check_weight(row, group.spec, name)
-        made = quantize_group(rows, group.spec, stats)
-        for param, (quantized, sqnr_db) in zip(params, made, strict=True):
-            self.store.choose(param, quantized, sqnr_db)
+        done = quantize_group(rows, group.spec, stats)
+        for param, made in zip(params, done, strict=True):
+            self.store.choose(param, made)
         return [
-            QTensor(quantized, group.spec, p.shape, p.dtype, t)
-            for p, t, (quantized, _) in zip(params, group.transposed, made, strict=True)
+            QTensor(made.quantized, group.spec, p.shape, p.dtype, t)
+            for p, t, made in zip(params, group.transposed, done, strict=True)
         ]
 
     def plan_graph(self, gm: GraphModule, inputs: Sequence[Any], keeping: bool = False) -> Plan:

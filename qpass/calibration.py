@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import CodeType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -29,6 +31,67 @@ from qpass.sites.core import Plan
 
 #: Token ids [B, S], or the arguments of a call by name.
 Batch = Tensor | Mapping[str, Any]
+#: What calibration takes: batches, token ids [N, S], or text files.
+Data = Iterable[Any] | Tensor | np.ndarray | str | Path
+#: Of a text: tokens of a window, windows that are used, and of token ids: rows of a batch.
+WINDOW, WINDOWS, ROWS = 1024, 32, 4
+#: What separates the documents of a text file.
+_END = "<|endoftext|>"
+
+
+def batches_of(data: Data, model: nn.Module) -> Iterable[Batch]:
+    """Batches for `model`: of a DataLoader or any iterable, those that it gives; of token ids [N, S], some rows each; of text
+    files (documents apart by lines of <|endoftext|>), WINDOWS evenly picked windows of WINDOW tokens, by the model's tokenizer.
+
+    Raises `QpassError` for a file that is not there or too short, ids that are no matrix, a model without tokenizer.
+    """
+    if isinstance(data, str | Path):
+        return _windows([data], model)
+    if isinstance(data, list | tuple) and data and all(isinstance(d, Path) for d in data):
+        return _windows(data, model)
+    if isinstance(data, Tensor | np.ndarray):
+        ids = torch.as_tensor(data)
+        if ids.dim() != 2 or ids.is_floating_point():
+            raise QpassError(
+                f"calibration: ids of shape {list(ids.shape)}, {ids.dtype}; give token ids [windows, tokens]"
+            )
+        return ids.long().split(ROWS)
+    return (_batch(item) for item in data)
+
+
+def _batch(item: Any) -> Batch:
+    """What a DataLoader of ids gives: a list of one tensor."""
+    if isinstance(item, list | tuple) and len(item) == 1:
+        item = item[0]
+    return torch.as_tensor(item).long() if isinstance(item, np.ndarray) else item
+
+
+def _windows(files: Sequence[str | Path], model: nn.Module) -> list[Tensor]:
+    from transformers import AutoTokenizer
+
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    texts = []
+    for file in files:
+        if not Path(file).is_file():
+            raise QpassError(f"calibration: {file} is no file; give a text file, token ids, or batches")
+        texts += Path(file).read_text().split(f"{_END}\n")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise QpassError(
+            f"calibration: no tokenizer beside the model ({name or 'it has no name_or_path'}); give token ids"
+        ) from error
+    most = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
+    rows = [
+        tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0] for text in texts if text.strip()
+    ]
+    windows = [row[i : i + most] for row in rows for i in range(0, len(row) - most + 1, most)]
+    if not windows:
+        raise QpassError(
+            f"calibration: {', '.join(map(str, files))}: no document of {most} tokens; give more text, or token ids"
+        )
+    count = min(WINDOWS, len(windows))
+    return [windows[i * len(windows) // count][None] for i in range(count)]
 
 
 class Planner(Protocol):

@@ -63,21 +63,23 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def recipes(as_json: Json = False) -> None:
-    """Each preset: the format of each site, and its stored bits per element in rows of 4096."""
+    """Each preset, and what it is with calibration data: formats of the sites, stored bits per element in rows of 4096."""
     from rich.console import Console
     from rich.table import Table
 
-    from qpass.recipe import PRESETS, WEIGHT_KINDS
+    from qpass.recipe import CALIBRATED, PRESETS, WEIGHT_KINDS
 
+    rows = PRESETS | {f"{name}, with data": recipe for name, recipe in CALIBRATED.items()}
     if as_json:
-        print(json.dumps({name: recipe.to_dict() for name, recipe in PRESETS.items()}, indent=1))
+        print(json.dumps({name: recipe.to_dict() for name, recipe in rows.items()}, indent=1))
         return
     table = Table("preset", box=None)
-    for kind in (*WEIGHT_KINDS, "kv"):
+    for kind in (*WEIGHT_KINDS, "kv", "bits given out"):
         table.add_column(kind, overflow="fold")
-    for name, recipe in PRESETS.items():
+    for name, recipe in rows.items():
         specs = [getattr(recipe, kind) for kind in (*WEIGHT_KINDS, "k")]
-        table.add_row(name, *("float" if s is None else f"{s} ({s.effective_bits(4096):.2f})" for s in specs))
+        cells = ("float" if s is None else f"{s} ({s.effective_bits(4096):.2f})" for s in specs)
+        table.add_row(name, *cells, "" if recipe.bits is None else f"{recipe.bits} on average")
     Console().print(table)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from qpass.algorithms import NEED_DATA
+from qpass.algorithms.rounding import NEED_DATA
 from qpass.graph.torch_private import WeakIdKeyDictionary
 from qpass.qtensor import QTensor
 from qpass.recipe import Recipe
@@ -92,9 +92,10 @@ class Decisions:
     def _fresh(self, site: Site) -> Decision:
         kinds = [site.kind] + [r for r in ("embedding", "vocab") if r in site.roles and r != site.kind]
         specs = [self.recipe.spec_for(kind, site.name) for kind in kinds]
-        if kinds == ["embedding"]:  # rows that are looked up: no input says which columns count
+        if kinds == ["embedding"]:  # rows that are looked up multiply no input
             specs = [
-                spec and replace(spec, algorithms=tuple(a for a in spec.algorithms if a not in NEED_DATA))
+                spec
+                and replace(spec, algorithms=tuple(a for a in spec.algorithms if a not in NEED_DATA), activations=None)
                 for spec in specs
             ]
         columns = site.shape[-1]

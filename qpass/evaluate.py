@@ -24,7 +24,7 @@ class Evaluation:
 
     `kl`: mean KL(reference || model) per token in nats, `kl_standard_error` over the windows. `perplexity`,
     `reference_perplexity`: exp of the mean negative log-likelihood. `top1`: share of positions with the same argmax.
-    `compute`: format -> what its products were computed in.
+    `compute`: format -> what its products were computed in. `window_kls`: mean KL of each window (of intervals and pairs).
     """
 
     kl: float
@@ -34,6 +34,7 @@ class Evaluation:
     top1: float
     tokens: int
     compute: dict[str, str]
+    window_kls: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain data."""
@@ -78,7 +79,9 @@ def evaluate(model: Any, reference: Any, batches: Iterable[Tensor | Mapping[str,
     error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
     ppl = (nll / tokens).exp()
     mean = sum(total for total, _ in windows) / tokens
-    return Evaluation(mean, error, float(ppl[0]), float(ppl[1]), same / tokens, tokens, _computes(model))
+    return Evaluation(
+        mean, error, float(ppl[0]), float(ppl[1]), same / tokens, tokens, _computes(model), tuple(means.tolist())
+    )
 
 
 def _computes(model: Any) -> dict[str, str]:

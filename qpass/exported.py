@@ -21,7 +21,7 @@ from qpass.exported_state import HeldCaches, hold_quantized, quantized_examples,
 from qpass.graph.expand import inline_no_grad
 from qpass.graph.torch_private import copy_captured, fake_like, fake_mode_of
 from qpass.graph.vocabulary import op_name
-from qpass.passes import INPUT, PART_NAMES, Convert, GraphInput, clean, run_passes
+from qpass.passes import GROUP_PARTS, INPUT, Convert, GraphInput, clean, run_passes
 from qpass.recipe import Recipe
 from qpass.registry import FINISHED
 from qpass.report import report_on
@@ -102,7 +102,7 @@ def _buffers_first(graph: Graph, fqns: Mapping[str, str]) -> dict[Node, str]:
     for node in graph.find_nodes(op="placeholder"):
         if INPUT in node.meta:
             source: GraphInput = node.meta[INPUT]
-            names[node] = f"{fqns[source.group.weights[0]]}_{PART_NAMES[source.part]}"
+            names[node] = f"{fqns[source.group.weights[0]]}_{GROUP_PARTS[source.part]}"
             node.meta["val"] = node.meta.pop("example_value")
             first.prepend(node)
     return names

@@ -7,7 +7,7 @@ Tensors are [.., K]; scales have one entry a block along K (see granularity). Sc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,26 +32,44 @@ class Quantized:
     data: [.., packed K]. scale: [.., blocks], [.., token blocks, K] or [1, .., 1], None for a direct cast. zero_point: integer,
     shaped like `data` over the blocks (packed below 8 bits), or a float like the scale; None if symmetric. outer_scale:
     float32, what stored 8-bit scales are multiplied by: [1, .., 1] for nvfp4, [.., 1] for double quantization, otherwise None.
+    Of a weight, for the input that it multiplies: column_scale [1, K], by which the input is multiplied first (the columns
+    were divided by it before they were quantized); input_scale, input_zero_point [1, 1] of an input quantized statically.
     """
 
     data: Tensor
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     outer_scale: Tensor | None = None
+    column_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Stored bytes of all parts."""
-        return sum(part.nbytes for part in self.parts if part is not None)
+        return sum(part.nbytes for part in self.all_parts if part is not None)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """(data, scale, zero_point, outer_scale): the order in which operators take them."""
         return self.data, self.scale, self.zero_point, self.outer_scale
 
+    @property
+    def around(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What is done to the input: (column_scale, input_scale, input_zero_point)."""
+        return self.column_scale, self.input_scale, self.input_zero_point
+
+    @property
+    def all_parts(self) -> tuple[Tensor | None, ...]:
+        """In the order of PART_NAMES."""
+        return *self.parts, *self.around
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Quantized:
         """`function` applied to each part that is there."""
-        return Quantized(*(None if part is None else function(part) for part in self.parts))  # type: ignore[arg-type]
+        return Quantized(*(None if part is None else function(part) for part in self.all_parts))  # type: ignore[arg-type]
+
+
+PART_NAMES = ("data", "scale", "zero_point", "outer_scale", "column_scale", "input_scale", "input_zero_point")
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
@@ -111,7 +129,7 @@ def _guard(scale: Tensor, amax: Tensor) -> Tensor:
     info = torch.finfo(scale.dtype)
     tiny = info.smallest_normal * (info.eps if scale.dtype == torch.float16 else 1)
     scale = torch.where(amax == 0, torch.ones_like(scale), scale.clamp(min=tiny))
-    if torch.compiler.is_compiling() or not torch.isinf(scale).any():
+    if scale.dtype == torch.float32 or torch.compiler.is_compiling() or not torch.isinf(scale).any():
         return scale
     raise QpassError(f"a scale of up to {float(amax.max()):.3g} / qmax overflows {scale.dtype}; use scale=fp32")
 
@@ -304,7 +322,27 @@ def dequantize(q: Quantized, spec: QuantSpec, columns: int, dtype: torch.dtype =
         values = values - _spread(zero_point.float(), spec, values.shape)
     if q.scale is not None:
         values = values * _spread(scale_values(q.scale, q.outer_scale), spec, values.shape)
+    if q.column_scale is not None:
+        values = values * q.column_scale
     return (rotate(values) if spec.rotated else values).to(dtype)
+
+
+def codes_of(q: Quantized, spec: QuantSpec, columns: int) -> tuple[Tensor, Tensor | None]:
+    """Integer codes [.., columns] and zero points as int8, of a uniform format."""
+    zero = q.zero_point
+    if zero is not None and q.scale is not None:
+        zero = _load(zero, spec.format, q.scale.shape[-1])
+    return _load(q.data, spec.format, columns), zero
+
+
+def for_whole_tensor(spec: QuantSpec) -> QuantSpec:
+    """The spec by which a static one quantizes, once its scale is there."""
+    return replace(spec, static=False, granularity=PerTensor())
+
+
+def round_to(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
+    """[.., K] -> float32 as it comes back from codes with the given scales and zero points."""
+    return dequantize(quantize_to(x, spec, qparams), spec, x.shape[-1])
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:

@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from qpass.graph.torch_private import mark_static_input
 from qpass.graph.vocabulary import op_name
+from qpass.numerics import PART_NAMES
 from qpass.qtensor import QTensor
 from qpass.sites import grouped, kv, weight
 from qpass.sites.core import Edit, Plan
@@ -22,12 +23,13 @@ from qpass.sites.group import WeightGroup, group_weights
 
 #: Where the values of a new graph input come from: `node.meta[INPUT]` of its placeholder is a GraphInput or a StateInput.
 INPUT = "qpass_input"
-PART_NAMES = ("data", "scale", "zero_point", "outer_scale", "bias")
+#: What a group of weights is stored as.
+GROUP_PARTS = (*PART_NAMES, "bias")
 
 
 @dataclass(frozen=True)
 class GraphInput:
-    """A placeholder that a pass added: part number `part` (see PART_NAMES) of the stored weights of `group`."""
+    """A placeholder that a pass added: part number `part` (see GROUP_PARTS) of the stored weights of `group`."""
 
     group: WeightGroup
     part: int
@@ -57,7 +59,7 @@ Pass = Callable[[GraphModule, Plan], PassResult]
 class Convert:
     """Replace every matched call by a quantized operator, its weight by placeholders for the stored parts.
 
-    `parameters`: placeholders that are Parameters. `fake_parts`: a group -> fake tensors of its five parts (PART_NAMES).
+    `parameters`: placeholders that are Parameters. `fake_parts`: a group -> fake tensors of GROUP_PARTS.
     """
 
     parameters: Mapping[Node, Tensor]
@@ -118,7 +120,7 @@ def run_passes(graph_module: GraphModule, plan: Plan, passes: Sequence[Pass]) ->
 
 
 def _placeholder(graph: Graph, source: GraphInput, fake: Tensor, stacks: Mapping[str, object]) -> Node:
-    part, first = PART_NAMES[source.part], source.group.weights[0]
+    part, first = GROUP_PARTS[source.part], source.group.weights[0]
     node = graph.placeholder(f"q_{first}_{part}")
     node.meta = {"example_value": fake, INPUT: source, "nn_module_stack": stacks[first], "label": part}
     mark_static_input(node)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from qpass.numerics import Quantized, dequantize
+from qpass.algorithms.rounding import InputParts
+from qpass.numerics import PART_NAMES, Quantized, dequantize
+from qpass.observers import Observed
 from qpass.spec import QuantSpec, parse_spec
 from qpass.weights import as_rows, check_weight, from_rows, quantize_weight
 
-_PARTS = ("data_part", "scale_part", "zero_point_part", "outer_scale_part")
+_PARTS = tuple(f"{name}_part" for name in PART_NAMES)
 
 
 class Token:
@@ -40,6 +42,8 @@ class QTensor(Tensor):
     transposed: bool
     sqnr_db: float
     token: Token
+    #: What calibration saw of its input, in the process that calibrated it.
+    observed: Observed | None
     #: The buffer of several weights that this one is a row range of, once an operator reads them together.
     base: Quantized | None
 
@@ -53,7 +57,7 @@ class QTensor(Tensor):
         self, quantized: Quantized, spec: QuantSpec, shape: torch.Size, dtype: torch.dtype, transposed: bool = False
     ) -> None:
         self.quantized, self.spec, self.transposed = quantized, spec, transposed
-        self.sqnr_db, self.base, self.token = float("nan"), None, Token()
+        self.sqnr_db, self.base, self.observed, self.token = float("nan"), None, None, Token()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -79,9 +83,12 @@ class QTensor(Tensor):
     scale_part = property(lambda self: self.quantized.scale)
     zero_point_part = property(lambda self: self.quantized.zero_point)
     outer_scale_part = property(lambda self: self.quantized.outer_scale)
+    column_scale_part = property(lambda self: self.quantized.column_scale)
+    input_scale_part = property(lambda self: self.quantized.input_scale)
+    input_zero_point_part = property(lambda self: self.quantized.input_zero_point)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, torch.dtype, bool]]:
-        names = [n for n, part in zip(_PARTS, self.quantized.parts, strict=True) if part is not None]
+        names = [n for n, part in zip(_PARTS, self.quantized.all_parts, strict=True) if part is not None]
         return names, (str(self.spec), self.dtype, self.transposed)
 
     @staticmethod
@@ -123,7 +130,7 @@ class QTensor(Tensor):
 
     def _like(self, quantized: Quantized, dtype: torch.dtype | None = None) -> QTensor:
         like = QTensor(quantized, self.spec, self.shape, dtype or self.dtype, self.transposed)
-        like.sqnr_db = self.sqnr_db
+        like.sqnr_db, like.observed = self.sqnr_db, self.observed
         if quantized is self.quantized:
             like.base = self.base
         return like
@@ -136,8 +143,9 @@ class QTensor(Tensor):
             value = source.dequantize() if isinstance(source, QTensor) else source
             stored = as_rows(value.expand(self.shape), self.transposed)
             check_weight(stored, self.spec, "weight written to a QTensor")
-            new = quantize_weight(stored, replace(self.spec, algorithms=()))
-        for mine, theirs in zip(self.quantized.parts, new.parts, strict=True):
+            around = InputParts(*self.quantized.around)
+            new = quantize_weight(stored, replace(self.spec, algorithms=(), activations=None), around=around)
+        for mine, theirs in zip(self.quantized.all_parts, new.all_parts, strict=True):
             if mine is not None and theirs is not None:
                 mine.copy_(theirs)
         self.sqnr_db = float("nan")
@@ -150,7 +158,7 @@ class QTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A row range of a larger buffer is saved by itself, not with the whole buffer behind it.
-        parts = self.quantized.map(lambda p: p.clone() if p.untyped_storage().nbytes() > p.nbytes else p).parts
+        parts = self.quantized.map(lambda p: p.clone() if p.untyped_storage().nbytes() > p.nbytes else p).all_parts
         state = (parts, str(self.spec), tuple(self.shape), self.dtype, self.transposed, self.sqnr_db)
         return _rebuild_qtensor, (*state, isinstance(self, torch.nn.Parameter))
 

@@ -23,6 +23,8 @@ class Recipe:
     """The format of each kind of site; None leaves it in float (and the report says so).
 
     Specs are given as text (`"int4:g128:asym"`) or as QuantSpec. `kv` sets both halves of the cache, `k` and `v` one each.
+    `bits`: so many a weight, scales included, are given out by what calibration says of each: int2 to int8 in groups of 32, with
+    the algorithms of its own spec.
     `overrides`: (name glob, spec) pairs that win over the kinds, the first match first:
     `{"*.layers.0.*": "int8", "lm_head.*": None}`.
     """
@@ -36,9 +38,12 @@ class Recipe:
     kv: SpecLike = None
     k: SpecLike = None
     v: SpecLike = None
+    bits: float | None = None
     overrides: Any = ()
 
     def __post_init__(self) -> None:
+        if self.bits is not None and not (isinstance(self.bits, float | int) and 2.5 <= self.bits <= 8.5):
+            raise QpassError(f"recipe: bits={self.bits!r}: a number of bits a weight between 2.5 and 8.5")
         for half, value in zip(("k", "v"), kv_specs(self.k, self.v, self.kv, "recipe: kv"), strict=True):
             object.__setattr__(self, half, value)
         object.__setattr__(self, "kv", None)
@@ -79,6 +84,8 @@ class Recipe:
         """The recipe as plain data: what `from_yaml` reads."""
         sites = {f: getattr(self, f) for f in (*WEIGHT_KINDS, "k", "v")}
         data: dict[str, Any] = {name: str(spec) for name, spec in sites.items() if spec is not None}
+        if self.bits is not None:
+            data["bits"] = self.bits
         if self.overrides:
             data["overrides"] = {glob: None if spec is None else str(spec) for glob, spec in self.overrides}
         return data
@@ -148,13 +155,22 @@ PRESETS: dict[str, Recipe] = {
     "fp8": Recipe.uniform("fp8_e4m3"),
     "nf4": Recipe.uniform("nf4", embedding="int8:g32", vocab="int8:g32"),
     "int4": Recipe.uniform("int4:g32:asym", embedding="int8:g32", vocab="int8:g32"),
+    "w8a8": Recipe.uniform("int8@int8"),
+    "w4a8": Recipe.uniform("int4:g32:asym@int8:g32", embedding="int8:g32", vocab="int8:g32"),
 }
 
 
-def resolve_recipe(recipe: str | Path | Recipe | Mapping[str, Any]) -> Recipe:
+#: What a preset is where there are calibration data to choose by.
+CALIBRATED: dict[str, Recipe] = {
+    "int4": Recipe.uniform("int4:g32:asym:gptq", bits=5.4),
+    "w8a8": Recipe.uniform("int8:smooth@int8"),
+}
+
+
+def resolve_recipe(recipe: str | Path | Recipe | Mapping[str, Any], calibrated: bool = False) -> Recipe:
     """A Recipe from what a user gives: a preset name, one spec for every weight, a mapping, a YAML file, or a Recipe.
 
-    Raises `QpassError` with the nearest name for what is none of these.
+    `calibrated`: there are data. Raises `QpassError` with the nearest name for what is none of these.
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -162,13 +178,14 @@ def resolve_recipe(recipe: str | Path | Recipe | Mapping[str, Any]) -> Recipe:
         return _from_mapping(recipe, "recipe")
     text = str(recipe)
     if text in PRESETS:
-        return PRESETS[text]
+        return CALIBRATED.get(text, PRESETS[text]) if calibrated else PRESETS[text]
     if text.endswith((".yaml", ".yml")):
         if not Path(text).is_file():
             raise QpassError(f"recipe file {text} does not exist")
         return Recipe.from_yaml(text)
-    if text.split(":")[0] not in FORMATS:
-        raise QpassError(f"unknown recipe {text!r}: {nearest(text.split(':')[0], {*PRESETS, *FORMATS})}")
+    name = text.partition("@")[0].split(":")[0]
+    if name not in FORMATS:
+        raise QpassError(f"unknown recipe {text!r}: {nearest(name, {*PRESETS, *FORMATS})}")
     return Recipe.uniform(text)
 
 

@@ -7,24 +7,26 @@ those that are still needed are held, and nothing is computed behind the last we
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qpass.algorithms import InputStats
 from qpass.errors import QpassError
 from qpass.graph.calls import LinearCall
 from qpass.graph.flow import memory_behind
 from qpass.graph.torch_private import exit_autocast
 from qpass.graph.vocabulary import op_name, writes_to
+from qpass.observers import InputStats
 from qpass.progress import track
 from qpass.qtensor import QTensor
 from qpass.sites.core import Plan
 from qpass.sites.group import WeightGroup, group_weights
+from qpass.spec import QuantSpec
 from qpass.weights import memory_of
 
 #: Bytes of values that may be held between two weights. Above them a run goes back to the last narrow place (the residual
@@ -55,6 +57,7 @@ class Program:
     """
 
     module: GraphModule
+    plan: Plan
     nodes: tuple[Node, ...]
     last_use: Mapping[Node, int]
     stops: tuple[Stop, ...]
@@ -89,6 +92,7 @@ class Program:
         }
         return cls(
             module,
+            plan,
             nodes,
             last_use,
             tuple(stops),
@@ -96,6 +100,11 @@ class Program:
             frozenset(of_weights - set(parameters)),
             written,
         )
+
+    def with_specs(self, parameters: Mapping[Node, Tensor], spec_of: Callable[[Tensor], QuantSpec]) -> Program:
+        """The same graph, its weights to be stored otherwise, and so read in other groups."""
+        specs = {m.site: spec_of(parameters[m.weight]) for m in self.plan.matches if m.weight is not None}
+        return Program.of(self.module, replace(self.plan, specs={**self.plan.specs, **specs}), parameters)
 
     def copied(self, values: Mapping[Node, Any]) -> dict[Node, Any]:
         """`values`, with copies of those that the graph writes to."""
@@ -139,14 +148,30 @@ class Run:
         for entered in self._autocasts:
             self._execute(entered)
         while self.at < number:
-            node = self.program.nodes[self.at]
-            self._step(node)
-            for n in (*node.all_input_nodes, node):
-                if self.program.last_use.get(n, -1) <= self.at:
-                    self.values.pop(n, None)
+            self._step(self.program.nodes[self.at])
+            self._forget(self.program.nodes[self.at])
             self.at += 1
         for entered in reversed(self._autocasts):
             exit_autocast(self.values[entered])
+
+    def whole(self, wanted: Sequence[Node], watch: Callable[[Node, Any], Any]) -> list[Any]:
+        """The values of `wanted` nodes, with everything computed; `watch` is given each value and gives what it becomes."""
+        found: dict[Node, Any] = {}
+        for number, node in enumerate(self.program.nodes):
+            self._step(node)
+            if node in self.values:
+                self.values[node] = watch(node, self.values[node])
+            if node in wanted:
+                found[node] = self._read(node)
+            self._forget(node)
+            self.at = number + 1
+        return [found[node] for node in wanted]
+
+    def _forget(self, node: Node) -> None:
+        """Drop what nothing behind `node` reads."""
+        for n in (*node.all_input_nodes, node):
+            if self.program.last_use.get(n, -1) <= self.at:
+                self.values.pop(n, None)
 
     def _step(self, node: Node) -> None:
         if (
@@ -181,13 +206,17 @@ class Run:
         if node not in self.weights:
             return self.values[node]
         weight = self.weights[node]
-        return weight.dequantize() if isinstance(weight, QTensor) else weight
+        return weight.dequantize() if isinstance(weight, QTensor) else weight.detach()
 
     def rows(self, stop: Stop) -> Tensor:
         """The inputs [tokens, K] of a group of weights, without the padding."""
         self.before(stop.at)
         x = self._read(stop.x)
         x = x.mT if stop.columns else x
+        return self.without_padding(x)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """[.., K] -> [tokens, K]."""
         flat: Tensor = x.reshape(-1, x.shape[-1])
         if self.mask is None:
             return flat
@@ -271,6 +300,8 @@ def quantize_in_order(
             else:
                 run.back()  # computed again behind the weights that are quantized now
         assert stats is not None
+        if not stats.tokens:
+            _no_token(group)
         if not bool(torch.isfinite(stats.hessian).all()):
             raise QpassError(
                 f"{group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
@@ -282,3 +313,11 @@ def quantize_in_order(
                 for weight, quantized in zip(weights, stored, strict=True):
                     if value is weight:
                         run.weights[node] = quantized
+
+
+def _no_token(group: WeightGroup) -> None:
+    """A static scale cannot be had from nothing; codes can."""
+    says = f"{group.names[0]}: no token of the calibration reached it"
+    if group.spec.activations is not None and group.spec.activations.static:
+        raise QpassError(f"{says} (all masked out, or an expert that was not chosen?); add batches that do")
+    warnings.warn(f"{says}; it is rounded to nearest", stacklevel=2)

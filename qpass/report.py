@@ -15,6 +15,7 @@ from qpass.backend import Capture, QPass
 from qpass.compute import compute_of
 from qpass.errors import QpassError
 from qpass.graph.torch_private import original_module, recompile_limit
+from qpass.observers import Observed
 from qpass.printing import printed
 from qpass.qtensor import QTensor
 from qpass.ready import has_hooks
@@ -33,6 +34,7 @@ class SiteReport:
     """One site: bytes of the float weight and of what is stored, SQNR in dB, or why it stays in float.
 
     `compute`: what its products are computed in, if there are any (see qpass.set_compute). `bytes_per_token`: of a cache.
+    `input`: what calibration saw of the input that it multiplies.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class SiteReport:
     skipped: str | None
     compute: str | None = None
     bytes_per_token: float | None = None
+    input: Observed | None = None
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,9 @@ class Report:
         from rich.console import Group
         from rich.table import Table
 
-        columns = ("kind", "name", "format", "compute", "bytes before", "after", "SQNR dB")
-        table = Table(*columns, box=None, pad_edge=False)
+        columns = ["kind", "name", "format", "compute", "bytes before", "after", "SQNR dB"]
+        calibrated = any(s.input is not None for s in self.sites)
+        table = Table(*columns, *(["input"] if calibrated else []), box=None, pad_edge=False)
         for column in table.columns[4:]:
             column.justify = "right"
         for name, sites in self.folded():
@@ -94,9 +98,8 @@ class Report:
             if s.bytes_per_token:
                 format_or_reason = f"{format_or_reason}, {s.bytes_per_token:,.0f} bytes a token"
             totals = sum(s.bytes_before for s in sites), sum(s.bytes_after for s in sites)
-            table.add_row(
-                s.kind, name, format_or_reason, s.compute or "", *(f"{b:,}" if b else "" for b in totals), sqnr
-            )
+            cells = [s.kind, name, format_or_reason, s.compute or "", *(f"{b:,}" if b else "" for b in totals), sqnr]
+            table.add_row(*cells, *([_input_range(sites)] if calibrated else []))
         return Group(table, *self._summary())
 
     def folded(self) -> list[tuple[str, list[SiteReport]]]:
@@ -120,6 +123,21 @@ class Report:
 
     def __str__(self) -> str:
         return printed(self)
+
+
+def _input_range(sites: Sequence[SiteReport]) -> str:
+    """Range of the inputs, of all and of most values; the static scales."""
+    seen = [s.input for s in sites if s.input is not None]
+    if not seen:
+        return ""
+    low, high = min(o.low for o in seen), max(o.high for o in seen)
+    most = min(o.low_percentile for o in seen), max(o.high_percentile for o in seen)
+    text = f"{low:.3g} .. {high:.3g}, most {most[0]:.3g} .. {most[1]:.3g}"
+    scales = [o.scale for o in seen if o.scale is not None]
+    if scales:
+        text += ", scale " + " .. ".join(dict.fromkeys(f"{s:.3g}" for s in (min(scales), max(scales))))
+    zeros = {o.zero_point for o in seen if o.zero_point is not None}
+    return text + (f", zero {min(zeros)} .. {max(zeros)}" if zeros else "")
 
 
 def report(x: Any) -> Report:
@@ -179,7 +197,7 @@ def _weight_rows(name: str, param: Tensor, backend: QPass, eager: bool) -> list[
     sqnr = stats.sqnr_db if math.isfinite(stats.sqnr_db) else None
     kind = "+".join(dict.fromkeys((site.kind, *(r for r in site.roles if r in ("embedding", "vocab")))))
     compute = None if site.roles == ("embedding",) else compute_of(decision.spec, param.device.type)
-    return [SiteReport(kind, name, str(decision.spec), before, stats.nbytes, sqnr, None, compute)]
+    return [SiteReport(kind, name, str(decision.spec), before, stats.nbytes, sqnr, None, compute, input=stats.observed)]
 
 
 def _cache_rows(captures: Sequence[Capture]) -> list[SiteReport]:
@@ -206,6 +224,10 @@ def _notes(backend: QPass, params: list[tuple[str, Tensor]], quantized: bool) ->
     named = [
         k for k in ("embedding", "qkv", "attn_out", "ffn", "vocab") if getattr(backend.recipe, k) and k not in found
     ]
+    stats = [(name, backend.store.stats(p)) for name, p in params]
+    wide = [name for name, s in stats if s is not None and s.observed is not None and s.observed.wide]
+    if wide:
+        notes.append(f"input left in float, no one scale serves all its tokens: {', '.join(wide)}")
     notes += [f"the recipe names {kind}; the model has none" for kind in named]
     if any(not isinstance(p, QTensor) and backend.store.stats(p) is not None for _, p in params):
         notes.append(

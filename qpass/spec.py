@@ -1,7 +1,8 @@
-"""QuantSpec: how one tensor is quantized, and the mini-language that writes it: `int4:g128:asym`."""
+"""QuantSpec: how one tensor is quantized, and the mini-language that writes it: `int4:g128:asym`, `int8@int8:static`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -10,13 +11,17 @@ import torch
 from qpass.errors import QpassError, nearest
 from qpass.formats import FORMATS, Format, get_format
 from qpass.granularity import Granularity, PerAxis, PerGroup, PerTensor, PerTokens
+from qpass.packing import packed_length
 
 SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SCALE_ROUNDINGS = ("floor", "rceil")
-ALGORITHMS = ("search", "gptq")
+#: How codes are chosen, in the order in which they take part; see qpass.algorithms.
+ALGORITHMS = ("smooth", "awq", "hqq", "search", "gptq")
+#: What the range of a static scale is taken from; see qpass.observers.
+RANGES = ("minmax", "percentile", "mse", "entropy")
 _TOKENS = (
     "g<group size>", "t<tokens>", "channel", "tensor", "static", "asym", "zero=float", "rotated", "dq", *SCALE_ROUNDINGS,
-    *ALGORITHMS,
+    *ALGORITHMS, *RANGES,
     *(f"scale={name}" for name in SCALE_DTYPES),
 )  # fmt: skip
 
@@ -33,7 +38,9 @@ class QuantSpec:
     `rceil` (the next power of two at or above amax / max: never clips).
     `float_zero`: the zero point is a float stored like the scale; the range need not hold 0 (KIVI, section 3).
     `rotated`: rows are multiplied by an orthogonal matrix before they are quantized (qpass.rotation).
-    `static`: the scales come from calibration, one for each head and channel of a cache.
+    `static`: the scales come from calibration: one for each head and channel of a cache, one for the input of a linear, whose
+    range is found by `range`.
+    `activations`: of a weight: how the input that it multiplies is quantized; None leaves it in float.
     """
 
     format: Format
@@ -46,6 +53,8 @@ class QuantSpec:
     float_zero: bool = False
     rotated: bool = False
     static: bool = False
+    range: str = "minmax"
+    activations: QuantSpec | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -73,8 +82,11 @@ class QuantSpec:
     @property
     def of_caches_only(self) -> str | None:
         """The part of the spec that has a meaning for a KV cache only, if there is one."""
-        only = {str(self.granularity): isinstance(self.granularity, PerTokens), "zero=float": self.float_zero,
-                "rotated": self.rotated, "static": self.static}  # fmt: skip
+        only = {
+            str(self.granularity): isinstance(self.granularity, PerTokens),
+            "rotated": self.rotated,
+            "static": self.static,
+        }
         return next((token for token, used in only.items() if used), None)
 
     @property
@@ -99,15 +111,25 @@ class QuantSpec:
         scale_bits = {"e8m0": 8, "e4m3": 8}.get(self.format.scale, 8 * self.scale_dtype.itemsize)
         if self.double_quantized:
             scale_bits = 8
-        zero_bits = (scale_bits if self.float_zero else self.format.bits) if self.has_zero_point else 0
-        return self.format.bits + (scales * (scale_bits + zero_bits) + 32 * self.double_quantized) / columns
+        total = scales * scale_bits + 32 * self.double_quantized
+        if self.float_zero:
+            total += scales * scale_bits
+        elif self.has_zero_point:
+            total += self._packed_bits(scales)
+        return (self._packed_bits(columns) + total) / columns
+
+    def _packed_bits(self, codes: float) -> float:
+        """Of a row of codes, which begins on a byte."""
+        return (
+            8 * packed_length(math.ceil(codes), self.format.bits) if self.format.bits < 8 else codes * self.format.bits
+        )
 
     def __str__(self) -> str:
         parts = [self.format.name]
         if self.granularity is not None and self.format.scale == "float":
             parts.append(str(self.granularity))
         if self.static:
-            parts.append("static")
+            parts += ["static"] if self.range == "minmax" else ["static", self.range]
         if not self.symmetric:
             parts.append("zero=float" if self.float_zero else "asym")
         if self.rotated:
@@ -119,7 +141,8 @@ class QuantSpec:
         if self.scale_dtype != torch.float32:
             parts.append("scale=" + next(k for k, v in SCALE_DTYPES.items() if v == self.scale_dtype))
         parts += self.algorithms
-        return ":".join(parts)
+        weight = ":".join(parts)
+        return weight if self.activations is None else f"{weight}@{self.activations}"
 
 
 def _default(fmt: Format) -> QuantSpec:
@@ -131,20 +154,65 @@ def _default(fmt: Format) -> QuantSpec:
 
 @lru_cache(maxsize=1024)
 def parse_spec(text: str) -> QuantSpec:
-    """`<format>[:g<group>|:channel|:tensor][:asym][:dq][:rceil][:scale=fp16][:<algorithm>]` -> QuantSpec.
+    """`<format>[:g<group>|:channel|:tensor][:asym][:dq][:rceil][:scale=fp16][:<algorithm>][@<activations>]` -> QuantSpec.
 
-    For a KV cache also `:t<tokens>`, `:static`, `:zero=float` and `:rotated`.
+    For a KV cache also `:t<tokens>`, `:static` and `:rotated`. Activations: `int8` (a scale for each token, found as it comes),
+    `int8:g32`, `int8:static` (one scale, from calibration), with `:asym` a zero point; `fp8_e4m3`, `fp8_e4m3:channel`, ...
 
     Raises `QpassError` for an unknown format or token (with the nearest name) and for combinations without a meaning.
     """
-    name, *tokens = text.split(":")
+    weight, at, activations = text.partition("@")
+    spec = _parse_one(weight, text)
+    if spec.algorithms:
+        _check_algorithms(spec, text)
+    if "smooth" in spec.algorithms and not at:
+        raise QpassError(f"spec {text!r}: smooth makes activations easier to quantize; say how they are: {text}@int8")
+    if not at:
+        return spec
+    if spec.is_identity:
+        raise QpassError(
+            f"spec {text!r}: activations are quantized where the weight is; {spec.format.name} is a float format"
+        )
+    return replace(spec, activations=_activations(activations, text))
+
+
+def _parse_one(part: str, text: str) -> QuantSpec:
+    name, *tokens = part.split(":")
     spec = _default(get_format(name))
     for token in tokens:
         spec = _apply(spec, token, text)
-    if "search" in spec.algorithms and spec.granularity is None:
-        raise QpassError(f"spec {text!r}: a cast without scale has nothing to search; add channel or g32")
+    return spec
+
+
+def _check_algorithms(spec: QuantSpec, text: str) -> None:
+    ranged = next((a for a in spec.algorithms if a in ("search", "awq", "hqq")), None)
+    if ranged and spec.granularity is None:
+        raise QpassError(f"spec {text!r}: a cast without scale has nothing to search for {ranged}; add channel or g32")
     if "search" in spec.algorithms and isinstance(spec.granularity, PerTensor):
         raise QpassError(f"spec {text!r}: one scale for the whole tensor; search is of blocks: use channel or g32")
+    if {"smooth", "awq"} <= set(spec.algorithms):
+        raise QpassError(f"spec {text!r}: smooth and awq both scale the columns; take one of them")
+    if {"hqq", "search"} <= set(spec.algorithms):
+        raise QpassError(f"spec {text!r}: hqq and search both choose the range; take one of them")
+    if "hqq" in spec.algorithms and not spec.float_zero:
+        raise QpassError(f"spec {text!r}: hqq moves a zero point between the integers; add zero=float")
+
+
+def _activations(part: str, text: str) -> QuantSpec:
+    spec = _parse_one(part, text)
+    reason = None
+    if spec.is_identity:
+        reason = "a float format; leave the part behind @ out"
+    elif spec.algorithms:
+        reason = f"{spec.algorithms[0]} is for weights"
+    elif spec.rotated or spec.float_zero or isinstance(spec.granularity, PerTokens):
+        reason = "rotated, zero=float and t<tokens> are for a KV cache"
+    elif isinstance(spec.granularity, PerTensor) or spec.format.scale == "e4m3":
+        reason = "one scale for all tokens comes from calibration: int8:static; or take one a token: int8"
+    elif spec.scale_dtype != torch.float32 or spec.double_quantized:
+        reason = "scale=.. and dq are of what is stored; scales of activations are not"
+    if reason is not None:
+        raise QpassError(f"spec {text!r}: activations {part!r}: {reason}")
     return spec
 
 
@@ -176,6 +244,10 @@ def _apply(spec: QuantSpec, token: str, text: str) -> QuantSpec:
         if spec.static:
             raise refuse("static scales are of channels, which a rotation mixes")
         return replace(spec, rotated=True)
+    if token in RANGES:
+        if not spec.static:
+            raise refuse("it finds the range of a static scale; write static before it")
+        return replace(spec, range=token)
     if token == "static":
         if fmt.name != "int8" and fmt.name not in ("fp8_e4m3", "fp8_e5m2"):
             raise refuse("static scales are for int8 and fp8")

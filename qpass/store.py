@@ -15,26 +15,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.algorithms import InputStats
+from qpass.algorithms.rounding import input_parts
 from qpass.errors import QpassError
 from qpass.graph.torch_private import WeakIdKeyDictionary
 from qpass.memory import into_huge_pages
 from qpass.numerics import Quantized
+from qpass.observers import InputStats, Observed
 from qpass.qtensor import QTensor
 from qpass.sites.group import WeightGroup
 from qpass.spec import QuantSpec
-from qpass.weights import as_rows, check_weight, concat_rows, noise_power, quantize_weight, row_range
+from qpass.weights import as_rows, check_weight, concat_rows, noise_power, quantize_weight, row_range, weight_range
 
-#: data, scale, zero_point, outer_scale, bias
+#: What is stored of a group: qpass.passes.GROUP_PARTS.
 Parts = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
 class WeightStats:
-    """What quantizing one Parameter gave: stored bytes, and the signal to noise ratio in dB."""
+    """What quantizing one Parameter gave: stored bytes, the signal to noise ratio in dB, what calibration saw of its input."""
 
     nbytes: int
     sqnr_db: float
+    observed: Observed | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """One weight, quantized."""
+
+    quantized: Quantized
+    sqnr_db: float
+    observed: Observed | None = None
 
 
 class _Entry:
@@ -65,7 +76,7 @@ class WeightStore:
         self._entries: dict[tuple[int, str], _Entry] = {}
         self._lock = threading.Lock()
         self._stats: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        #: Parameter -> its state, what calibration made of it, and the SQNR.
+        #: Parameter -> its state, and what calibration made of it.
         self._chosen: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def get(
@@ -85,22 +96,22 @@ class WeightStore:
         on_new(params)
         return parts
 
-    def choose(self, param: Tensor, quantized: Quantized, sqnr_db: float) -> None:
+    def choose(self, param: Tensor, made: Made) -> None:
         """Keep what calibration made of a Parameter, for all graphs that will use it, as long as it is not changed."""
-        self._chosen[param] = _state(param), quantized, sqnr_db
+        self._chosen[param] = _state(param), made
         for slot in [slot for slot, entry in self._entries.items() if entry.holds(param)]:
             del self._entries[slot]
 
-    def _made_before(self, params: Sequence[Tensor]) -> list[tuple[Quantized, float]] | None:
-        made = [None if isinstance(p, QTensor) else self._chosen.get(p) for p in params]
-        if any(m is None or m[0] != _state(p) for m, p in zip(made, params, strict=True)):
+    def _made_before(self, params: Sequence[Tensor]) -> list[Made] | None:
+        known = [None if isinstance(p, QTensor) else self._chosen.get(p) for p in params]
+        if any(k is None or k[0] != _state(p) for k, p in zip(known, params, strict=True)):
             return None
-        return [(quantized, sqnr_db) for _, quantized, sqnr_db in made]  # type: ignore[misc]
+        return [made for _, made in known]  # type: ignore[misc]
 
     def stats(self, param: Tensor) -> WeightStats | None:
         """What quantizing `param` gave, if it was done here or the Parameter is a QTensor."""
         if isinstance(param, QTensor):
-            return WeightStats(param.stored_nbytes, param.sqnr_db)
+            return WeightStats(param.stored_nbytes, param.sqnr_db, param.observed)
         return self._stats.get(param)
 
     def _make(self, params: Sequence[Tensor], group: WeightGroup) -> Parts:
@@ -117,13 +128,13 @@ class WeightStore:
         else:
             quantized = self._quantize(weights, group)
         if not group.has_bias:
-            return (*quantized.parts, None)
+            return (*quantized.all_parts, None)
         rows = [w.shape[1 if t else 0] for w, t in zip(weights, group.transposed, strict=True)]
         reference = biases[0]
         pieces = [
             reference.new_zeros(r) if b is None else biases.pop(0) for r, b in zip(rows, group.biases, strict=True)
         ]
-        return (*quantized.parts, torch.cat([p.detach() for p in pieces]))
+        return (*quantized.all_parts, torch.cat([p.detach() for p in pieces]))
 
     def _quantize(self, weights: Sequence[Tensor], group: WeightGroup) -> Quantized:
         stored = []
@@ -133,13 +144,14 @@ class WeightStore:
             check_weight(stored[-1], group.spec, name)
         done = self._made_before(weights) or quantize_group(stored, group.spec)
         shared = group.spec.format.scale == "e4m3"  # one float multiplies the scales of them all
-        for i, (weight, (quantized, sqnr_db)) in enumerate(zip(weights, done, strict=True)):
+        for i, (weight, made) in enumerate(zip(weights, done, strict=True)):
             if not isinstance(weight, QTensor):
-                twice = quantized.outer_scale.nbytes if shared and i and quantized.outer_scale is not None else 0
-                self._stats[weight] = WeightStats(quantized.nbytes - twice, sqnr_db)
-        whole = done[0][0]
+                outer = made.quantized.outer_scale
+                twice = outer.nbytes if shared and i and outer is not None else 0
+                self._stats[weight] = WeightStats(made.quantized.nbytes - twice, made.sqnr_db, made.observed)
+        whole = done[0].quantized
         if len(done) > 1:
-            whole = concat_rows([q for q, _ in done], [s.shape[0] for s in stored], keep_single=shared)
+            whole = concat_rows([made.quantized for made in done], [s.shape[0] for s in stored], keep_single=shared)
         return whole.map(into_huge_pages)
 
 
@@ -166,21 +178,20 @@ def _state(param: Tensor) -> tuple[Any, ...]:
     return 0 if param.is_inference() else param._version, param.data_ptr()
 
 
-def quantize_group(
-    weights: Sequence[Tensor], spec: QuantSpec, stats: InputStats | None = None
-) -> list[tuple[Quantized, float]]:
-    """[N_i, K] weights that one operator will read -> (Quantized, SQNR in dB) of each. `stats`: of their common input.
+def quantize_group(weights: Sequence[Tensor], spec: QuantSpec, stats: InputStats | None = None) -> list[Made]:
+    """[N_i, K] weights that one operator will read, each quantized. `stats`: of their common input.
 
     In nvfp4 the weights of a group share the float that multiplies their scales, so that one kernel can run them all.
     """
+    around, stats, seen = input_parts(weights, spec, stats)
     shared = None
     if spec.format.scale == "e4m3" and len(weights) > 1:
-        ranges = [torch.aminmax(w.detach()) for w in weights]
+        ranges = [weight_range(w, around) for w in weights]
         shared = (torch.stack([r[0] for r in ranges]).amin(), torch.stack([r[1] for r in ranges]).amax())
     done = []
     for weight in weights:
-        quantized = quantize_weight(weight, spec, shared, stats)
-        done.append((quantized, sqnr(weight, quantized, spec)))
+        quantized = quantize_weight(weight, spec, shared, stats, around)
+        done.append(Made(quantized, sqnr(weight, quantized, spec), seen))
     return done
 
 

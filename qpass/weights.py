@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qpass.algorithms import InputStats, rounding_of
+from qpass.algorithms.rounding import NO_INPUT_PARTS, InputParts, rounding_of
 from qpass.errors import QpassError
 from qpass.numerics import Quantized, dequantize, quantize
+from qpass.observers import InputStats
 from qpass.spec import QuantSpec
 
 #: Elements quantized at a time: the float temporaries of one step stay below ~64 MB.
@@ -55,21 +57,34 @@ def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
 
 
 def quantize_weight(
-    weight: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None, stats: InputStats | None = None
+    weight: Tensor,
+    spec: QuantSpec,
+    tensor_range: tuple[Tensor, Tensor] | None = None,
+    stats: InputStats | None = None,
+    around: InputParts = NO_INPUT_PARTS,
 ) -> Quantized:
     """[N, K] float -> Quantized, a chunk of rows at a time, by the algorithms that the spec names.
 
-    `tensor_range` replaces the weight's own (lowest, highest). `stats`: of the inputs that it is multiplied by.
+    `tensor_range` replaces the weight's own (lowest, highest). `around`: what is done to the inputs that it is multiplied by,
+    `stats`: of them behind that; see `input_parts`.
     """
     weight = weight.detach()
     if spec.is_identity or not weight.numel():
         return quantize(weight, spec)
-    if tensor_range is None:
-        tensor_range = torch.aminmax(weight)
-    rounding = rounding_of(spec, stats)
     rows = max(1, CHUNK_ELEMENTS // weight.shape[-1])
-    chunks = [rounding(chunk, tensor_range) for chunk in weight.split(rows)]
-    return chunks[0] if len(chunks) == 1 else concat_rows(chunks, [len(c.data) for c in chunks], keep_single=True)
+    if tensor_range is None:
+        tensor_range = weight_range(weight, around)
+    rounding = rounding_of(spec, stats)
+    chunks = [rounding(around.columns_of(chunk), tensor_range) for chunk in weight.split(rows)]
+    whole = chunks[0] if len(chunks) == 1 else concat_rows(chunks, [len(c.data) for c in chunks], keep_single=True)
+    return replace(whole, **vars(around))
+
+
+def weight_range(weight: Tensor, around: InputParts = NO_INPUT_PARTS) -> tuple[Tensor, Tensor]:
+    """(lowest, highest) of what is quantized of a weight [N, K]."""
+    rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[-1]))
+    ranges = [torch.aminmax(around.columns_of(chunk)) for chunk in weight.detach().split(rows)]
+    return torch.stack([r[0] for r in ranges]).amin(), torch.stack([r[1] for r in ranges]).amax()
 
 
 def noise_power(weight: Tensor, q: Quantized, spec: QuantSpec) -> tuple[float, float]:
@@ -90,10 +105,11 @@ def row_range(q: Quantized, start: int, length: int, rows: int) -> Quantized:
 
 
 def concat_rows(weights: Sequence[Quantized], rows: Sequence[int], keep_single: bool = False) -> Quantized:
-    """Stack weights of equal columns and spec into one buffer.
+    """Stack weights of equal columns and spec, which read one input, into one buffer.
 
     A part with one row (a scale per tensor) is repeated for each row, so that each weight is a row range of the result;
     `keep_single` keeps one such row, for chunks of one weight and weights of one group, whose single rows are equal.
+    Raises `QpassError` for weights that are made for differently prepared inputs.
     """
 
     def stack(index: int) -> Tensor | None:
@@ -104,7 +120,16 @@ def concat_rows(weights: Sequence[Quantized], rows: Sequence[int], keep_single: 
             return parts[0]
         return _cat([p.expand(n, *p.shape[1:]) for p, n in zip(parts, rows, strict=True)])  # type: ignore[union-attr]
 
-    return Quantized(*(stack(i) for i in range(4)))  # type: ignore[arg-type]
+    first = weights[0].around
+    if not all(_equal(a, b) for w in weights[1:] for a, b in zip(first, w.around, strict=True)):
+        raise QpassError(
+            "weights that one operator reads were calibrated apart, on inputs of their own; quantize them together"
+        )
+    return Quantized(*(stack(i) for i in range(4)), *first)  # type: ignore[call-arg, arg-type]
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Range search and GPTQ, against what they must equal and what they must beat."""
+"""Range search, GPTQ, AWQ, SmoothQuant, HQQ: against what they must equal and what they must beat."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import qpass
-from qpass.algorithms import InputStats
-from qpass.numerics import choose_qparams, dequantize, quantize
+from qpass.numerics import Quantized, choose_qparams, dequantize, fake_quantize, quantize
+from qpass.observers import InputStats
 from qpass.spec import parse_spec
+from qpass.store import quantize_group
 from qpass.weights import quantize_weight
 
 FORMATS = ["int4:g32", "int4:g48:asym", "int4:channel", "int3:g32:asym", "int2:g32:asym", "int8", "nf4:g64", "nf4:g64:dq",
@@ -37,7 +38,7 @@ def stats_of(x: Tensor) -> InputStats:
 def output_error(weight: Tensor, spec: str, stats: InputStats | None, x: Tensor) -> float:
     """||(W - Q) X||^2 in float64."""
     parsed = parse_spec(spec)
-    stored = quantize_weight(weight, parsed, stats=stats)
+    stored = quantize_group([weight], parsed, stats)[0].quantized
     off = weight.double() - dequantize(stored, parsed, weight.shape[1]).double()
     return float((x.double() @ off.T).square().sum())
 
@@ -56,7 +57,8 @@ def test_the_hessian_is_the_sum_of_outer_products() -> None:
 @pytest.mark.parametrize("text", FORMATS)
 def test_gptq_with_a_diagonal_hessian_is_rounding_to_nearest_to_the_bit(text: str) -> None:
     weight, spec = gaussian(40, 192), parse_spec(f"{text}:gptq")
-    stats = InputStats(torch.diag(gaussian(192, seed=1).square() + 0.1), 100)
+    stats = InputStats.empty(192)
+    stats.hessian = torch.diag(gaussian(192, seed=1).square() + 0.1)
     for mine, nearest in zip(
         quantize_weight(weight, spec, stats=stats).parts, quantize(weight, spec).parts, strict=True
     ):
@@ -83,7 +85,7 @@ def test_gptq_equals_the_greedy_solution_in_float64() -> None:
     """An independent, slow statement of it: after each column the others are solved for exactly (optimal brain surgeon)."""
     columns, spec = 24, parse_spec("int3:channel:gptq")
     weight, x = gaussian(5, columns), correlated(400, columns)
-    hessian = (x.double().T @ x.double()).float()
+    hessian = stats_of(x).hessian
     scale = choose_qparams(weight, spec)[0]
     assert scale is not None
     damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(columns, dtype=torch.float64)
@@ -96,7 +98,7 @@ def test_gptq_equals_the_greedy_solution_in_float64() -> None:
             rest[:, later] += off[:, None] * torch.linalg.solve(damped[later][:, later], damped[later][:, now])[None]
         rest[:, now] = value
         left = later
-    mine = dequantize(quantize_weight(weight, spec, stats=InputStats(hessian, 400)), spec, columns).double()
+    mine = dequantize(quantize_weight(weight, spec, stats=stats_of(x)), spec, columns).double()
     nearest = dequantize(quantize(weight, spec), spec, columns).double()
     solved = [torch.allclose(row, wanted) for row, wanted in zip(mine, rest, strict=True)]
     assert sum(solved) >= 4
@@ -171,3 +173,129 @@ def test_a_weight_in_several_chunks_is_as_in_one(text: str, monkeypatch: pytest.
 def test_gptq_without_data_says_what_to_do() -> None:
     with pytest.raises(qpass.QpassError, match=r"int4:g32:gptq: gptq needs data: .*calibration=batches"):
         quantize_weight(gaussian(4, 64), parse_spec("int4:g32:gptq"))
+
+
+# --- scales of columns -------------------------------------------------------------------------------------------------
+
+
+def with_outliers(tokens: int = 1000, columns: int = 192) -> Tensor:
+    """A few columns are thirty times as large as the others, as behind the norms of large models."""
+    x = correlated(tokens, columns)
+    x[:, ::50] *= 30
+    return x
+
+
+@pytest.mark.parametrize("text", [t for t in FORMATS if t not in ("int8", "int4:tensor", "fp8_e4m3:channel", "mxfp4")])
+def test_awq_lowers_the_error_of_the_output(text: str) -> None:
+    weight, x = gaussian(64, 192), with_outliers()
+    stats = stats_of(x)
+    plain, better = (output_error(weight, spec, stats, x) for spec in (text, f"{text}:awq"))
+    assert better < 0.8 * plain
+
+
+def test_awq_and_gptq_go_together() -> None:
+    weight, x = gaussian(64, 192), with_outliers()
+    stats = stats_of(x)
+    errors = {a: output_error(weight, f"int3:g32{a}", stats, x) for a in ("", ":awq", ":gptq", ":awq:gptq")}
+    assert errors[":awq:gptq"] < errors[":awq"] < errors[""]
+    assert errors[":awq:gptq"] < 1.02 * errors[":gptq"]
+
+
+def test_awq_leaves_alone_what_gains_nothing() -> None:
+    """Columns that are all alike."""
+    weight, x = gaussian(64, 192), gaussian(2000, 192, seed=3)
+    stats = stats_of(x)
+    chosen = quantize_group([weight], parse_spec("int4:g32:awq"), stats)[0].quantized
+    assert output_error(weight, "int4:g32:awq", stats, x) <= output_error(weight, "int4:g32", stats, x)
+    if chosen.column_scale is not None:
+        assert float(chosen.column_scale.max() / chosen.column_scale.min()) < 1.5
+
+
+def test_weights_that_read_one_input_share_its_scales() -> None:
+    q, k, x = gaussian(64, 192), gaussian(16, 192, seed=1), with_outliers()
+    first, second = quantize_group([q, k], parse_spec("int4:g32:awq"), stats_of(x))
+    assert first.quantized.column_scale is not None
+    assert second.quantized.column_scale is not None
+    assert torch.equal(first.quantized.column_scale, second.quantized.column_scale)
+
+
+def test_the_awq_of_the_paper_by_hand() -> None:
+    """Of the scales that it may choose from, in float64 and the other way round (W s, x / s), none has a lower error."""
+    weight, x = gaussian(40, 64), with_outliers(300, 64)
+    spec = parse_spec("int4:g32")
+    mine = output_error(weight, "int4:g32:awq", stats_of(x), x)
+    wanted = output_error(weight, "int4:g32", None, x)
+    for i in range(20):
+        s = x.double().abs().mean(0) ** (i / 20) / weight.double().abs().mean(0) ** (1 - i / 20)
+        s = s / (s.max() * s.min()).sqrt()
+        back = dequantize(quantize((weight * s).float(), spec), spec, 64).double() / s
+        wanted = min(wanted, float((x.double() @ (weight - back).T).square().sum()))
+    assert mine == pytest.approx(wanted, rel=1e-3)
+
+
+def activation_error(weight: Tensor, text: str, x: Tensor) -> float:
+    """Squared error of x W^T with both quantized, from the stored parts, in float64."""
+    spec = parse_spec(text)
+    q = quantize_group([weight], spec, stats_of(x))[0].quantized
+    assert spec.activations is not None
+    bare = Quantized(*q.parts)
+    inputs = x if q.column_scale is None else x * q.column_scale
+    if q.input_scale is not None:
+        inputs = (inputs / q.input_scale).round().clamp(-127, 127) * q.input_scale
+    elif not spec.activations.static:
+        inputs = fake_quantize(inputs, spec.activations)
+    off = inputs.double() @ dequantize(bare, spec, 192).double().T - x.double() @ weight.double().T
+    return float(off.square().sum())
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8:static"])
+def test_smooth_removes_most_of_what_outliers_cost(activations: str) -> None:
+    weight, x = gaussian(64, 192), with_outliers()
+    plain, smooth = (activation_error(weight, f"int8{a}@{activations}", x) for a in ("", ":smooth"))
+    assert smooth < 0.3 * plain
+
+
+# --- HQQ -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["int4:g64:zero=float", "int3:g64:zero=float", "int2:g32:zero=float", "int4:g48:zero=float"]
+)
+def test_hqq_lowers_the_error_that_it_minimizes(text: str) -> None:
+    weight = gaussian(32, 192, seed=2) ** 3
+    losses = []
+    for spec in (parse_spec(text), parse_spec(f"{text}:hqq")):
+        off = weight - dequantize(quantize_weight(weight, spec), spec, 192)
+        losses.append(float((off.abs() ** 0.7).sum()))
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("int4:g64:asym:hqq", "add zero=float"),
+        ("int8:smooth", "say how they are"),
+        ("int8:smooth:awq@int8", "take one of them"),
+        ("int4:zero=float:hqq:search", "take one of them"),
+        ("fp8_e4m3:awq", "nothing to search"),
+        ("int8@int9", "int8"),
+        ("int8@fp32", "leave the part behind @ out"),
+        ("int8@int8:gptq", "gptq is for weights"),
+        ("int8@int8:tensor", "int8:static"),
+        ("int8@nvfp4", "int8:static"),
+        ("int8@int8:rotated", "KV cache"),
+        ("int8@int8:mse", "write static before it"),
+        ("bf16@int8", "float format"),
+        ("int8@int8:scale=fp16", "not"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused(text: str, says: str) -> None:
+    with pytest.raises(qpass.QpassError, match=says):
+        parse_spec(text)
+
+
+@pytest.mark.parametrize("text", ["int8:smooth@int8:static:percentile", "int4:g32:asym:awq:search:gptq@int8:g32",
+                                  "int8@int8:asym", "int4:g64:zero=float:hqq", "fp8_e4m3@fp8_e4m3:channel"])  # fmt: skip
+def test_a_spec_is_read_as_it_is_written(text: str) -> None:
+    assert parse_spec(str(parse_spec(text))) == parse_spec(text)
+    assert str(parse_spec(text)).replace(":channel", "") == text.replace(":channel", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 
 import qpass
 from qpass import replay
-from qpass.algorithms import InputStats
+from qpass.calibration import batches_of
 from qpass.numerics import dequantize
+from qpass.observers import InputStats
 from qpass.spec import parse_spec
 from qpass.weights import quantize_weight
 from tests.models import VOCAB, build, hf, tokens
@@ -42,7 +44,7 @@ def calibrated(model: nn.Module, recipe: Any = SPEC, batches: Any = None, **opti
 
 
 def stored(weight: Any) -> list[Tensor]:
-    return [p for p in weight.quantized.parts if p is not None]
+    return [p for p in weight.quantized.all_parts if p is not None]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -329,6 +331,64 @@ def test_batches_that_torch_does_not_capture_are_refused() -> None:
     batches = [{"ids": tokens(), "name": str(i)} for i in range(12)]
     with pytest.raises(qpass.QpassError, match="was not captured: past its limit of recompilations"):
         qpass.quantize(Named().eval(), SPEC, calibration=batches, inner="eager")
+
+
+# --- what data may be ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["ids", "array", "loader", "dicts"])
+def test_data_in_every_form_are_the_same(how: str) -> None:
+    ids = tokens(batch=8, length=12)
+    forms: dict[str, Any] = {
+        "ids": ids,
+        "array": ids.numpy().astype("uint16"),
+        "loader": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids), batch_size=4),
+        "dicts": [{"ids": part} for part in ids.split(4)],
+    }
+    assert same(
+        calibrated(Two(), batches=forms[how]).down.weight, calibrated(Two(), batches=list(ids.split(4))).down.weight
+    )
+
+
+def test_text_files_are_read_with_the_tokenizer_of_the_model(tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = Path(__file__).parent.parent / "examples" / "tinypy"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = list(batches_of(folder / "calibration.txt", model))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    whole = tokenizer((folder / "calibration.txt").read_text(), return_tensors="pt").input_ids[0]
+    length = min(1024, model.config.max_position_embeddings)
+    assert len(found) == 32
+    assert torch.equal(found[0], whole[None, :length])
+    assert {tuple(f.shape) for f in found} == {(1, length)}
+    (tmp_path / "short.txt").write_text("x = 1\n")
+    with pytest.raises(qpass.QpassError, match=r"short\.txt: no document of \d+ tokens"):
+        batches_of(tmp_path / "short.txt", model)
+    with pytest.raises(qpass.QpassError, match="is no file"):
+        batches_of("nothing.txt", model)
+    with pytest.raises(qpass.QpassError, match="no tokenizer beside the model"):
+        batches_of(folder / "calibration.txt", Two())
+
+
+def test_ids_that_are_no_matrix_are_refused() -> None:
+    with pytest.raises(qpass.QpassError, match=r"ids of shape \[96\].*give token ids \[windows, tokens\]"):
+        calibrated(Two(), batches=tokens(batch=8, length=12).flatten())
+
+
+def test_a_preset_makes_use_of_data() -> None:
+    """Its formats are others where there is something to choose them by; the same through torch.compile."""
+    ids = tokens(batch=8, length=24)
+    model = calibrated(build("llama"), "int4", [ids])
+    fast = torch.compile(build("llama"), backend=(backend := qpass.QPass("int4", inner="eager")))
+    calibrate(backend, fast, [ids])
+    with torch.no_grad():
+        fast(ids)
+    for compiled in (model, fast):
+        formats = {s.format for s in qpass.report(compiled).sites if s.format and s.kind != "embedding"}
+        assert all(f.endswith(":gptq") for f in formats)
+        assert len(formats) > 1
+    plain = qpass.quantize(build("llama"), "int4", inner="eager")
+    assert not any("gptq" in str(s.format) for s in qpass.report(plain).sites)
 
 
 # --- with backend.calibrate(): -----------------------------------------------------------------------------------------

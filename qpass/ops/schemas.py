@@ -9,6 +9,15 @@ _PARTS = "Tensor {0}data, Tensor? {0}scale, Tensor? {0}zero_point, Tensor? {0}ou
 SCHEMAS = {
     # x [.., K] @ W[N, K]^T + bias -> [.., N] in x's dtype
     "linear": f"(Tensor x, {_PARTS.format('')}, Tensor? bias, str spec) -> Tensor",
+    # x [.., K] -> codes, with scale and zero point unless those of a static spec are given. Written out for the compiler, which
+    # joins it with what makes x; round_input gives the same as floats in x's dtype.
+    "quantize_input": "(Tensor x, Tensor? scale, Tensor? zero_point, str spec) -> Tensor[]",
+    "round_input": "(Tensor x, Tensor? scale, Tensor? zero_point, str spec) -> Tensor",
+    # The same as linear for an input in codes, with a scale for each row or for all. Many rows are multiplied as integers.
+    "integer_linear": (
+        f"(Tensor x, Tensor x_scale, Tensor? x_zero_point, {_PARTS.format('')}, Tensor? bias, str x_spec, str spec, "
+        "ScalarType dtype) -> Tensor"
+    ),
     # x [.., K] and ids, broadcast together, -> [.., N]: each row of x by the expert (N rows of the weight) that ids names for
     # it. Negative ids count from the end; the id `experts` itself is no expert: zeros. It reads ids on the host.
     "experts": f"(Tensor x, Tensor ids, {_PARTS.format('')}, int experts, str spec) -> Tensor",

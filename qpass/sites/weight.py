@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch.fx import Graph, Node
 
 from qpass.graph.calls import EmbeddingCall, LinearCall, Route
 from qpass.graph.vocabulary import set_value, shape_of, value_of
+from qpass.ops.activations import multiplies_integers
 from qpass.sites.core import Edit, Match
 from qpass.sites.group import WeightGroup
+from qpass.spec import QuantSpec
 
 _aten = torch.ops.aten
 
@@ -29,16 +32,28 @@ class _Insert:
         return self.nodes[-1]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Placeholders of a group: what operators read of the weight, what is done to its input, the biases as one."""
+
+    parts: Sequence[Node | None]
+    column_scale: Node | None
+    input_scale: Node | None
+    input_zero_point: Node | None
+    bias: Node | None
+
+
 def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: Sequence[Node | None]) -> list[Edit]:
-    """Replace the matched calls of one group by one operator. `inputs`: the placeholders of its five stored parts."""
+    """Replace the matched calls of one group by one operator. `inputs`: the placeholders of its stored parts (GROUP_PARTS)."""
     call, insert = matches[0].call, _Insert(graph)
+    stored = Stored(inputs[:4], *inputs[4:])
     with graph.inserting_before(call.node):  # the first of the group in graph order
         if isinstance(call, EmbeddingCall):
-            outputs = [_embedding(insert, call, group, matches[0].site.shape[1], inputs[:4])]
+            outputs = [_embedding(insert, call, group, matches[0].site.shape[1], stored)]
         elif call.route is not None:
-            outputs = [_experts(insert, call, call.route, group, inputs[:4])]
+            outputs = [_experts(insert, call, call.route, group, stored)]
         else:
-            outputs = _linears(insert, group, matches, inputs)
+            outputs = _linears(insert, group, matches, stored)
     for node in insert.nodes:  # where they belong, for whoever reads the graph
         node.meta.setdefault("nn_module_stack", call.node.meta.get("nn_module_stack"))
     edits = []
@@ -49,27 +64,29 @@ def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: 
     return edits
 
 
-def _embedding(
-    insert: _Insert, call: EmbeddingCall, group: WeightGroup, columns: int, parts: Sequence[Node | None]
-) -> Node:
+def _embedding(insert: _Insert, call: EmbeddingCall, group: WeightGroup, columns: int, stored: Stored) -> Node:
     dtype, indices = value_of(call.node).dtype, _current(call.indices)
     if call.wraps:
         indices = insert(_aten.remainder.Scalar, indices, shape_of(call.weight)[0])  # type: ignore[index]
-    return insert(torch.ops.qpass.embedding.default, indices, *parts, columns, str(group.spec), dtype)
+    rows = insert(torch.ops.qpass.embedding.default, indices, *stored.parts, columns, str(group.spec), dtype)
+    return rows if stored.column_scale is None else _cast(insert, _scaled(insert, rows, stored), dtype)
 
 
-def _linears(
-    insert: _Insert, group: WeightGroup, matches: Sequence[Match], inputs: Sequence[Node | None]
-) -> list[Node]:
-    """One qpass::linear; its result in pieces, if it stands for several."""
-    *parts, bias = inputs
+def _linears(insert: _Insert, group: WeightGroup, matches: Sequence[Match], stored: Stored) -> list[Node]:
+    """One operator; its result in pieces, if it stands for several linears."""
     call: LinearCall = matches[0].call
-    x = _input(insert, call)
+    parts, spec, dtype = stored.parts, group.spec, value_of(call.node).dtype
     if call.rows is not None:
-        whole = shape_of(inputs[0])[0]  # type: ignore[arg-type, index]
+        whole = shape_of(parts[0])[0]  # type: ignore[arg-type, index]
         parts = [_cut(insert, part, whole, call.rows) for part in parts]
-    bias = _bias_of(call) if len(matches) == 1 else bias
-    fused = insert(torch.ops.qpass.linear.default, x, *parts, bias, str(group.spec))
+    bias = _bias_of(call) if len(matches) == 1 else stored.bias
+    if spec.activations is not None and _is_quantized(spec.activations, stored) and multiplies_integers(spec):
+        codes, *of_input = _codes(insert, _input(insert, call, None), spec.activations, stored)
+        zero = of_input[1] if len(of_input) > 1 else None
+        specs = str(spec.activations), str(spec)
+        fused = insert(torch.ops.qpass.integer_linear.default, codes, of_input[0], zero, *parts, bias, *specs, dtype)
+    else:
+        fused = insert(torch.ops.qpass.linear.default, _ready(insert, call, group, stored), *parts, bias, str(spec))
     if len(matches) == 1:
         return [_output(insert, call, fused)]
     rows = [m.site.shape[1 if t else 0] for m, t in zip(matches, group.transposed, strict=True)]
@@ -77,6 +94,42 @@ def _linears(
     set_value(fused, value_of(call.node).new_empty((*shape_of(call.node)[:-1], sum(rows))))  # type: ignore[index]
     pieces = insert(_aten.split_with_sizes.default, fused, rows, -1)
     return [insert(operator.getitem, pieces, i) for i in range(len(matches))]
+
+
+def _is_quantized(activations: QuantSpec, stored: Stored) -> bool:
+    """A static input without a scale was found too wide for one."""
+    return not activations.static or stored.input_scale is not None
+
+
+def _codes(insert: _Insert, x: Node, activations: QuantSpec, stored: Stored) -> list[Node]:
+    """Codes, scale and, if there is one, zero point of the input."""
+    x = _scaled(insert, x, stored)
+    given = [n for n in (stored.input_scale, stored.input_zero_point) if n is not None]
+    made = insert(
+        torch.ops.qpass.quantize_input.default, x, stored.input_scale, stored.input_zero_point, str(activations)
+    )
+    count = 1 if given else 3 if activations.has_zero_point else 2
+    return [insert(operator.getitem, made, i) for i in range(count)] + given
+
+
+def _ready(insert: _Insert, call: LinearCall, group: WeightGroup, stored: Stored) -> Node:
+    """The input as floats, after its columns were scaled and it was rounded, if the spec says so."""
+    dtype, activations = value_of(call.node).dtype, group.spec.activations
+    x = _scaled(insert, _input(insert, call, dtype), stored)
+    if activations is not None and _is_quantized(activations, stored):
+        x = insert(
+            torch.ops.qpass.round_input.default, x, stored.input_scale, stored.input_zero_point, str(activations)
+        )
+    return x if stored.column_scale is None else _cast(insert, x, dtype)
+
+
+def _scaled(insert: _Insert, x: Node, stored: Stored) -> Node:
+    """In float32, which the compiler keeps in registers."""
+    return x if stored.column_scale is None else insert(_aten.mul.Tensor, x, stored.column_scale)
+
+
+def _cast(insert: _Insert, x: Node, dtype: torch.dtype) -> Node:
+    return x if dtype == torch.float32 else insert(_aten.to.dtype, x, dtype)
 
 
 def _cut(insert: _Insert, part: Node | None, whole: int, rows: tuple[int, int]) -> Node | None:
@@ -90,9 +143,9 @@ def _cut(insert: _Insert, part: Node | None, whole: int, rows: tuple[int, int]) 
     return cut
 
 
-def _experts(insert: _Insert, call: LinearCall, route: Route, group: WeightGroup, parts: Sequence[Node | None]) -> Node:
+def _experts(insert: _Insert, call: LinearCall, route: Route, group: WeightGroup, stored: Stored) -> Node:
     """qpass::experts, with the id of an expert for each row of x, however the model says it."""
-    x, device = _input(insert, call), value_of(call.node).device
+    x, device = _ready(insert, call, group, stored), value_of(call.node).device
     given = _current(route.value) if isinstance(route.value, Node) else route.value
     if route.how == "offsets":
         rows = insert(_aten.arange.default, insert(_aten.sym_size.int, x, 0), device=device)
@@ -104,14 +157,14 @@ def _experts(insert: _Insert, call: LinearCall, route: Route, group: WeightGroup
     else:
         ids = insert(_aten.full.default, [1], given, dtype=torch.int64, device=device)
     return _output(
-        insert, call, insert(torch.ops.qpass.experts.default, x, ids, *parts, route.experts, str(group.spec))
+        insert, call, insert(torch.ops.qpass.experts.default, x, ids, *stored.parts, route.experts, str(group.spec))
     )
 
 
-def _input(insert: _Insert, call: LinearCall) -> Node:
+def _input(insert: _Insert, call: LinearCall, dtype: torch.dtype | None) -> Node:
     """[.., tokens, in] in the type that the linear computed in: autocast casts on the way in, unseen in the graph."""
-    x, dtype = _current(call.x), value_of(call.node).dtype
-    if value_of(call.x).dtype != dtype:
+    x = _current(call.x)
+    if dtype is not None and value_of(call.x).dtype != dtype:
         x = insert(_aten.to.dtype, x, dtype)
     return insert(_aten.transpose.int, x, -2, -1) if call.columns else x
 

@@ -1,0 +1,203 @@
+"""What each algorithm keeps, as docs/accuracy.md: tinypy as it is, tinypy with planted outliers, and a model of your own.
+
+    python benchmarks/accuracy_page.py [--model DIR --text validation.txt --calibration calibration.txt] [--page docs/accuracy.md]
+
+Results are kept in build/accuracy.json as they come; a run goes on where the last one ended. `--again REGEX`: measure anew what
+matches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accuracy import needs_calibration, read_recipe
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qpass
+
+TINYPY = Path(__file__).parent.parent / "examples" / "tinypy"
+RESULTS = Path("build/accuracy.json")
+#: Column -> format; asymmetric, as the papers have it, on every matrix.
+GRIDS = {"W4 g128": "int4:g128", "W4 channel": "int4:channel", "W3 g128": "int3:g128", "W2 g64": "int2:g64"}
+METHODS = {
+    "round to nearest": "{}:asym", "range search": "{}:asym:search", "HQQ": "{}:zero=float:hqq", "GPTQ": "{}:asym:gptq",
+    "AWQ": "{}:asym:awq", "AWQ, search": "{}:asym:awq:search", "AWQ, GPTQ": "{}:asym:awq:gptq",
+    "AWQ, search, GPTQ": "{}:asym:awq:search:gptq",
+}  # fmt: skip
+EIGHT = {
+    "weights int8": "int8", "weights int8 g32": "int8:g32", "weights fp8 (cast)": "fp8_e4m3",
+    "weights fp8, scale a row": "fp8_e4m3:channel", "weights int8, GPTQ": "int8:gptq", "weights fp8, scale a row, GPTQ":
+    "fp8_e4m3:channel:gptq", "W8A8, a scale a token": "int8@int8", "W8A8, a scale a token, smooth": "int8:smooth@int8",
+    "W8A8 in groups of 32": "int8:g32@int8:g32", "W8A8 static": "int8@int8:static",
+    "W8A8 static, smooth": "int8:smooth@int8:static", "W8A8 static by mse": "int8@int8:static:mse",
+    "fp8 weights and activations, a scale a token": "fp8_e4m3:channel@fp8_e4m3:channel",
+    "fp8 static": "fp8_e4m3:channel@fp8_e4m3:static", "W4A8 (g32, activations g32)": "int4:g32:asym@int8:g32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with the windows it is calibrated and measured on."""
+
+    name: str
+    make: Callable[[], Any]
+    calibration: tuple[Tensor, ...]
+    validation: tuple[Tensor, ...]
+
+
+def tinypy(outliers: bool) -> Subject:
+    tokenizer = AutoTokenizer.from_pretrained(TINYPY)
+    ids = tokenizer((TINYPY / "calibration.txt").read_text(), return_tensors="pt").input_ids[0]
+    count = min(48, len(ids) // 512)
+    calibration = ids[: count * 512].view(-1, 512).split(8)
+    validation = (
+        torch.from_numpy(np.load(TINYPY / "validation.npy").astype(np.int64))[: 64 * 512].view(-1, 512).split(8)
+    )
+
+    def make() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(TINYPY, dtype=torch.float32).eval()
+        if outliers:
+            plant_outliers(model)
+        return model
+
+    return Subject("tinypy with outliers" if outliers else "tinypy", make, tuple(calibration), tuple(validation))
+
+
+@torch.no_grad()
+def plant_outliers(model: Any, factor: float = 32.0, share: float = 0.02) -> None:
+    """Make some channels large, and what reads them as much smaller: the function stays the same. Llama's names."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(n: int) -> Tensor:
+        scale = torch.ones(n)
+        scale[torch.randperm(n, generator=generator)[: max(1, round(share * n))]] = factor
+        return scale
+
+    for layer in model.model.layers:
+        attention, ffn = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (ffn.gate_proj, ffn.up_proj)),
+        ):
+            scale = some(len(norm.weight))
+            norm.weight *= scale
+            for reader in readers:
+                reader.weight /= scale
+        scale = some(ffn.up_proj.out_features)
+        ffn.up_proj.weight *= scale[:, None]
+        ffn.down_proj.weight /= scale
+
+
+def documents(folder: Path, tokenizer: Any) -> list[list[int]]:
+    texts = folder.read_text().split("<|endoftext|>\n")
+    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts if text.strip()]
+
+
+def own(folder: Path, text: Path, calibration: Path) -> Subject:
+    """The first 1,024 tokens of the first eight documents to measure; windows of all documents to calibrate."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    validation = [torch.tensor([row[:1024]]) for row in documents(text, tokenizer)[:8]]
+    rows = documents(calibration, tokenizer)
+    windows = [torch.tensor([row[i : i + 1024]]) for row in rows for i in range(0, len(row) - 1023, 1024)]
+    step = max(1, len(windows) // 24)
+    return Subject(
+        folder.name, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+        tuple(windows[::step][:24]), tuple(validation),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def measure(subject: Subject, recipes: Sequence[str], known: dict[str, Any], again: str | None) -> None:
+    """KL, perplexity, top-1 of each recipe, in float compute; what is known already stays."""
+    wanted = [r for r in recipes if f"{subject.name}|{r}" not in known or (again and re.search(again, r))]
+    if not wanted:
+        return
+    reference = subject.make()
+    logits = {batch.data_ptr(): reference(batch, use_cache=False).logits for batch in subject.validation}
+    for recipe in wanted:
+        start, resolved = time.perf_counter(), read_recipe(recipe)
+        data = subject.calibration if needs_calibration(resolved) else None
+        model = qpass.quantize(copy.deepcopy(reference), resolved, calibration=data, inner="eager")
+        seconds = time.perf_counter() - start
+        with qpass.set_compute("float"):
+            found = qpass.evaluate(model, lambda batch: logits[batch.data_ptr()], subject.validation)
+        report = qpass.report(model)
+        size = report.resident_quantized + report.resident_float
+        known[f"{subject.name}|{recipe}"] = found.to_json() | {"bytes": size, "seconds": seconds}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        print(f"{subject.name:22} {recipe:44} {size / 1e6:7.2f} MB {found} ({seconds:.0f} s)", flush=True)
+
+
+def interval(values: Sequence[float], other: Sequence[float] | None = None) -> tuple[float, float]:
+    """95 % bootstrap interval over windows: of the mean, or of the share of `other`'s mean that is gone (paired)."""
+    generator = np.random.default_rng(0)
+    x = np.array(values)
+    picked = generator.integers(len(x), size=(2000, len(x)))
+    found = x[picked].mean(1)
+    if other is not None:
+        found = 1 - found / np.array(other)[picked].mean(1)
+    low, high = np.quantile(found, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def row(name: str, result: dict[str, Any], baseline: dict[str, Any] | None) -> str:
+    low, high = interval(result["window_kls"])
+    digits = 5 if result["kl"] < 0.1 else 3
+    cells = [name, f"{result['bytes'] / 1e6:.2f}", f"{result['perplexity']:.3f}", f"{result['top1']:.4f}",
+             f"{result['kl']:.{digits}f}", f"{low:.{digits}f} .. {high:.{digits}f}"]  # fmt: skip
+    if baseline is None:
+        return f"| {' | '.join(cells)} | |"
+    gone = interval(result["window_kls"], baseline["window_kls"])
+    share = 1 - result["kl"] / baseline["kl"]
+    return f"| {' | '.join(cells)} | {share:.0%} ({gone[0]:.0%} .. {gone[1]:.0%}) |"
+
+
+def tables(subject: str, known: dict[str, Any]) -> list[str]:
+    """What is known of a subject, as markdown."""
+    head = ["| | MB | perplexity | top-1 | KL | 95 % interval | loss removed |", "|---|---|---|---|---|---|---|"]
+    lines: list[str] = []
+    for column, base in GRIDS.items():
+        recipes = {name: text.format(base) for name, text in METHODS.items()}
+        there = {name: known[f"{subject}|{r}"] for name, r in recipes.items() if f"{subject}|{r}" in known}
+        plain = there.get("round to nearest")
+        if plain is not None:
+            lines += [f"\n{column}\n", *head]
+            lines += [row(name, result, None if result is plain else plain) for name, result in there.items()]
+    eight = {name: known[f"{subject}|{r}"] for name, r in EIGHT.items() if f"{subject}|{r}" in known}
+    if eight:
+        lines += ["\n8 bits, and activations\n", *head, *(row(name, result, None) for name, result in eight.items())]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--again")
+    parser.add_argument("--page", type=Path)
+    args = parser.parse_args()
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    subjects = [tinypy(False), tinypy(True)]
+    if args.model:
+        subjects.append(own(args.model, args.text, args.calibration))
+    recipes = [*(text.format(base) for base in GRIDS.values() for text in METHODS.values()), *EIGHT.values()]
+    for subject in subjects:
+        measure(subject, recipes, known, args.again)
+        print("\n".join([f"\n## {subject.name}", *tables(subject.name, known)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Quantized activations: the input of a linear in codes, and products of integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qpass.granularity import PerAxis, PerTensor
+from qpass.numerics import Quantized, choose_qparams, codes_of, fake_quantize, for_whole_tensor, quantize_to, round_to
+from qpass.ops.cpu.build import cpu_features
+from qpass.ops.schemas import LIBRARY
+from qpass.spec import QuantSpec, parse_spec
+
+#: From so many rows of the input on the product of integers is faster than a kernel that reads the weight for a few.
+_ROWS = 64
+
+
+def multiplies_integers(spec: QuantSpec) -> bool:
+    """Whether the products of a weight and its input in codes can be summed as integers: no scale changes along a row."""
+    activations = spec.activations
+    if activations is None or spec.double_quantized or spec.float_zero:
+        return False
+    whole_rows = isinstance(spec.granularity, PerAxis | PerTensor) and not activations.group_size
+    return whole_rows and spec.format.kind == "uniform" and activations.format.name == "int8"
+
+
+def quantize_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, spec: str) -> list[Tensor]:
+    """[.., K] -> [codes], with [scale, zero point] of each row or group if none are given."""
+    parsed = parse_spec(spec)
+    if scale is not None:
+        return [quantize_to(x, for_whole_tensor(parsed), (scale, zero_point, None)).data]
+    scale, zero_point, outer = choose_qparams(x, parsed)
+    data = quantize_to(x, parsed, (scale, zero_point, outer)).data
+    return [part for part in (data, scale, zero_point) if part is not None]
+
+
+def round_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, spec: str) -> Tensor:
+    """[.., K] -> the same as it comes back from codes, in x's dtype."""
+    parsed = parse_spec(spec)
+    if scale is not None:
+        return round_to(x, for_whole_tensor(parsed), (scale, zero_point, None)).to(x.dtype)
+    return fake_quantize(x, parsed)
+
+
+def integer_linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor | None,
+    data: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    outer_scale: Tensor | None,
+    bias: Tensor | None,
+    x_spec: str,
+    spec: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Codes [.., K] -> [.., N]: (x - x_zero) (W - zero)^T in integers, times both scales. See `multiplies_integers`."""
+    parsed, k = parse_spec(spec), x.shape[-1]
+    rows = x.reshape(-1, k)
+    if scale is None or not int8_products_pay(rows, data.shape[0]):
+        floats = rows.float() if x_zero_point is None else rows.float() - x_zero_point.reshape(-1, 1)
+        floats = floats * x_scale.reshape(-1, 1)
+        y = torch.ops.qpass.linear(floats, data, scale, zero_point, outer_scale, bias, spec)
+        return y.to(dtype).view(*x.shape[:-1], -1)
+    codes, zero = codes_of(Quantized(data, scale, zero_point), parsed, k)
+    total = torch._int_mm(rows, codes.mT)
+    if x_zero_point is not None:
+        total -= x_zero_point.reshape(-1, 1).int() * codes.sum(1, dtype=torch.int32)
+    if zero is not None:
+        sums = rows.sum(1, dtype=torch.int32, keepdim=True)
+        sums = sums if x_zero_point is None else sums - k * x_zero_point.reshape(-1, 1).int()
+        total -= sums * zero.reshape(1, -1).int()
+    y = total.float() * x_scale.reshape(-1, 1) * scale.float().reshape(1, -1)
+    y = y if bias is None else y + bias.float()
+    return y.to(dtype).view(*x.shape[:-1], -1)
+
+
+def _integer_linear_fake(x: Tensor, x_scale: object, x_zero: object, data: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], data.shape[0]), dtype=rest[-1])
+
+
+def int8_products_pay(rows: Tensor, outputs: int) -> bool:
+    """Whether torch multiplies int8 faster than floats: on a CPU with VNNI, on a GPU in tiles of 8."""
+    if rows.device.type == "cpu":
+        return len(rows) >= _ROWS and bool(cpu_features() & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    return rows.device.type == "cuda" and len(rows) > 16 and rows.shape[1] % 8 == 0 and outputs % 8 == 0
+
+
+LIBRARY.impl("integer_linear", integer_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("qpass::integer_linear", _integer_linear_fake, lib=LIBRARY)
+for _name, _written_out in (("quantize_input", quantize_input), ("round_input", round_input)):
+    LIBRARY.impl(_name, _written_out, "CompositeImplicitAutograd")

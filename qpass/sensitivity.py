@@ -1,0 +1,233 @@
+"""Which weights the output of a model depends on most, and bits given out accordingly.
+
+To second order KL(p || p') = 1/2 E[(sum_t g_t . dW x_t)^2], where x is the input of a linear, dW what rounding changes in its
+weight, and g the derivative by its output of the log-probability of tokens drawn from the model. With rounding errors that are
+independent of each other this is 1/2 sum_ik F_ik dW_ik^2, where F_ik = E[(sum_t g_ti x_tk)^2] is the diagonal of the Fisher
+information: a number for every weight and format, known before anything is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qpass.decisions import Decision, Decisions
+from qpass.granularity import PerGroup
+from qpass.graph.calls import LinearCall
+from qpass.graph.vocabulary import value_of
+from qpass.numerics import block_sums, fake_quantize
+from qpass.progress import track
+from qpass.replay import Program, Run
+from qpass.sites.core import Match
+from qpass.spec import QuantSpec, parse_spec
+from qpass.weights import CHUNK_ELEMENTS, as_rows, memory_of
+
+#: Elements of a row that share a scale, in all formats that bits are given out as.
+GROUP = 32
+#: What a weight may become where bits are given out.
+LADDER = (*(f"int{b}:g{GROUP}:asym:scale=fp16" for b in (2, 3, 4, 5, 6)), f"int8:g{GROUP}:scale=fp16")
+#: Tokens whose derivatives are taken: their mean settles fast, and each costs three forward passes.
+TOKENS = 8192
+
+
+@dataclass
+class Sensitivity:
+    """Of a weight [N, K]: its diagonal Fisher information a token, the mean over each GROUP of a row [N, blocks]. Of a table that
+    is looked up: the mean squares of the derivatives by the looked-up values [K]."""
+
+    weight: Tensor
+    transposed: bool
+    fisher: Tensor | None = None
+    looked_up: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return int(self.weight.shape[-2 if self.transposed else -1])
+
+    def loss(self, spec: QuantSpec) -> float:
+        """What rounding to nearest adds to the KL per token, to second order."""
+        rows = as_rows(self.weight.detach(), self.transposed)
+        step, total = max(1, CHUNK_ELEMENTS // max(1, rows.shape[1])), 0.0
+        fisher = None if self.fisher is None else _for_rows(self.fisher, len(rows))
+        for start in range(0, len(rows), step):
+            chunk = rows[start : start + step].float()
+            off = (chunk - fake_quantize(chunk, spec)).square()
+            if fisher is not None:
+                total += float((block_sums(off, PerGroup(GROUP)) * fisher[start : start + step]).sum())
+            if self.looked_up is not None:
+                total += float((off @ self.looked_up).sum()) / len(rows)
+        return total / 2
+
+
+def _for_rows(fisher: Tensor, rows: int) -> Tensor:
+    """For all experts what was seen of them together; for a part of a packed weight, its mean for all rows."""
+    if rows % len(fisher) == 0:
+        return fisher.repeat(rows // len(fisher), 1)
+    return fisher.mean(0, keepdim=True).expand(rows, -1)
+
+
+def measure(runs: Sequence[Run]) -> dict[tuple[object, ...], Sensitivity]:
+    """`memory_of` a weight -> its Sensitivity, on so many of the calls as hold TOKENS tokens, evenly picked."""
+    found: dict[tuple[object, ...], Sensitivity] = {}
+    generator = torch.Generator().manual_seed(0)
+    sizes = [max((v.shape[0] * v.shape[1] for v in run.values.values() if isinstance(v, Tensor) and v.dim() > 1), default=1)
+             for run in runs]  # fmt: skip
+    wanted = max(1, min(len(runs), round(TOKENS * len(sizes) / sum(sizes))))
+    picked = [runs[i * len(runs) // wanted] for i in range(wanted)]
+    for run in track(picked, "qpass: measuring sensitivity"):
+        _one(run, found, generator, 1 / len(picked))
+    return found
+
+
+def _one(run: Run, found: dict[tuple[object, ...], Sensitivity], generator: torch.Generator, share: float) -> None:
+    outputs = [n for n in run.program.module.graph.output_node().all_input_nodes if isinstance(value_of(n), Tensor)]
+    watched: dict[Node, list[Match]] = {}
+    for match in run.program.plan.matches:
+        if match.weight is not None:
+            watched.setdefault(match.node, []).append(match)
+
+    of_weights = run.weights.keys() | run.program.of_weights
+
+    def watch(node: Node, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if not value.requires_grad and any(n in of_weights for n in node.all_input_nodes):
+            value = value.requires_grad_().clone()  # what may be written to
+        for match in watched.get(node, ()):
+            _hook(match, run, value, found, share)
+        return value
+
+    with torch.enable_grad():
+        values = run.whole(outputs, watch)
+        loss = _log_likelihood([v for v in values if v.is_floating_point()], run, generator)
+        loss.backward()
+    run.back()
+
+
+def _hook(match: Match, run: Run, value: Tensor, found: dict[tuple[object, ...], Sensitivity], share: float) -> None:
+    """Have the derivative by `value` taken in when it is there."""
+    assert match.weight is not None
+    weight, call = run.weights[match.weight], match.call
+    transposed = isinstance(call, LinearCall) and call.transposed
+    known = found.setdefault(memory_of(weight), Sensitivity(weight, transposed))
+    x = run.values[call.x].detach() if isinstance(call, LinearCall) else None
+
+    def take(gradient: Tensor) -> None:
+        if not isinstance(call, LinearCall) or x is None:
+            mine = run.without_padding(gradient).float().square().mean(0) * share
+            known.looked_up = mine if known.looked_up is None else known.looked_up + mine
+            return
+        mine = _fisher(call, run, x, gradient) * share
+        same = known.fisher is not None and known.fisher.shape == mine.shape
+        known.fisher = known.fisher + mine if same else mine  # type: ignore[operator]
+
+    value.register_hook(take)
+
+
+def _fisher(call: LinearCall, run: Run, x: Tensor, gradient: Tensor) -> Tensor:
+    """[N, blocks] of one call. Tokens of a sequence share the error of a weight, so their products are summed before they are
+    squared; of what goes to experts it is not known which belong together."""
+    if call.columns:
+        x, gradient = x.mT, gradient.mT
+    whole = PerGroup(GROUP)
+    sizes = block_sums(torch.ones_like(x[..., :1, :].reshape(-1, x.shape[-1])[:1].float()), whole)
+    if call.route is not None or x.dim() not in (2, 3):
+        outputs, inputs = (run.without_padding(t).float().square().mean(0) for t in (gradient, x))
+        return outputs[:, None] * (block_sums(inputs[None], whole) / sizes)
+    x, gradient = (t.float() if t.dim() == 3 else t.float()[None] for t in (x, gradient))
+    if run.mask is not None and run.mask.shape == x.shape[:2]:
+        gradient = gradient * run.mask[..., None]
+    tokens = x.shape[0] * x.shape[1] if run.mask is None else int(run.mask.sum())
+    total = sum(block_sums((g.mT @ rows).square(), whole) for g, rows in zip(gradient, x, strict=True))
+    return total / sizes / tokens
+
+
+def _log_likelihood(outputs: Sequence[Tensor], run: Run, generator: torch.Generator) -> Tensor:
+    """Of tokens drawn from the model, where it gives logits; else a random projection, which stands for all outputs."""
+    rows = {m.site.shape[1 if isinstance(m.call, LinearCall) and m.call.transposed else 0]
+            for m in run.program.plan.matches if "vocab" in m.site.roles}  # fmt: skip
+    loss = outputs[0].new_zeros((), dtype=torch.float32)
+    for output in outputs:
+        if output.shape[-1] in rows:
+            logits = run.without_padding(output).float()
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+            loss = loss - logits.log_softmax(-1).gather(1, drawn).sum()
+        elif not rows and output.requires_grad:
+            loss = loss + (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum()
+    return loss
+
+
+def give_out(
+    sensitivities: Mapping[tuple[object, ...], Sensitivity], bits: float, like: Callable[[Sensitivity], QuantSpec]
+) -> dict[tuple[object, ...], QuantSpec]:
+    """A format of LADDER for each weight, so that they have `bits` a number together, scales included, and the sum of their
+    losses is least. `like`: the spec whose algorithms and activations the chosen format takes over."""
+    ladder = [parse_spec(text) for text in LADDER]
+    large = {key: known for key, known in sensitivities.items() if known.columns >= GROUP}
+    choices = [
+        [(known.weight.numel() * spec.effective_bits(known.columns), known.loss(spec)) for spec in ladder]
+        for known in track(list(large.values()), "qpass: giving out bits")
+    ]
+    budget = bits * sum(known.weight.numel() for known in large.values())
+    return {
+        key: replace(ladder[chosen], algorithms=like(known).algorithms, activations=like(known).activations)
+        for (key, known), chosen in zip(large.items(), cheapest(choices, budget), strict=True)
+    }
+
+
+def with_bits(runs: Sequence[Run], bits: float, decisions: Decisions) -> None:
+    """Give out `bits` a number to the weights of the recorded calls: decisions and runs are of these formats afterwards."""
+
+    def decided(weight: Tensor) -> tuple[Decision, QuantSpec]:
+        decision = decisions.of(weight)
+        assert decision is not None
+        assert decision.spec is not None
+        return decision, decision.spec
+
+    chosen = give_out(measure(runs), bits, lambda known: decided(known.weight)[1])
+
+    def spec_of(weight: Tensor) -> QuantSpec:
+        return chosen.get(memory_of(weight)) or decided(weight)[1]
+
+    programs: dict[int, Program] = {}
+    for run in runs:
+        for weight in run.weights.values():
+            if memory_of(weight) in chosen:
+                decisions.adopt(weight, replace(decided(weight)[0], spec=chosen[memory_of(weight)]))
+        old = run.program
+        if id(old) not in programs:
+            programs[id(old)] = old.with_specs(run.weights, spec_of)
+        run.program = programs[id(old)]
+
+
+def cheapest(choices: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
+    """One (size, loss) of each item, so that the sizes stay within `budget` and the sum of losses is least.
+
+    Steps along the lower convex hull of each item, best gain for its size first: optimal but for the last step that fits.
+    An item's first choice is its smallest; if even these are too large, they are taken.
+    """
+    steps: list[tuple[float, float, int, int]] = []
+    for item, options in enumerate(choices):
+        at = 0
+        while at + 1 < len(options):
+            gains = [((options[at][1] - loss) / (size - options[at][0]), i)
+                     for i, (size, loss) in enumerate(options) if i > at]  # fmt: skip
+            gain, following = max(gains)
+            if gain <= 0:
+                break
+            steps.append((gain, options[following][0] - options[at][0], item, following))
+            at = following
+    chosen, left = [0] * len(choices), budget - sum(options[0][0] for options in choices)
+    stopped: set[int] = set()
+    for _, size, item, following in sorted(steps, reverse=True):
+        if item not in stopped and size <= left:
+            chosen[item], left = following, left - size
+        else:
+            stopped.add(item)  # its later steps begin where this one ends
+    return chosen

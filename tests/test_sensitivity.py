@@ -1,0 +1,148 @@
+"""Bits given out by what the output depends on: the estimate against measured KL, the rule against brute force."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qpass
+from qpass.backend import QPass
+from qpass.calibration import record
+from qpass.module_state import OwnState
+from qpass.numerics import fake_quantize
+from qpass.sensitivity import Sensitivity, cheapest, measure
+from qpass.spec import parse_spec
+from qpass.weights import memory_of
+from tests.models import hf, tokens
+
+
+def llama(**config: Any) -> Any:
+    torch.manual_seed(0)
+    model = hf("LlamaForCausalLM", num_key_value_heads=2, **config).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # logits that say something, so that there is a KL to lose
+            p.mul_(3 if p.dim() > 1 else 1)
+    return model
+
+
+def sensitivities(model: nn.Module, batches: list[Tensor]) -> dict[Any, Sensitivity]:
+    runs = record(model, QPass("int4:g32", inner="eager"), batches, OwnState(model))
+    return measure(runs)
+
+
+@torch.no_grad()
+def kl(model: Any, reference: Tensor, ids: Tensor) -> float:
+    p, q = reference.log_softmax(-1), model(ids).logits.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_estimate_is_about_the_kl_that_rounding_one_weight_costs(tied: bool) -> None:
+    """Within a third for each weight, and in nearly their order: it is of second order, and tokens were drawn."""
+    model, ids = llama(tie_word_embeddings=tied), tokens(batch=32, length=32)
+    reference = model(ids).logits.detach()
+    found, spec = sensitivities(model, list(ids.split(8))), parse_spec("int6:g32")
+    pairs = []
+    for param in model.parameters():
+        if param.dim() < 2:
+            continue
+        estimate, kept = found[memory_of(param)].loss(spec), param.detach().clone()
+        with torch.no_grad():
+            param.copy_(fake_quantize(param, spec))
+            pairs.append((kl(model, reference, ids), estimate))
+            param.copy_(kept)
+    assert len(pairs) == 15 if tied else 16
+    for measured, estimate in pairs:
+        assert estimate == pytest.approx(measured, rel=0.33)
+    ranks = torch.tensor(pairs).argsort(0).argsort(0).float()
+    assert float(torch.corrcoef(ranks.T)[0, 1]) > 0.95
+
+
+def test_nothing_of_the_model_changes_while_it_is_measured() -> None:
+    model, ids = llama(), tokens(batch=4, length=16)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    sensitivities(model, [ids])
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.grad is None
+
+
+def test_padding_changes_nothing() -> None:
+    ids = tokens(batch=4, length=16)
+    pad = torch.zeros(4, 8, dtype=torch.long)
+    mask = torch.cat([torch.ones_like(ids), pad], 1)
+    batches: list[Any] = [{"input_ids": torch.cat([ids, pad], 1), "attention_mask": mask}]
+    model = llama()
+    plain, padded = sensitivities(model, [ids]), sensitivities(model, batches)
+    for key, known in plain.items():
+        spec = parse_spec("int4:g32")
+        assert padded[key].loss(spec) == pytest.approx(known.loss(spec), rel=1.0), "drawn tokens differ"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bits_are_given_out_as_well_as_by_trying_everything(seed: int) -> None:
+    """On convex choices, as those of formats are."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = (torch.rand(5, generator=generator) * 10).tolist()
+    choices = [[(b, w * 4.0**-b) for b in (2, 3, 4, 6, 8)] for w in weights]
+    budget = 22.0
+    chosen = cheapest(choices, budget)
+    size = sum(choices[i][c][0] for i, c in enumerate(chosen))
+    loss = sum(choices[i][c][1] for i, c in enumerate(chosen))
+    assert size <= budget
+    best = min(
+        sum(o[1] for o in options) for options in itertools.product(*choices) if sum(o[0] for o in options) <= budget
+    )
+    steps = [choices[i][c][1] - choices[i][c + 1][1] for i, c in enumerate(chosen) if c < 4]
+    assert loss <= best + max(steps), "within the one step that did not fit"
+
+
+def test_a_choice_that_costs_more_and_loses_more_is_never_taken() -> None:
+    assert cheapest([[(2.0, 1.0), (3.0, 2.0), (4.0, 0.5)]], 3.5) == [0]
+    assert cheapest([[(2.0, 1.0), (3.0, 2.0), (4.0, 0.5)]], 4.0) == [2]
+    assert cheapest([[(5.0, 1.0), (6.0, 0.5)]], 1.0) == [0], "nothing fits: the smallest"
+
+
+@torch.no_grad()
+def test_a_model_within_its_bits_loses_less_than_one_of_uniform_bits() -> None:
+    ids = tokens(batch=32, length=32)
+    reference = llama()(ids).logits
+    losses, sizes = {}, {}
+    for bits, recipe in ((None, qpass.Recipe.uniform("int4:g32:asym:scale=fp16:gptq")),
+                         (4.7, qpass.Recipe.uniform("int4:g32:asym:gptq", bits=4.7))):  # fmt: skip
+        model = qpass.quantize(llama(), recipe, calibration=list(ids.split(8)), inner="eager")
+        with qpass.set_compute("float"):
+            losses[bits] = kl(model, reference, ids)
+        sizes[bits] = qpass.report(model).resident_quantized
+    assert sizes[4.7] <= sizes[None] * 1.02
+    assert losses[4.7] < 0.8 * losses[None]
+    formats = {s.format for s in qpass.report(model).sites if s.format and s.kind != "embedding"}
+    assert len(formats) > 1
+    assert all(f.endswith(":gptq") for f in formats)
+
+
+def test_with_torch_compile_too() -> None:
+    ids = tokens(batch=8, length=32)
+    backend = QPass(qpass.Recipe.uniform("int4:g32", bits=4.7), inner="eager")
+    model = llama()
+    fast = torch.compile(model, backend=backend)
+    with pytest.raises(qpass.QpassError, match="bits are given out by what calibration finds"), torch.no_grad():
+        fast(ids)
+    torch._dynamo.reset()
+    with torch.no_grad(), backend.calibrate():
+        fast(ids)
+    with torch.no_grad():
+        fast(ids)
+    formats = {s.format for s in qpass.report(fast).sites if s.format}
+    assert len(formats) > 1
+
+
+def test_bits_without_data_and_bits_out_of_range_are_refused() -> None:
+    with pytest.raises(qpass.QpassError, match="bits are given out by what calibration finds"):
+        qpass.quantize(llama(), qpass.Recipe.uniform("int4:g32", bits=4.7), inner="eager")
+    with pytest.raises(qpass.QpassError, match=r"bits=1: a number of bits a weight between 2\.5 and 8\.5"):
+        qpass.Recipe.uniform("int4", bits=1)
