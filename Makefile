@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-long zoo lint clean
+.PHONY: demo test test-long zoo accuracy lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
@@ -18,6 +18,10 @@ test-long: lint zoo
 # Every architecture of transformers, in about ten minutes; writes docs/architectures.md.
 zoo: $(VENV)/.installed
 	$(BIN)/python -m tests.zoo --page docs/architectures.md
+
+# KL, perplexity, top-1 of every algorithm on the shipped model, in about ten minutes; writes docs/accuracy.md.
+accuracy: $(VENV)/.installed
+	$(BIN)/python benchmarks/accuracy_page.py --page docs/accuracy.md
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

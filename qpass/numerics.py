@@ -124,12 +124,12 @@ def value_range(x: Tensor, granularity: Granularity, with_zero: bool = True) -> 
 # --- scales ---------------------------------------------------------------------------------------------------------
 
 
-def _guard(scale: Tensor, amax: Tensor) -> Tensor:
+def _guard(scale: Tensor, amax: Tensor, checked: bool) -> Tensor:
     """No stored scale is zero: 1 where the block is all zero, the smallest positive value where the scale underflowed."""
     info = torch.finfo(scale.dtype)
     tiny = info.smallest_normal * (info.eps if scale.dtype == torch.float16 else 1)
     scale = torch.where(amax == 0, torch.ones_like(scale), scale.clamp(min=tiny))
-    if scale.dtype == torch.float32 or torch.compiler.is_compiling() or not torch.isinf(scale).any():
+    if not checked or torch.compiler.is_compiling() or not torch.isinf(scale).any():
         return scale
     raise QpassError(f"a scale of up to {float(amax.max()):.3g} / qmax overflows {scale.dtype}; use scale=fp32")
 
@@ -150,12 +150,17 @@ QParams = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def choose_qparams(
-    x: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None, shrink: Tensor | None = None
+    x: Tensor,
+    spec: QuantSpec,
+    tensor_range: tuple[Tensor, Tensor] | None = None,
+    shrink: Tensor | None = None,
+    checked: bool = True,
 ) -> QParams:
     """Round-to-nearest scales of `x` [.., K]: (scale, zero_point, outer_scale) with zero_point as integer codes, unpacked.
 
     `tensor_range`: (lowest, highest) of the whole tensor where `x` is a part of it: what a scale per tensor and
     nvfp4's outer scale are taken from. `shrink`: of the shape of the scales, by how much smaller a range they cover.
+    `checked`: raise `QpassError` for a scale that overflows, which cannot be known while a graph is traced.
     """
     fmt, granularity = spec.format, spec.granularity
     if granularity is None:
@@ -189,7 +194,7 @@ def choose_qparams(
         row_scale = torch.where(row_scale == 0, torch.ones_like(row_scale), row_scale)
         stored = torch.round(scale / row_scale).clamp(1, 255).to(torch.uint8)
     else:
-        stored = _guard(scale.to(spec.scale_dtype), amax)
+        stored = _guard(scale.to(spec.scale_dtype), amax, checked)
     if spec.symmetric:
         return stored, None, row_scale
     zero_point = fmt.qmin - low / scale_values(stored, row_scale)

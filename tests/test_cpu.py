@@ -24,7 +24,8 @@ from qpass.ops.cpu.library import c_functions
 from qpass.ops.cpu.matrix import SpecStruct
 from qpass.spec import parse_spec
 
-SPECS = ["int8", "int8:g48:asym", "int8:tensor", "int6", "int5:g20", "int4:g32:asym", "int4:g128", "int4:channel", "int4:g7",
+SPECS = ["int8", "int4:g64:zero=float", "int2:g32:zero=float:scale=fp16", "int8:g48:asym", "int8:tensor", "int6",
+         "int5:g20", "int4:g32:asym", "int4:g128", "int4:channel", "int4:g7",
          "int4:g40:scale=fp16", "int3:g24", "int2:g16:asym", "nf4", "nf4:g32:dq", "nf4:g8:scale=bf16", "fp4_e2m1", "mxfp8",
          "mxfp4", "nvfp4", "fp8_e4m3", "fp8_e4m3:channel", "fp8_e5m2:g16", "bf16", "fp16", "fp32"]  # fmt: skip
 specs = pytest.mark.parametrize("text", SPECS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qpass.granularity import PerAxis, PerTensor
-from qpass.numerics import Quantized, choose_qparams, codes_of, fake_quantize, for_whole_tensor, quantize_to, round_to
+from qpass.numerics import Quantized, choose_qparams, codes_of, for_whole_tensor, quantize_to, round_to
 from qpass.ops.cpu.build import cpu_features
 from qpass.ops.schemas import LIBRARY
 from qpass.spec import QuantSpec, parse_spec
@@ -31,7 +31,7 @@ def quantize_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, s
     parsed = parse_spec(spec)
     if scale is not None:
         return [quantize_to(x, for_whole_tensor(parsed), (scale, zero_point, None)).data]
-    scale, zero_point, outer = choose_qparams(x, parsed)
+    scale, zero_point, outer = choose_qparams(x, parsed, checked=False)
     data = quantize_to(x, parsed, (scale, zero_point, outer)).data
     return [part for part in (data, scale, zero_point) if part is not None]
 
@@ -41,7 +41,7 @@ def round_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, spec
     parsed = parse_spec(spec)
     if scale is not None:
         return round_to(x, for_whole_tensor(parsed), (scale, zero_point, None)).to(x.dtype)
-    return fake_quantize(x, parsed)
+    return round_to(x, parsed, choose_qparams(x, parsed, checked=False)).to(x.dtype)
 
 
 def integer_linear(
