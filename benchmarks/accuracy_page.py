@@ -48,16 +48,15 @@ EIGHT = {
 
 #: Sizes of a real model: name -> recipe. AWQ and GPTQ with bits given out, beside what needs no data.
 FRONTIER = {
-    "int8 g32": "int8:g32:scale=fp16", "int8": "int8", "bits 7": "int4:g32:asym:awq:gptq;bits=7",
-    "bits 6.1": "int4:g32:asym:awq:gptq;bits=6.1", "bits 5.35 (preset int4 with data)": "int4:g32:asym:awq:gptq;bits=5.35",
-    "bits 5.4, round to nearest": "int4:g32:asym;bits=5.4", "bits 5.4, GPTQ": "int4:g32:asym:gptq;bits=5.4",
-    "bits 4.65": "int4:g32:asym:awq:gptq;bits=4.65", "bits 4.1": "int4:g32:asym:awq:gptq;bits=4.1",
-    "preset int4": "int4", "int4 g128": "int4:g128",
+    "bits 5.35 (preset int4 with data)": "int4:g32:asym:awq:gptq;bits=5.35", "bits 4.65": "int4:g32:asym:awq:gptq;bits=4.65",
+    "bits 6.1": "int4:g32:asym:awq:gptq;bits=6.1", "int8 g32": "int8:g32:scale=fp16", "int8": "int8",
+    "preset int4": "int4", "int4 g128": "int4:g128", "bits 5.4, GPTQ": "int4:g32:asym:gptq;bits=5.4",
+    "bits 5.4, round to nearest": "int4:g32:asym;bits=5.4", "bits 4.1": "int4:g32:asym:awq:gptq;bits=4.1",
 }  # fmt: skip
 #: What is measured of a model of one's own, which takes minutes each, and not all of it.
 SMALL = (*FRONTIER.values(), "int8@int8", "int8:smooth@int8", "int8:g32@int8:g32", "int8@int8:static",
-         "int8:smooth@int8:static", "fp8_e4m3:channel@fp8_e4m3:channel", "int4:g128:asym", "int4:g128:asym:gptq",
-         "int4:g128:asym:awq:gptq", "int3:g128:asym", "int3:g128:asym:awq:gptq")  # fmt: skip
+         "int8:smooth@int8:static", "fp8_e4m3", "fp8_e4m3:channel", "fp8_e4m3:channel@fp8_e4m3:channel", "int4:g128:asym",
+         "int4:g128:asym:gptq", "int4:g128:asym:awq:gptq", "int3:g128:asym", "int3:g128:asym:awq:gptq")  # fmt: skip
 
 
 @dataclass(frozen=True)

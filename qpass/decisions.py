@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,11 +93,9 @@ class Decisions:
         kinds = [site.kind] + [r for r in ("embedding", "vocab") if r in site.roles and r != site.kind]
         specs = [self.recipe.spec_for(kind, site.name) for kind in kinds]
         if kinds == ["embedding"]:  # rows that are looked up multiply no input
-            specs = [
-                spec
-                and replace(spec, algorithms=tuple(a for a in spec.algorithms if a not in NEED_DATA), activations=None)
-                for spec in specs
-            ]
+            specs = [spec and replace(_without(spec, NEED_DATA), activations=None) for spec in specs]
+        elif "embedding" in kinds:  # columns scaled for the projection's inputs would cost the rows that are looked up
+            specs = [spec and _without(spec, {"awq"}) for spec in specs]
         columns = site.shape[-1]
         spec = max(specs, key=lambda s: (99, 0.0) if s is None else (s.format.bits, s.effective_bits(columns)))
         note = f"tied: {' and '.join(kinds)} share one table in {spec or 'float'}" if len(set(specs)) > 1 else ""
@@ -118,3 +116,7 @@ class Decisions:
                 self.adopt(param, Decision(skip.site, None, skip))
             elif known.spec is not None:
                 self.adopt(param, replace(known, note=skip.reason))
+
+
+def _without(spec: QuantSpec, algorithms: Collection[str]) -> QuantSpec:
+    return replace(spec, algorithms=tuple(a for a in spec.algorithms if a not in algorithms))

@@ -162,7 +162,7 @@ PRESETS: dict[str, Recipe] = {
 
 #: What a preset is where there are calibration data to choose by.
 CALIBRATED: dict[str, Recipe] = {
-    "int4": Recipe.uniform("int4:g32:asym:gptq", bits=5.4),
+    "int4": Recipe.uniform("int4:g32:asym:awq:gptq", bits=5.35),
     "w8a8": Recipe.uniform("int8:smooth@int8"),
 }
 
