@@ -155,7 +155,7 @@ class QPass:
         """There will be calibration data: a preset that has another recipe for then is that from here on."""
         recipe = resolve_recipe(self._given, calibrated=True)
         if recipe != self.recipe:
-            self.recipe, self.decisions = recipe, Decisions(recipe)
+            self.recipe, self.decisions, self._whole = recipe, Decisions(recipe), weakref.WeakKeyDictionary()
 
     @contextmanager
     def calibrate(self) -> Iterator[QPass]:
@@ -168,8 +168,10 @@ class QPass:
             raise QpassError("calibrate: inside of calibrate; leave the first block before the next")
         for code in self._codes:
             forget_code(code)
+        before = self.recipe, self.decisions, self._whole
         self.use_data()
         self._recording = recording = Recording()
+        done = False
         try:
             yield self
             if not recording.runs:
@@ -177,7 +179,10 @@ class QPass:
             self.give_out_bits(recording.runs)
             places = places_of(recording.runs)
             quantize_in_order(recording.runs, places, self._choose)
+            done = True
         finally:
+            if not done:
+                self.recipe, self.decisions, self._whole = before
             self._recording = None
             recording.runs.clear()
             for code in recording.codes:

@@ -55,7 +55,7 @@ def batches_of(data: Data, model: nn.Module) -> Iterable[Batch]:
             raise QpassError(
                 f"calibration: ids of shape {list(ids.shape)}, {ids.dtype}; give token ids [windows, tokens]"
             )
-        return ids.long().split(ROWS)
+        return ids.long().to(_device(model)).split(ROWS)
     return (_batch(item) for item in data)
 
 
@@ -91,7 +91,11 @@ def _windows(files: Sequence[str | Path], model: nn.Module) -> list[Tensor]:
             f"calibration: {', '.join(map(str, files))}: no document of {most} tokens; give more text, or token ids"
         )
     count = min(WINDOWS, len(windows))
-    return [windows[i * len(windows) // count][None] for i in range(count)]
+    return [windows[i * len(windows) // count][None].to(_device(model)) for i in range(count)]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 class Planner(Protocol):

@@ -40,6 +40,10 @@ def quantize_program(
     if any(op_name(node).startswith("qpass::") for node in program.graph.nodes):
         raise QpassError("qpass.quantize: the program is already quantized; start from the one that torch.export made")
     backend = QPass(recipe, strict=strict, inner="eager")
+    if backend.recipe.bits is not None:
+        raise QpassError(
+            "qpass.quantize: an ExportedProgram is not calibrated, so it gets no bits by data; quantize the module"
+        )
     fqns = program.graph_signature.inputs_to_parameters
     module = copy_captured(program.graph_module)
     inline_no_grad(module)

@@ -59,6 +59,11 @@ class Quantized:
         """What is done to the input: (column_scale, input_scale, input_zero_point)."""
         return self.column_scale, self.input_scale, self.input_zero_point
 
+    def is_for_the_input_of(self, other: Quantized) -> bool:
+        """Whether both are multiplied by inputs that are prepared in the same way."""
+        pairs = zip(self.around, other.around, strict=True)
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
     @property
     def all_parts(self) -> tuple[Tensor | None, ...]:
         """In the order of PART_NAMES."""

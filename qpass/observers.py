@@ -24,34 +24,40 @@ _BINS, _CODES = 2048, 128
 
 @dataclass
 class InputStats:
-    """Of rows x [tokens, K], in float32: `hessian` [K, K], the sum of x x^T; `absolute` [K], the sum of |x|; `low`, `high` [K].
+    """Of rows x [tokens, K], in float32: `absolute` and `squares` [K], the sums of |x| and x^2; `low`, `high` [K]; `hessian`
+    [K, K], the sum of x x^T, if it is asked for.
 
     `sample` [.., K] is a uniform sample of the rows, `extreme` those with the largest numbers.
     """
 
-    hessian: Tensor
+    hessian: Tensor | None
     absolute: Tensor
+    squares: Tensor
     low: Tensor
     high: Tensor
     sample: Tensor
     extreme: Tensor
     tokens: int = 0
+    partial: bool = False  # the weight is also used with inputs that are not among these
     _keys: Tensor = field(default_factory=lambda: torch.empty(0))
     _random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     @classmethod
-    def empty(cls, columns: int, device: torch.device | str = "cpu") -> InputStats:
+    def empty(cls, columns: int, device: torch.device | str = "cpu", hessian: bool = True) -> InputStats:
         """Before the first token."""
         none, row = torch.zeros((0, columns), device=device), torch.zeros(columns, device=device)
-        return cls(torch.zeros((columns, columns), device=device), row, row, row, none, none)
+        whole = torch.zeros((columns, columns), device=device) if hessian else None
+        return cls(whole, row, row, row, row, none, none)
 
     def add(self, x: Tensor) -> None:
         """Take in rows [.., K]."""
         rows = x.reshape(-1, x.shape[-1]).float()
         if not len(rows):
             return
-        self.hessian.addmm_(rows.mT, rows)
+        if self.hessian is not None:
+            self.hessian.addmm_(rows.mT, rows)
         self.absolute = self.absolute + rows.abs().sum(0)
+        self.squares = self.squares + rows.square().sum(0)
         low, high = torch.aminmax(rows, dim=0)
         self.low, self.high = (
             (torch.minimum(self.low, low), torch.maximum(self.high, high)) if self.tokens else (low, high)
@@ -66,17 +72,18 @@ class InputStats:
     @cached_property
     def solver(self) -> Gptq:
         """GPTQ for the weights that read this input, once all of it was seen."""
+        assert self.hessian is not None
         return Gptq(self.hessian)
 
     @property
     def importance(self) -> Tensor:
         """Mean of x^2 for each column [K]."""
-        return self.hessian.diagonal() / max(1, self.tokens)
+        return self.squares / max(1, self.tokens)
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
         """Rows [n, K] that stand for all, and for how many each does [n]."""
-        weights = torch.ones(len(self.sample) + len(self.extreme), device=self.hessian.device)
+        weights = torch.ones(len(self.sample) + len(self.extreme), device=self.low.device)
         weights[: len(self.sample)] = self.tokens / max(1, len(self.sample))
         return torch.cat([self.sample, self.extreme]), weights
 
@@ -86,7 +93,9 @@ class InputStats:
             return self
         c = columns.reshape(-1)
         names = ("absolute", "low", "high", "sample", "extreme")
-        return replace(self, hessian=self.hessian * c * c[:, None], **{name: getattr(self, name) * c for name in names})
+        hessian = None if self.hessian is None else self.hessian * c * c[:, None]
+        scaled = {name: getattr(self, name) * c for name in names}
+        return replace(self, hessian=hessian, squares=self.squares * c.square(), **scaled)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,10 @@ def plan_memory(
     halves = backend.recipe.kv_specs or kv_specs(None, None, kv, "qpass.plan_memory")
     rows = _weights(model, backend, _inputs(model, 1, _TOKENS, inputs))
     notes: list[str] = []
+    if backend.recipe.bits is not None:
+        notes.append(
+            f"with data the weights get {backend.recipe.bits} bits on average; the table is of the formats before that"
+        )
     if context:
         try:
             rows.append(_cache(model, halves, context, _inputs(model, batch, context, inputs)))

@@ -137,15 +137,16 @@ class QTensor(Tensor):
 
     def _write(self, source: Tensor) -> None:
         """Take over the values of `source` (float or QTensor) in place; views and users of the parts see them."""
-        if isinstance(source, QTensor) and (source.spec, source.transposed) == (self.spec, self.transposed):
-            new = source.quantized
+        same = isinstance(source, QTensor) and (source.spec, source.transposed) == (self.spec, self.transposed)
+        if same and source.quantized.is_for_the_input_of(self.quantized):  # type: ignore[attr-defined]
+            new = source.quantized  # type: ignore[attr-defined]
         else:
             value = source.dequantize() if isinstance(source, QTensor) else source
             stored = as_rows(value.expand(self.shape), self.transposed)
             check_weight(stored, self.spec, "weight written to a QTensor")
             around = InputParts(*self.quantized.around)
             new = quantize_weight(stored, replace(self.spec, algorithms=(), activations=None), around=around)
-        for mine, theirs in zip(self.quantized.all_parts, new.all_parts, strict=True):
+        for mine, theirs in zip(self.quantized.parts, new.parts, strict=True):
             if mine is not None and theirs is not None:
                 mine.copy_(theirs)
         self.sqnr_db = float("nan")

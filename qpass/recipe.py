@@ -42,14 +42,17 @@ class Recipe:
     overrides: Any = ()
 
     def __post_init__(self) -> None:
-        if self.bits is not None and not (isinstance(self.bits, float | int) and 2.5 <= self.bits <= 8.5):
-            raise QpassError(f"recipe: bits={self.bits!r}: a number of bits a weight between 2.5 and 8.5")
+        if self.bits is not None and not (isinstance(self.bits, float | int) and 2.6 <= self.bits <= 8.5):
+            raise QpassError(f"recipe: bits={self.bits!r}: a number of bits a weight between 2.6 and 8.5")
         for half, value in zip(("k", "v"), kv_specs(self.k, self.v, self.kv, "recipe: kv"), strict=True):
             object.__setattr__(self, half, value)
         object.__setattr__(self, "kv", None)
         for field in fields(self):
             if field.name in WEIGHT_KINDS:
                 object.__setattr__(self, field.name, _weight_spec(getattr(self, field.name), field.name))
+            spec = getattr(self, field.name)
+            if field.name in WEIGHT_KINDS and self.bits is not None and spec is not None and "hqq" in spec.algorithms:
+                raise QpassError(f"recipe: {field.name}: bits are given out as integers; hqq needs a float zero point")
         pairs = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
         object.__setattr__(self, "overrides", tuple((glob, _weight_spec(spec, glob)) for glob, spec in pairs))
 
@@ -114,6 +117,8 @@ def kv_specs(k: SpecLike, v: SpecLike, both: SpecLike, where: str) -> tuple[Quan
             raise QpassError(
                 f"{where}: {spec} has one scale for the whole tensor; a token needs its own: int8, int8:static, mxfp8, ..."
             )
+        if spec is not None and (spec.activations is not None or spec.range != "minmax"):
+            raise QpassError(f"{where}: {spec}: activations and ranges are of linears; a cache has a format, say int8")
         if spec is not None and spec.algorithms:
             raise QpassError(
                 f"{where}: {spec}: {spec.algorithms[0]} is for weights; a cache is rounded as it is written"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qpass.algorithms.rounding import needs_hessian
 from qpass.errors import QpassError
 from qpass.graph.calls import LinearCall
 from qpass.graph.flow import memory_behind
@@ -235,6 +236,7 @@ class Place:
 
     weights: list[Tensor]
     readers: list[tuple[Run, Stop]]
+    again: bool = False  # a run reads one of them a second time
 
 
 def places_of(runs: Sequence[Run]) -> dict[Key, Place]:
@@ -246,11 +248,17 @@ def places_of(runs: Sequence[Run]) -> dict[Key, Place]:
     queues: list[list[Key]] = []
     for run in runs:
         queue: list[Key] = []
+        seen: set[tuple[object, ...]] = set()
         for stop in run.program.stops:
             weights = [run.weights[w] for w in stop.weights]
             key = tuple(memory_of(w) for w in weights)
+            place = places.setdefault(key, Place(weights, []))
+            place.again |= any(one in seen for one in key)
+            for other in (places[k] for k in queue if set(k) & set(key)):
+                other.again = True
+            seen |= set(key)
             if key not in queue:  # of a weight that is used again, the first use counts
-                places.setdefault(key, Place(weights, [])).readers.append((run, stop))
+                place.readers.append((run, stop))
                 queue.append(key)
         queues.append(queue)
     ordered: list[Key] = []
@@ -292,7 +300,7 @@ def quantize_in_order(
         stats: InputStats | None = None
         for run, stop in place.readers:
             rows = run.rows(stop)
-            stats = stats or InputStats.empty(rows.shape[-1], rows.device)
+            stats = stats or InputStats.empty(rows.shape[-1], rows.device, needs_hessian(group.spec))
             stats.add(rows)
             del rows
             if run.is_narrow or sum(r.nbytes for r in runs) <= BUDGET:
@@ -302,7 +310,8 @@ def quantize_in_order(
         assert stats is not None
         if not stats.tokens:
             _no_token(group)
-        if not bool(torch.isfinite(stats.hessian).all()):
+        stats.partial = place.again
+        if not bool(torch.isfinite(stats.squares).all()):
             raise QpassError(
                 f"{group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
                 "weights before it are quantized already: load the model again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qpass.decisions import Decision, Decisions
+from qpass.errors import QpassError
 from qpass.granularity import PerGroup
 from qpass.graph.calls import LinearCall
 from qpass.graph.vocabulary import value_of
@@ -24,6 +26,7 @@ from qpass.numerics import block_sums, fake_quantize
 from qpass.progress import track
 from qpass.replay import Program, Run
 from qpass.sites.core import Match
+from qpass.sites.group import group_weights
 from qpass.spec import QuantSpec, parse_spec
 from qpass.weights import CHUNK_ELEMENTS, as_rows, memory_of
 
@@ -73,16 +76,33 @@ def _for_rows(fisher: Tensor, rows: int) -> Tensor:
 
 
 def measure(runs: Sequence[Run]) -> dict[tuple[object, ...], Sensitivity]:
-    """`memory_of` a weight -> its Sensitivity, on so many of the calls as hold TOKENS tokens, evenly picked."""
+    """`memory_of` a weight -> its Sensitivity, on so many of the calls as hold TOKENS tokens, evenly picked.
+
+    Raises `QpassError` if the graph cannot be differentiated.
+    """
     found: dict[tuple[object, ...], Sensitivity] = {}
     generator = torch.Generator().manual_seed(0)
-    sizes = [max((v.shape[0] * v.shape[1] for v in run.values.values() if isinstance(v, Tensor) and v.dim() > 1), default=1)
-             for run in runs]  # fmt: skip
-    wanted = max(1, min(len(runs), round(TOKENS * len(sizes) / sum(sizes))))
-    picked = [runs[i * len(runs) // wanted] for i in range(wanted)]
-    for run in track(picked, "qpass: measuring sensitivity"):
-        _one(run, found, generator, 1 / len(picked))
+    of_program: dict[tuple[int, tuple[int, ...]], list[Run]] = {}
+    for run in runs:  # one graph may serve several layers
+        of_program.setdefault((id(run.program), tuple(map(id, run.weights.values()))), []).append(run)
+    picked: list[tuple[Run, float]] = []
+    for same in of_program.values():
+        wanted = max(1, min(len(same), round(TOKENS * len(same) / sum(map(_tokens, same)))))
+        picked += [(same[i * len(same) // wanted], 1 / wanted) for i in range(wanted)]
+    for run, share in track(picked, "qpass: measuring sensitivity"):
+        try:
+            _one(run, found, generator, share)
+        except RuntimeError as error:
+            raise QpassError(f"recipe: bits need derivatives of the model, which fail: {error}") from error
     return found
+
+
+def _tokens(run: Run) -> int:
+    """Of a call: as its mask says, or the ids that it is given."""
+    if run.mask is not None:
+        return int(run.mask.sum())
+    given = [v for v in run.values.values() if isinstance(v, Tensor) and v.dim() == 2 and not v.is_floating_point()]
+    return max((v.numel() for v in given), default=1)
 
 
 def _one(run: Run, found: dict[tuple[object, ...], Sensitivity], generator: torch.Generator, share: float) -> None:
@@ -149,61 +169,86 @@ def _fisher(call: LinearCall, run: Run, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _log_likelihood(outputs: Sequence[Tensor], run: Run, generator: torch.Generator) -> Tensor:
-    """Of tokens drawn from the model, where it gives logits; else a random projection, which stands for all outputs."""
+    """Of tokens drawn from the model, where it gives logits; of others a random projection, which stands for all."""
     rows = {m.site.shape[1 if isinstance(m.call, LinearCall) and m.call.transposed else 0]
             for m in run.program.plan.matches if "vocab" in m.site.roles}  # fmt: skip
-    loss = outputs[0].new_zeros((), dtype=torch.float32)
+    loss = torch.zeros(())
     for output in outputs:
+        if not output.requires_grad:
+            continue
         if output.shape[-1] in rows:
             logits = run.without_padding(output).float()
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
-            loss = loss - logits.log_softmax(-1).gather(1, drawn).sum()
-        elif not rows and output.requires_grad:
-            loss = loss + (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum()
+            loss = loss.to(output.device) - logits.log_softmax(-1).gather(1, drawn).sum()
+        else:
+            loss = (
+                loss.to(output.device)
+                + (output.float() * torch.randn(output.shape, generator=generator).to(output.device)).sum()
+            )
+    if not loss.requires_grad:
+        raise QpassError("recipe: bits need derivatives of the model, and none of its outputs has one; leave bits out")
     return loss
 
 
 def give_out(
-    sensitivities: Mapping[tuple[object, ...], Sensitivity], bits: float, like: Callable[[Sensitivity], QuantSpec]
+    sensitivities: Mapping[tuple[object, ...], Sensitivity],
+    bits: float,
+    like: Callable[[Sensitivity], QuantSpec | None],
 ) -> dict[tuple[object, ...], QuantSpec]:
     """A format of LADDER for each weight, so that they have `bits` a number together, scales included, and the sum of their
-    losses is least. `like`: the spec whose algorithms and activations the chosen format takes over."""
+    losses is least. `like`: the spec whose algorithms and activations the chosen format takes over; None: not to be changed."""
     ladder = [parse_spec(text) for text in LADDER]
-    large = {key: known for key, known in sensitivities.items() if known.columns >= GROUP}
+    open_ = {key: (known, spec) for key, known in sensitivities.items() if (spec := like(known)) is not None}
     choices = [
         [(known.weight.numel() * spec.effective_bits(known.columns), known.loss(spec)) for spec in ladder]
-        for known in track(list(large.values()), "qpass: giving out bits")
+        for known, _ in track(list(open_.values()), "qpass: giving out bits")
     ]
-    budget = bits * sum(known.weight.numel() for known in large.values())
+    budget = bits * sum(known.weight.numel() for known, _ in open_.values())
     return {
-        key: replace(ladder[chosen], algorithms=like(known).algorithms, activations=like(known).activations)
-        for (key, known), chosen in zip(large.items(), cheapest(choices, budget), strict=True)
+        key: replace(ladder[chosen], algorithms=spec.algorithms, activations=spec.activations)
+        for (key, (_, spec)), chosen in zip(open_.items(), cheapest(choices, budget), strict=True)
     }
 
 
 def with_bits(runs: Sequence[Run], bits: float, decisions: Decisions) -> None:
-    """Give out `bits` a number to the weights of the recorded calls: decisions and runs are of these formats afterwards."""
+    """Give out `bits` a number to the weights of the recorded calls: decisions and runs are of these formats afterwards.
 
-    def decided(weight: Tensor) -> tuple[Decision, QuantSpec]:
+    Left as the recipe says are weights that it names by an override, other formats than integers, rows below GROUP, and what no
+    output depends on.
+    """
+    for run in runs:
+        for group, _ in group_weights(run.program.plan, run.weights):
+            by_name = {node.name: weight for node, weight in run.weights.items()}
+            decisions.learn([by_name[name] for name in group.weights], run.program.plan, group)
+
+    def decided(weight: Tensor) -> Decision:
         decision = decisions.of(weight)
         assert decision is not None
-        assert decision.spec is not None
-        return decision, decision.spec
+        return decision
 
-    chosen = give_out(measure(runs), bits, lambda known: decided(known.weight)[1])
+    def like(known: Sensitivity) -> QuantSpec | None:
+        decision = decided(known.weight)
+        named = any(fnmatchcase(decision.site.name, glob) for glob, _ in decisions.recipe.overrides)
+        seen = known.fisher is not None or known.looked_up is not None
+        kept = decision.spec is None or decision.spec.format.kind != "uniform" or known.columns < GROUP
+        return None if named or kept or not seen else decision.spec
+
+    chosen = give_out(measure(runs), bits, like)
 
     def spec_of(weight: Tensor) -> QuantSpec:
-        return chosen.get(memory_of(weight)) or decided(weight)[1]
+        spec = chosen.get(memory_of(weight)) or decided(weight).spec
+        assert spec is not None
+        return spec
 
-    programs: dict[int, Program] = {}
+    programs: dict[tuple[object, ...], Program] = {}
     for run in runs:
         for weight in run.weights.values():
             if memory_of(weight) in chosen:
-                decisions.adopt(weight, replace(decided(weight)[0], spec=chosen[memory_of(weight)]))
-        old = run.program
-        if id(old) not in programs:
-            programs[id(old)] = old.with_specs(run.weights, spec_of)
-        run.program = programs[id(old)]
+                decisions.adopt(weight, replace(decided(weight), spec=chosen[memory_of(weight)]))
+        key = id(run.program), tuple(str(chosen.get(memory_of(w))) for w in run.weights.values())
+        if key not in programs:
+            programs[key] = run.program.with_specs(run.weights, spec_of)
+        run.program = programs[key]
 
 
 def cheapest(choices: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:

@@ -190,6 +190,8 @@ def _check_algorithms(spec: QuantSpec, text: str) -> None:
         raise QpassError(f"spec {text!r}: a cast without scale has nothing to search for {ranged}; add channel or g32")
     if "search" in spec.algorithms and isinstance(spec.granularity, PerTensor):
         raise QpassError(f"spec {text!r}: one scale for the whole tensor; search is of blocks: use channel or g32")
+    if "hqq" in spec.algorithms and isinstance(spec.granularity, PerTensor):
+        raise QpassError(f"spec {text!r}: one scale for the whole tensor; hqq is of blocks: use channel or g32")
     if {"smooth", "awq"} <= set(spec.algorithms):
         raise QpassError(f"spec {text!r}: smooth and awq both scale the columns; take one of them")
     if {"hqq", "search"} <= set(spec.algorithms):
@@ -207,6 +209,10 @@ def _activations(part: str, text: str) -> QuantSpec:
         reason = f"{spec.algorithms[0]} is for weights"
     elif spec.rotated or spec.float_zero or isinstance(spec.granularity, PerTokens):
         reason = "rotated, zero=float and t<tokens> are for a KV cache"
+    elif spec.static and spec.granularity is not None:
+        reason = "a static scale is one for all tokens"
+    elif spec.format.scale == "e8m0":
+        reason = "the compiler has no E8M0; take int8:g32, or fp8_e4m3:g32"
     elif isinstance(spec.granularity, PerTensor) or spec.format.scale == "e4m3":
         reason = "one scale for all tokens comes from calibration: int8:static; or take one a token: int8"
     elif spec.scale_dtype != torch.float32 or spec.double_quantized:

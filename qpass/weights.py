@@ -121,15 +121,11 @@ def concat_rows(weights: Sequence[Quantized], rows: Sequence[int], keep_single: 
         return _cat([p.expand(n, *p.shape[1:]) for p, n in zip(parts, rows, strict=True)])  # type: ignore[union-attr]
 
     first = weights[0].around
-    if not all(_equal(a, b) for w in weights[1:] for a, b in zip(first, w.around, strict=True)):
+    if not all(w.is_for_the_input_of(weights[0]) for w in weights):
         raise QpassError(
             "weights that one operator reads were calibrated apart, on inputs of their own; quantize them together"
         )
     return Quantized(*(stack(i) for i in range(4)), *first)  # type: ignore[call-arg, arg-type]
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:

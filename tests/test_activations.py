@@ -134,7 +134,7 @@ def test_a_model_computes_with_rounded_inputs(text: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("text", ["int8:smooth@int8", "int8:smooth@int8:static", "int8@int8:static:asym", "int4:g32:awq:gptq",
                                   "int4:g32:awq@int8:g32"])  # fmt: skip
-@pytest.mark.parametrize("name", ["plain", "bf16", "tied", "experts", "conv1d"])
+@pytest.mark.parametrize("name", ["plain", "bf16", "tied", "experts", "conv1d", "post-norm"])
 def test_calibrated_inputs_of_every_kind_of_linear(name: str, text: str) -> None:
     """Close to the float model; closer than rounding to nearest where that is rough."""
     make = {
@@ -143,6 +143,9 @@ def test_calibrated_inputs_of_every_kind_of_linear(name: str, text: str) -> None
         "tied": lambda: hf("LlamaForCausalLM", tie_word_embeddings=True, num_key_value_heads=2),
         "experts": lambda: hf("MixtralForCausalLM", num_local_experts=4, num_key_value_heads=2),
         "conv1d": lambda: hf("GPT2LMHeadModel", n_embd=64, n_layer=1, n_head=4),
+        "post-norm": lambda: hf(
+            "BertForMaskedLM"
+        ),  # what a norm makes is also added to the stream: nothing to fold into
     }[name]
     ids = tokens(batch=4, length=24)
     reference, model = make().eval(), make().eval()
@@ -199,6 +202,47 @@ def test_a_calibrated_weight_is_written_copied_and_saved_whole(tmp_path: Any) ->
     weight.copy_(wanted * 2)
     steps = weight.quantized.scale * weight.quantized.column_scale
     assert bool(((weight.dequantize() - wanted * 2).abs() <= steps * 0.501).all())
+
+
+class Twice(nn.Module):
+    """One weight with two inputs of very different size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.linear = nn.Embedding(97, 64), nn.Linear(64, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        return self.linear(x) + self.linear(x * 30)
+
+
+@torch.no_grad()
+def test_a_weight_with_several_inputs_gets_no_static_scale_of_the_first() -> None:
+    ids = tokens(batch=4, length=24)
+    model = qpass.quantize(Twice().eval(), "int8@int8:static", calibration=[ids], inner="eager")
+    wanted = Twice().eval()(ids)
+    assert float((model(ids) - wanted).norm() / wanted.norm()) < 0.02
+    assert "input left in float" in str(qpass.report(model))
+
+
+@torch.no_grad()
+def test_a_weight_takes_over_the_values_of_one_that_was_calibrated_otherwise() -> None:
+    """Its own scales of columns stay, which other weights share."""
+    ids = tokens(batch=4, length=24)
+    spec = qpass.Recipe.uniform("int8:smooth@int8")
+    model = qpass.quantize(Pair().eval(), spec, calibration=[ids], inner="eager")
+    plain: Any = qpass.quantize(Pair().eval(), "int8@int8", inner="eager").gate.weight
+    other: Any = plain.detach().clone()
+    gate: Any = model.gate.weight
+    up, columns = model.up.weight.dequantize(), gate.quantized.column_scale.clone()
+    other.spec = gate.spec  # as after loading: the same recipe, but nothing to gain by scaling its columns
+    gate.copy_(other)
+    torch.testing.assert_close(
+        gate.dequantize(), other.dequantize(), rtol=0, atol=float(other.dequantize().abs().max()) / 40
+    )
+    assert torch.equal(gate.quantized.column_scale, columns)
+    assert torch.equal(model.up.weight.dequantize(), up)
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a8"])

@@ -141,8 +141,91 @@ def test_with_torch_compile_too() -> None:
     assert len(formats) > 1
 
 
+class Block(nn.Module):
+    """A residual block with a graph break, so that one graph serves all blocks of its class."""
+
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+        with torch.no_grad():
+            self.down.weight.mul_(strength)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.blocks = nn.Embedding(97, 64), nn.ModuleList(Block(s) for s in (0.1, 1.0, 20.0))
+        self.head, self.value = nn.Linear(64, 97), nn.Linear(64, 64)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x), self.value(x)
+
+
+def test_layers_that_share_a_graph_get_bits_of_their_own() -> None:
+    """Also those that were only ever seen through the graph of another."""
+    ids = tokens(batch=8, length=32)
+    model = Blocks().eval()
+    backend = QPass(qpass.Recipe.uniform("int4:g32", bits=4.5), inner="eager")
+    for block in model.blocks:
+        block.compile(backend=backend)
+    with torch.no_grad(), backend.calibrate():
+        model(ids)
+    with torch.no_grad():
+        model(ids)
+    stored = [backend.store.stats(block.down.weight) for block in model.blocks]  # type: ignore[union-attr, arg-type]
+    decided = [backend.decisions.of(block.down.weight) for block in model.blocks]  # type: ignore[union-attr, arg-type]
+    for stats, decision in zip(stored, decided, strict=True):
+        assert stats is not None
+        assert decision is not None
+        assert decision.spec is not None
+        assert stats.nbytes == pytest.approx(64 * 64 * decision.spec.effective_bits(64) / 8)
+
+
+def test_what_only_a_second_output_depends_on_gets_bits_too() -> None:
+    model = qpass.quantize(
+        Blocks().eval(),
+        qpass.Recipe.uniform("int4:g32", bits=5),
+        calibration=[tokens(batch=8, length=32)],
+        inner="eager",
+    )
+    assert not str(model.value.weight.spec).startswith("int2")
+
+
+def test_what_the_recipe_names_is_left_alone() -> None:
+    """Overrides, and formats that are no integers."""
+    recipe = qpass.Recipe.uniform("int4:g32", embedding="fp8_e4m3", bits=5, overrides={"value.*": "int8"})
+    model = qpass.quantize(Blocks().eval(), recipe, calibration=[tokens(batch=8, length=32)], inner="eager")
+    assert str(model.value.weight.spec) == "int8:channel"
+    assert str(model.table.weight.spec) == "fp8_e4m3"
+
+
+def test_a_calibration_that_fails_leaves_the_backend_as_it_was() -> None:
+    ids, backend, model = tokens(batch=2, length=16), QPass("int4", inner="eager"), llama()
+    fast = torch.compile(model, backend=backend)
+    with pytest.raises(qpass.QpassError, match="no call of the compiled model"), backend.calibrate():
+        pass
+    with torch.no_grad():
+        fast(ids)
+    assert not any("gptq" in str(s.format) for s in qpass.report(fast).sites)
+
+
+def test_hqq_and_exported_programs_take_no_bits() -> None:
+    with pytest.raises(qpass.QpassError, match="hqq needs a float zero point"):
+        qpass.Recipe.uniform("int4:g32:zero=float:hqq", bits=5)
+    program = torch.export.export(Blocks().eval(), (tokens(),))
+    with pytest.raises(qpass.QpassError, match="an ExportedProgram is not calibrated"):
+        qpass.quantize(program, qpass.Recipe.uniform("int4:g32", bits=5))
+
+
 def test_bits_without_data_and_bits_out_of_range_are_refused() -> None:
     with pytest.raises(qpass.QpassError, match="bits are given out by what calibration finds"):
         qpass.quantize(llama(), qpass.Recipe.uniform("int4:g32", bits=4.7), inner="eager")
-    with pytest.raises(qpass.QpassError, match=r"bits=1: a number of bits a weight between 2\.5 and 8\.5"):
+    with pytest.raises(qpass.QpassError, match=r"bits=1: a number of bits a weight between 2\.6 and 8\.5"):
         qpass.Recipe.uniform("int4", bits=1)

@@ -29,8 +29,10 @@ def column_scale(weights: Sequence[Tensor], spec: QuantSpec, stats: InputStats) 
 
     "smooth": c = max|w|^(1 - a) / max|x|^a. "awq": c = mean|w|^(1 - r) / mean|x|^r.
     """
-    if not {"smooth", "awq"} & set(spec.algorithms) or not stats.tokens:
+    if not {"smooth", "awq"} & set(spec.algorithms) or not stats.tokens or stats.partial:
         return None
+    if spec.activations is not None:
+        stats = replace(stats, hessian=None)  # errors are those of the rows that were kept
     some = some_rows(weights)
     plain = replace(spec, algorithms=())
     best, chosen = _loss(some, plain, stats, None), None
@@ -69,13 +71,14 @@ def _loss(weights: Sequence[Tensor], spec: QuantSpec, stats: InputStats, c: Tens
     """Of the outputs: sum of squared errors over all tokens; with quantized activations, on the rows that were kept."""
     loss = 0.0
     scaled = stats.scaled(c) if spec.activations is not None else stats
-    for weight in weights:
-        stored = fake_quantize(weight if c is None else weight / c, spec)
-        if spec.activations is not None:
-            loss += output_error([weight if c is None else weight / c], [stored], scaled, spec.activations)[1]
-        else:
-            off = weight - (stored if c is None else stored * c)
-            loss += float(((off @ stats.hessian) * off).sum())
+    divided = [weight if c is None else weight / c for weight in weights]
+    stored = [fake_quantize(weight, spec) for weight in divided]
+    if spec.activations is not None:
+        return output_error(divided, stored, scaled, spec.activations)[1]
+    assert stats.hessian is not None
+    for weight, rounded in zip(weights, stored, strict=True):
+        off = weight - (rounded if c is None else rounded * c)
+        loss += float(((off @ stats.hessian) * off).sum())
     return loss
 
 

@@ -44,6 +44,11 @@ def needs_data(spec: QuantSpec) -> str | None:
     return next((a for a in spec.algorithms if a in NEED_DATA), "static" if static else None)
 
 
+def needs_hessian(spec: QuantSpec) -> bool:
+    """Whether all products of two columns of the input are read, not only their squares."""
+    return "gptq" in spec.algorithms or ("awq" in spec.algorithms and spec.activations is None)
+
+
 def check_data_free(spec: QuantSpec) -> None:
     """Raises `QpassError` for a spec that needs calibration."""
     missing = needs_data(spec)
@@ -62,6 +67,8 @@ def input_parts(
     activations = spec.activations
     if activations is None or not activations.static:
         return InputParts(columns), stats, observed(stats, None, False)
+    if stats.partial:  # later inputs are not known yet, and no scale of these serves them
+        return InputParts(columns), stats, observed(stats, None, True)
     qparams = static_qparams(stats, activations)
     scaled = [InputParts(columns).columns_of(w) for w in some_rows(weights)]
     wide = max(output_error(scaled, scaled, stats, activations, qparams)) > WIDE

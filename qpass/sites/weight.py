@@ -125,7 +125,9 @@ def _ready(insert: _Insert, call: LinearCall, group: WeightGroup, stored: Stored
 
 def _scaled(insert: _Insert, x: Node, stored: Stored) -> Node:
     """In float32, which the compiler keeps in registers."""
-    return x if stored.column_scale is None else insert(_aten.mul.Tensor, x, stored.column_scale)
+    if stored.column_scale is None:
+        return x
+    return insert(_aten.mul.Tensor, x, insert(_aten.select.int, stored.column_scale, 0, 0))
 
 
 def _cast(insert: _Insert, x: Node, dtype: torch.dtype) -> Node:
