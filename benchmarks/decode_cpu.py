@@ -55,6 +55,7 @@ def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list
         "llama.cpp Q4_0": lambda n: of_llama_cpp(n, reference, "Q4_0", threads),
         "onnxruntime int4 g128 (products only)": lambda n: of_onnxruntime(n, reference, threads),
         "qpass int8": lambda n: of_qpass(n, reference, "int8"),
+        "qpass w8a8": lambda n: of_qpass(n, reference, "int8@int8"),
         "qpass int4 g128": lambda n: of_qpass(n, reference, "int4:g128"),
         "qpass int4 g32 asym": lambda n: of_qpass(n, reference, "int4:g32:asym"),
         "qpass nf4": lambda n: of_qpass(n, reference, "nf4"),

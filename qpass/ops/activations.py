@@ -14,7 +14,7 @@ from qpass.ops.schemas import LIBRARY
 from qpass.spec import QuantSpec, parse_spec
 
 #: From so many rows of the input on the product of integers is faster than a kernel that reads the weight for a few.
-_ROWS = 64
+_ROWS = 8
 
 
 def multiplies_integers(spec: QuantSpec) -> bool:
