@@ -218,7 +218,8 @@ measurement are on different documents. `make accuracy` measures it anew.
 AWQ by itself gains nothing on tinypy as it is. It has no outliers to protect, and on the vocabulary projection the squared error
 that AWQ lowers (of the logits of tinypy, from .040 to .024) is not what counts: weighted by the probabilities it grows (.0167 to
 .0197). AWQ's authors leave that layer in float; with GPTQ behind it, it gains there too. At two bits search and GPTQ do not go
-together: a range that is cut for rounding to nearest leaves GPTQ no room for what it makes up.
+together: a range that is cut for rounding to nearest leaves GPTQ no room for what it makes up. HQQ knows no inputs: where a few
+columns carry most of the output (planted outliers) it chooses worse than round to nearest.
 """
 
 
