@@ -44,7 +44,7 @@ def test_integer_linear_is_the_product_of_what_is_stored(
     stored = quantize_weight(weight, spec)
     codes, scale, zero = codes_of(x, of_input)
     with qpass.set_compute("float"):
-        y = torch.ops.qpass.integer_linear(codes, scale, zero, *stored.parts, bias, of_input, text, dtype)
+        y = torch.ops.qpass.integer_linear(codes, scale, zero, *stored.parts, bias, text, dtype)
     exact = (
         fake_quantize(x.float(), parse_spec(of_input)).double() @ dequantize(stored, spec, 40).double().T
         + bias.double()

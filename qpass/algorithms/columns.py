@@ -69,13 +69,12 @@ def _candidates(weights: Sequence[Tensor], spec: QuantSpec, stats: InputStats) -
 
 def _loss(weights: Sequence[Tensor], spec: QuantSpec, stats: InputStats, c: Tensor | None) -> float:
     """Of the outputs: sum of squared errors over all tokens; with quantized activations, on the rows that were kept."""
-    loss = 0.0
-    scaled = stats.scaled(c) if spec.activations is not None else stats
     divided = [weight if c is None else weight / c for weight in weights]
     stored = [fake_quantize(weight, spec) for weight in divided]
     if spec.activations is not None:
-        return output_error(divided, stored, scaled, spec.activations)[1]
+        return output_error(divided, stored, stats.scaled(c), spec.activations)[1]
     assert stats.hessian is not None
+    loss = 0.0
     for weight, rounded in zip(weights, stored, strict=True):
         off = weight - (rounded if c is None else rounded * c)
         loss += float(((off @ stats.hessian) * off).sum())

@@ -53,7 +53,6 @@ def integer_linear(
     zero_point: Tensor | None,
     outer_scale: Tensor | None,
     bias: Tensor | None,
-    x_spec: str,
     spec: str,
     dtype: torch.dtype,
 ) -> Tensor:

@@ -15,7 +15,7 @@ SCHEMAS = {
     "round_input": "(Tensor x, Tensor? scale, Tensor? zero_point, str spec) -> Tensor",
     # The same as linear for an input in codes, with a scale for each row or for all. Many rows are multiplied as integers.
     "integer_linear": (
-        f"(Tensor x, Tensor x_scale, Tensor? x_zero_point, {_PARTS.format('')}, Tensor? bias, str x_spec, str spec, "
+        f"(Tensor x, Tensor x_scale, Tensor? x_zero_point, {_PARTS.format('')}, Tensor? bias, str spec, "
         "ScalarType dtype) -> Tensor"
     ),
     # x [.., K] and ids, broadcast together, -> [.., N]: each row of x by the expert (N rows of the weight) that ids names for

@@ -83,8 +83,7 @@ def _linears(insert: _Insert, group: WeightGroup, matches: Sequence[Match], stor
     if spec.activations is not None and _is_quantized(spec.activations, stored) and multiplies_integers(spec):
         codes, *of_input = _codes(insert, _input(insert, call, None), spec.activations, stored)
         zero = of_input[1] if len(of_input) > 1 else None
-        specs = str(spec.activations), str(spec)
-        fused = insert(torch.ops.qpass.integer_linear.default, codes, of_input[0], zero, *parts, bias, *specs, dtype)
+        fused = insert(torch.ops.qpass.integer_linear.default, codes, of_input[0], zero, *parts, bias, str(spec), dtype)
     else:
         fused = insert(torch.ops.qpass.linear.default, _ready(insert, call, group, stored), *parts, bias, str(spec))
     if len(matches) == 1:
