@@ -26,6 +26,13 @@ def drop_mapped_pages(tensor: Tensor) -> None:
     _advise(tensor, mmap.PAGESIZE, _MADV_PAGEOUT)
 
 
+def for_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask for large pages behind memory that was not written yet: the first write of each page is a fault. Returns `tensor`."""
+    if sys.platform == "linux" and tensor.device.type == "cpu":
+        _advise(tensor, _HUGE_PAGE, _MADV_HUGEPAGE)
+    return tensor
+
+
 def into_huge_pages(tensor: Tensor) -> Tensor:
     """Put large pages behind a weight that will be read at every step, where the system has them; returns `tensor`.
 

@@ -6,6 +6,7 @@ Tensors are [.., K]; scales have one entry a block along K (see granularity). Sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -183,8 +184,7 @@ def choose_qparams(
         return _e8m0(amax, fmt, spec.scale_rounding), None, None
     if fmt.scale == "e4m3":
         whole = amax.amax() if tensor_range is None else torch.maximum(-tensor_range[0], tensor_range[1]).float()
-        outer = whole / (_E4M3_MAX * fmt.qmax)
-        outer = torch.where(outer == 0, torch.ones_like(outer), outer).reshape((1,) * x.dim())
+        outer = outer_scale_of(spec, whole).reshape((1,) * x.dim())
         scale = (amax / fmt.qmax / outer).clamp(_E4M3_TINY, _E4M3_MAX)
         return scale.to(torch.float8_e4m3fn), None, outer
     if spec.symmetric:
@@ -206,6 +206,12 @@ def choose_qparams(
     if spec.float_zero:
         return stored, zero_point.to(spec.scale_dtype), row_scale
     return stored, torch.round(zero_point).clamp(fmt.qmin, fmt.qmax).to(torch.int8), row_scale
+
+
+def outer_scale_of(spec: QuantSpec, amax: Tensor) -> Tensor:
+    """What multiplies the E4M3 scales of nvfp4, from the largest magnitude of the tensor."""
+    outer = amax / (_E4M3_MAX * spec.format.qmax)
+    return torch.where(outer == 0, torch.ones_like(outer), outer)
 
 
 def scale_values(scale: Tensor, outer_scale: Tensor | None) -> Tensor:
@@ -360,8 +366,20 @@ def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:
     return dequantize(quantize(x, spec), spec, x.shape[-1], x.dtype)
 
 
-def sqnr_db(x: Tensor, approximation: Tensor) -> float:
-    """Signal to quantization noise, 10 log10(sum x^2 / sum (x - x')^2), in dB; inf if exact."""
-    signal = x.double().square().sum()
-    noise = (x.double() - approximation.double()).square().sum()
-    return float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
+@dataclass(frozen=True)
+class Power:
+    """Of a tensor: sum x^2, and of its error sum (x - x')^2."""
+
+    signal: float
+    noise: float
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise, 10 log10(signal / noise); inf if nothing was lost."""
+        return 10 * math.log10(self.signal / self.noise) if self.noise > 0 and self.signal > 0 else math.inf
+
+
+def power_of(x: Tensor, approximation: Tensor) -> Power:
+    """Of a tensor and what it comes back as, summed in float64."""
+    error = x.float() - approximation.float()
+    return Power(float(x.float().square().sum(dtype=torch.float64)), float(error.square().sum(dtype=torch.float64)))

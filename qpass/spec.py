@@ -62,6 +62,11 @@ class QuantSpec:
         return self.format.kind == "identity"
 
     @property
+    def reads_tensor_range(self) -> bool:
+        """Whether a scale follows from the range of the whole tensor."""
+        return isinstance(self.granularity, PerTensor) or self.format.scale == "e4m3"
+
+    @property
     def has_zero_point(self) -> bool:
         """Whether a zero point is stored beside the scale."""
         return not self.symmetric

@@ -24,7 +24,7 @@ from qpass.observers import InputStats, Observed
 from qpass.qtensor import QTensor
 from qpass.sites.group import WeightGroup
 from qpass.spec import QuantSpec
-from qpass.weights import as_rows, check_weight, concat_rows, noise_power, quantize_weight, row_range, weight_range
+from qpass.weights import as_rows, check_weight, concat_rows, measured_weight, row_range, weight_range
 
 #: What is stored of a group: qpass.passes.GROUP_PARTS.
 Parts = tuple[Tensor | None, ...]
@@ -190,15 +190,9 @@ def quantize_group(weights: Sequence[Tensor], spec: QuantSpec, stats: InputStats
         shared = (torch.stack([r[0] for r in ranges]).amin(), torch.stack([r[1] for r in ranges]).amax())
     done = []
     for weight in weights:
-        quantized = quantize_weight(weight, spec, shared, stats, around)
-        done.append(Made(quantized, sqnr(weight, quantized, spec), seen))
+        quantized, power = measured_weight(weight, spec, shared, stats, around)
+        done.append(Made(quantized, power.sqnr_db, seen))
     return done
-
-
-def sqnr(weight: Tensor, quantized: Quantized, spec: QuantSpec) -> float:
-    """Signal to quantization noise ratio of a weight in dB; inf if nothing was lost."""
-    signal, noise = noise_power(weight, quantized, spec)
-    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64))) if noise > 0 else float("inf")
 
 
 def fuse(weights: Sequence[QTensor]) -> Quantized:

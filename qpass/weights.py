@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qpass.algorithms.rounding import NO_INPUT_PARTS, InputParts, rounding_of
+from qpass.algorithms.rounding import NO_INPUT_PARTS, InputParts, rounding_of, rounds_to_nearest
 from qpass.errors import QpassError
-from qpass.numerics import Quantized, dequantize, quantize
+from qpass.numerics import Power, Quantized, dequantize, power_of, quantize
 from qpass.observers import InputStats
+from qpass.ops.cpu import weights as kernel
 from qpass.spec import QuantSpec
 
 #: Elements quantized at a time: the float temporaries of one step stay below ~64 MB.
@@ -63,21 +64,51 @@ def quantize_weight(
     stats: InputStats | None = None,
     around: InputParts = NO_INPUT_PARTS,
 ) -> Quantized:
-    """[N, K] float -> Quantized, a chunk of rows at a time, by the algorithms that the spec names.
+    """[N, K] float -> Quantized; see `measured_weight`."""
+    return measured_weight(weight, spec, tensor_range, stats, around)[0]
+
+
+def measured_weight(
+    weight: Tensor,
+    spec: QuantSpec,
+    tensor_range: tuple[Tensor, Tensor] | None = None,
+    stats: InputStats | None = None,
+    around: InputParts = NO_INPUT_PARTS,
+) -> tuple[Quantized, Power]:
+    """[N, K] float -> Quantized by the algorithms that the spec names, a chunk of rows at a time, and what that loses.
 
     `tensor_range` replaces the weight's own (lowest, highest). `around`: what is done to the inputs that it is multiplied by,
-    `stats`: of them behind that; see `input_parts`.
+    `stats`: of them behind that; see `input_parts`. Raises `QpassError` for scales that overflow.
     """
     weight = weight.detach()
     if spec.is_identity or not weight.numel():
-        return quantize(weight, spec)
-    rows = max(1, CHUNK_ELEMENTS // weight.shape[-1])
-    if tensor_range is None:
+        done = quantize(weight, spec)
+        return done, power_of(weight, done.data)
+    if tensor_range is None and spec.reads_tensor_range:
         tensor_range = weight_range(weight, around)
+    fast = kernel.serves(weight, spec)
+    if fast and rounds_to_nearest(spec, stats):
+        found = kernel.round_weight(weight, spec, tensor_range, around.column_scale)
+        if found is not None:
+            return replace(found[0], **vars(around)), found[1]
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[-1])
     rounding = rounding_of(spec, stats)
     chunks = [rounding(around.columns_of(chunk), tensor_range) for chunk in weight.split(rows)]
     whole = chunks[0] if len(chunks) == 1 else concat_rows(chunks, [len(c.data) for c in chunks], keep_single=True)
-    return replace(whole, **vars(around))
+    whole = replace(whole, **vars(around))
+    return whole, kernel.compare_weight(weight, whole, spec) if fast else _power(weight, whole, spec)
+
+
+def _power(weight: Tensor, q: Quantized, spec: QuantSpec) -> Power:
+    """Of a weight and what it is stored as, a chunk of rows at a time."""
+    found = []
+    rows = max(1, CHUNK_ELEMENTS // weight.shape[-1])
+    for start in range(0, weight.shape[0], rows):
+        chunk = weight[start : start + rows]
+        found.append(
+            power_of(chunk, dequantize(row_range(q, start, len(chunk), weight.shape[0]), spec, chunk.shape[-1]))
+        )
+    return Power(sum(p.signal for p in found), sum(p.noise for p in found))
 
 
 def weight_range(weight: Tensor, around: InputParts = NO_INPUT_PARTS) -> tuple[Tensor, Tensor]:
@@ -85,18 +116,6 @@ def weight_range(weight: Tensor, around: InputParts = NO_INPUT_PARTS) -> tuple[T
     rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[-1]))
     ranges = [torch.aminmax(around.columns_of(chunk)) for chunk in weight.detach().split(rows)]
     return torch.stack([r[0] for r in ranges]).amin(), torch.stack([r[1] for r in ranges]).amax()
-
-
-def noise_power(weight: Tensor, q: Quantized, spec: QuantSpec) -> tuple[float, float]:
-    """(sum x^2, sum (x - x')^2) of a [N, K] weight in float64: what SQNR is made of."""
-    signal = noise = 0.0
-    rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[-1]))
-    for start in range(0, weight.shape[0], rows):
-        chunk = weight.detach()[start : start + rows].float()
-        back = dequantize(row_range(q, start, len(chunk), weight.shape[0]), spec, weight.shape[-1])
-        signal += float(chunk.square().sum(dtype=torch.float64))
-        noise += float((chunk - back).square().sum(dtype=torch.float64))
-    return signal, noise
 
 
 def row_range(q: Quantized, start: int, length: int, rows: int) -> Quantized:

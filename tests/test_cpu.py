@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from qpass.ops.cpu import build
 from qpass.ops.cpu.build import ISAS, Kernels, Missing, available_isas, use_isa
 from qpass.ops.cpu.library import c_functions
 from qpass.ops.cpu.matrix import SpecStruct
+from qpass.ops.cpu.weights import compare_weight, round_weight
 from qpass.spec import parse_spec
 
 SPECS = ["int8", "int4:g64:zero=float", "int2:g32:zero=float:scale=fp16", "int8:g48:asym", "int8:tensor", "int6",
@@ -228,6 +230,50 @@ def test_quantize_is_the_reference_to_the_bit(text: str, dtype: torch.dtype) -> 
     x = x.to(dtype)
     for ours, theirs in zip(torch.ops.qpass.quantize(x, text), reference.quantize(x, text), strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def rough(rows: int, columns: int) -> Tensor:
+    """Numbers of many sizes, a block of zeros, one so small that its scale vanishes, ties."""
+    x = random(rows, columns) * torch.logspace(-2, 3, columns)
+    x[0, : columns // 2] = 0
+    x[1] *= 1e-41
+    x[2, :16] = torch.tensor([2.5, -0.5, 1.5, 7.0] * 4)
+    return x
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["plain", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("text", [s for s in SPECS if not parse_spec(s).is_identity] + [
+    "int5:g20:asym", "int3:g24:asym", "int6:asym", "int8:tensor:asym", "int4:tensor:asym", "mxfp8:rceil", "mxfp4:rceil", "nf4:dq",
+])  # fmt: skip
+def test_a_weight_is_rounded_as_the_reference_does_to_the_bit(text: str, dtype: torch.dtype, columns: bool) -> None:
+    spec, x = parse_spec(text), rough(9, 77).to(dtype)
+    by = torch.rand(1, 77, generator=torch.Generator().manual_seed(1)) + 0.5 if columns else None
+    divided = x if by is None else x.float() / by
+    expected = quantize(divided, spec)
+    found = round_weight(x, spec, torch.aminmax(divided), by)
+    assert found is not None
+    stored, power = found
+    for ours, theirs in zip(stored.parts, expected.parts, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))  # type: ignore[union-attr]
+    back = dequantize(expected, spec, 77).double() * (1 if by is None else by.double())
+    assert power.signal == pytest.approx(float(x.double().square().sum()), rel=1e-5)
+    assert power.noise == pytest.approx(float((x.double() - back).square().sum()), rel=1e-4, abs=1e-12)
+    assert compare_weight(x, replace(stored, column_scale=by), spec) == power
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("text", ["int8", "int4:g32:asym", "nf4", "fp8_e4m3", "mxfp4", "nvfp4"])
+def test_a_weight_that_is_not_finite_is_not_rounded(text: str, value: float) -> None:
+    x = random(5, 96)
+    x[3, 95] = value
+    spec = parse_spec(text)
+    assert round_weight(x, spec, (torch.tensor(-1.0), torch.tensor(1.0))) is None
+
+
+def test_a_weight_whose_scales_overflow_is_not_rounded() -> None:
+    assert round_weight(random(5, 96) * 1e8, parse_spec("int8:g32:scale=fp16"), None) is None
 
 
 @pytest.mark.parametrize("text", ["int8", "int4:g7:asym", "fp8_e4m3:channel", "fp8_e4m3"])

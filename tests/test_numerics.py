@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from qpass.errors import QpassError
 from qpass.formats import E2M1_VALUES, FORMATS, NF4_VALUES
-from qpass.numerics import Quantized, choose_qparams, dequantize, fake_quantize, quantize, scale_values, sqnr_db
+from qpass.numerics import Quantized, choose_qparams, dequantize, fake_quantize, power_of, quantize, scale_values
 from qpass.packing import pack, packed_length, unpack
 from qpass.spec import every_format, parse_spec
 
@@ -33,7 +33,7 @@ SQNR = {
 @pytest.mark.parametrize(("spec", "expected"), SQNR.items(), ids=SQNR)
 def test_sqnr_on_gaussian_weights(spec: str, expected: float) -> None:
     x = torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
-    assert sqnr_db(x, fake_quantize(x, parse_spec(spec))) == pytest.approx(expected, abs=0.3)
+    assert power_of(x, fake_quantize(x, parse_spec(spec))).sqnr_db == pytest.approx(expected, abs=0.3)
 
 
 def test_nf4_mean_error_is_that_of_bitsandbytes() -> None:

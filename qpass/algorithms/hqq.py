@@ -12,7 +12,7 @@ from qpass.spec import QuantSpec
 _POWER, _BETA, _KAPPA, _TIMES = 0.7, 10.0, 1.01, 20
 
 
-def hqq_qparams(weight: Tensor, spec: QuantSpec, whole: tuple[Tensor, Tensor]) -> QParams:
+def hqq_qparams(weight: Tensor, spec: QuantSpec, whole: tuple[Tensor, Tensor] | None) -> QParams:
     """Scales of round to nearest of `weight` [N, K], and float zero points: by half-quadratic splitting of the sum of
     |error|^0.7, errors in steps. A block keeps the zero point that it had when that was least."""
     granularity = spec.granularity

@@ -76,8 +76,18 @@ def input_parts(
     return parts, stats, observed(stats, None if wide else qparams, wide)
 
 
-#: Rows of a weight, with (lowest, highest) of all of it -> Quantized.
-Rounding = Callable[[Tensor, tuple[Tensor, Tensor]], Quantized]
+#: Rows of a weight, with (lowest, highest) of all of it where the spec reads that -> Quantized.
+Rounding = Callable[[Tensor, tuple[Tensor, Tensor] | None], Quantized]
+
+
+def rounds_to_nearest(spec: QuantSpec, stats: InputStats | None) -> bool:
+    """Whether scales follow from the range and codes from the scales, whatever is done to the input before.
+
+    Raises `QpassError` if the spec needs data and there is none.
+    """
+    if stats is None:
+        check_data_free(spec)
+    return not {"hqq", "search", "gptq"} & set(spec.algorithms)
 
 
 def rounding_of(spec: QuantSpec, stats: InputStats | None) -> Rounding:
@@ -90,14 +100,14 @@ def rounding_of(spec: QuantSpec, stats: InputStats | None) -> Rounding:
     importance = None if stats is None else stats.importance
     solver = stats.solver if stats is not None and "gptq" in spec.algorithms else None
 
-    def qparams(rows: Tensor, whole: tuple[Tensor, Tensor]) -> QParams:
+    def qparams(rows: Tensor, whole: tuple[Tensor, Tensor] | None) -> QParams:
         if "hqq" in spec.algorithms:
             return hqq_qparams(rows, spec, whole)
         if "search" in spec.algorithms:
             return searched_qparams(rows, spec, whole, importance)
         return choose_qparams(rows, spec, whole)
 
-    def rounding(rows: Tensor, whole: tuple[Tensor, Tensor]) -> Quantized:
+    def rounding(rows: Tensor, whole: tuple[Tensor, Tensor] | None) -> Quantized:
         chosen = qparams(rows, whole)
         return quantize_to(rows, spec, chosen) if solver is None else solver.quantize(rows, spec, chosen)
 

@@ -15,7 +15,7 @@ _POWER = 2.4
 
 
 def searched_qparams(
-    weight: Tensor, spec: QuantSpec, whole: tuple[Tensor, Tensor], importance: Tensor | None = None
+    weight: Tensor, spec: QuantSpec, whole: tuple[Tensor, Tensor] | None, importance: Tensor | None = None
 ) -> QParams:
     """Scales and zero points of `weight` [N, K] with the least error; `importance` [K]: by how much a squared error counts.
 

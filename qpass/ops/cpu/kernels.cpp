@@ -43,7 +43,7 @@ int64_t qpass_rows(MATRIX(w_), const int64_t* indices, int64_t first, int64_t co
 }
 
 // x [n, k] of `dtype` -> the stored parts, which are written. `tokens`: rows of a head, where groups of them share scales or heads
-// have static ones. Gives whether a scale was infinite.
+// have static ones. Gives whether a number, or a scale, is not finite, if there are scales.
 int64_t qpass_quantize(MATRIX(w_), const void* x, int64_t tokens, int32_t dtype, const Frame* frame, int32_t threads) {
   Matrix w = AS_MATRIX(w_);
   auto rows_of = [&](int64_t first, int64_t count) {
@@ -55,21 +55,47 @@ int64_t qpass_quantize(MATRIX(w_), const void* x, int64_t tokens, int32_t dtype,
     return turned;
   };
   if (w.k * w.n < 1 << 15) threads = 1;
-  std::atomic<int64_t> infinite{0};
+  std::atomic<int64_t> trouble{0};
+  auto is_fine = [&](const float* rows, int64_t count) { return w.spec->scale == NO_SCALE || is_finite(rows, count * w.k); };
   if (w.spec->tokens) {
     parallel(w.n / tokens * w.scale_rows, 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         int64_t head = i / w.scale_rows, first = i % w.scale_rows * w.spec->tokens, count = least(w.spec->tokens, tokens - first);
-        if (!quantize_tokens(w, rows_of(head * tokens + first, count), head * tokens + first, count, i)) infinite = 1;
+        const float* rows = rows_of(head * tokens + first, count);
+        if (!is_fine(rows, count) || !quantize_tokens(w, rows, head * tokens + first, count, i)) trouble = 1;
       }
     });
-    return infinite;
+    return trouble;
   }
   parallel(w.n, most(1, (1 << 14) / most(1, w.k)), threads, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++)
-      if (!quantize_row(w, rows_of(r, 1), r)) infinite = 1;
+    for (int64_t r = begin; r < end; r++) {
+      const float* row = rows_of(r, 1);
+      if (!is_fine(row, 1) || !quantize_row(w, row, r)) trouble = 1;
+    }
   });
-  return infinite;
+  return trouble;
+}
+
+// A weight x [n, k] of `dtype` -> the stored parts, which are written as far as `work` says. `columns`: [k], by which it is divided
+// first, or none. `power` [n, 2]: of each row sum x^2 and sum (x - x')^2. Gives what is wrong: bits of Trouble.
+int64_t qpass_quantize_weight(MATRIX(w_), const void* x, int32_t dtype, const float* columns, int32_t work, double* power,
+                              int32_t threads) {
+  Matrix w = AS_MATRIX(w_);
+  std::atomic<int64_t> trouble{0};
+  with_reader(*w.spec, [&](auto reader) {
+    parallel(w.n, most(1, (1 << 16) / most(1, w.k)), threads, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        const float* row = (const float*)x + r * w.k;
+        if (dtype != X_FP32) {
+          float* converted = scratch<float>(ROWS, w.k);
+          from_dtype((const char*)x + r * w.k * size_of(dtype), w.k, dtype, converted);
+          row = converted;
+        }
+        trouble |= quantize_weight_row<decltype(reader)>(w, row, columns, r, Work(work), power + 2 * r);
+      }
+    });
+  });
+  return trouble;
 }
 
 // q [batch, heads, queries, k_k] float32; `sizes`: batch, heads, key heads, queries, tokens, capacities of keys and values,

@@ -21,11 +21,12 @@ def _functions(found: Kernels) -> Any:
     library.qpass_linear.argtypes = [*matrix, pointer, pointer, pointer, size, small, small, small, small]
     library.qpass_rows.argtypes = [*matrix, pointer, size, size, pointer, small, small]
     library.qpass_quantize.argtypes = [*matrix, pointer, size, small, pointer, small]
+    library.qpass_quantize_weight.argtypes = [*matrix, pointer, small, pointer, small, pointer, small]
     attention = [
         *matrix, *matrix, pointer, pointer, pointer, small, small, ctypes.c_float, pointer, small, pointer, small,
     ]  # fmt: skip
     library.qpass_attention.argtypes = attention
-    library.qpass_rows.restype = library.qpass_quantize.restype = size
+    library.qpass_rows.restype = library.qpass_quantize.restype = library.qpass_quantize_weight.restype = size
     library.qpass_linear.restype = library.qpass_attention.restype = None
     assert library.qpass_spec_bytes() == ctypes.sizeof(SpecStruct)
     return library

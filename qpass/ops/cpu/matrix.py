@@ -25,7 +25,7 @@ class SpecStruct(ctypes.Structure):
     """struct Spec of weight.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "tokens", "scale", "zero_point")),
+        *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "tokens", "scale", "zero_point", "ceil")),
         ("unit", ctypes.c_float),
         ("codebook", ctypes.c_float * 16),
         ("integers", ctypes.c_int8 * 16),
@@ -66,6 +66,7 @@ def cpu_spec(text: str) -> CpuSpec:
         spec.granularity.tokens if isinstance(spec.granularity, PerTokens) else 0,
         scale,
         spec.has_zero_point + spec.float_zero,
+        spec.scale_rounding != "floor",
         unit,
         (ctypes.c_float * 16)(*book),
         (ctypes.c_int8 * 16)(*(round(v / unit) for v in book)),

@@ -43,11 +43,13 @@ INLINE float from_fp16(uint16_t x) {
 // Nearest number with `mantissa` bits and this exponent bias, ties to even; subnormals are multiples of `least`. Gives the
 // bit pattern without sign: `x` is finite and not negative.
 INLINE uint32_t to_small_float(float x, int mantissa, int bias, float least) {
-  if (x < std::ldexp(least, mantissa)) return uint32_t(std::nearbyint(x / least));
   uint32_t u = bits_as<uint32_t>(x);
   int drop = 23 - mantissa;
   u += (1u << (drop - 1)) - 1 + ((u >> drop) & 1);
-  return (u >> drop) - (uint32_t(127 - bias) << mantissa);
+  uint32_t normal = (u >> drop) - (uint32_t(127 - bias) << mantissa);
+  float bound = least * float(1 << mantissa), small = x < bound ? x : bound;
+  uint32_t subnormal = uint32_t(int32_t(std::nearbyintf(small / least)));
+  return x < bound ? subnormal : normal;
 }
 
 INLINE uint16_t to_fp16(float x) {
@@ -62,15 +64,15 @@ INLINE uint16_t to_fp16(float x) {
 INLINE uint8_t to_e4m3(float x) {  // saturates; NaN stays NaN
   uint8_t sign = uint8_t(bits_as<uint32_t>(x) >> 24 & 0x80);
   float a = std::fabs(x);
-  if (std::isnan(x)) return sign | 0x7f;
-  return sign | uint8_t(to_small_float(a < 448.0f ? a : 448.0f, 3, 7, 0x1p-9f));
+  uint32_t code = to_small_float(a < 448.0f ? a : 448.0f, 3, 7, 0x1p-9f);
+  return sign | uint8_t(x == x ? code : 0x7f);
 }
 
 INLINE uint8_t to_e5m2(float x) {
   uint8_t sign = uint8_t(bits_as<uint32_t>(x) >> 24 & 0x80);
   float a = std::fabs(x);
-  if (std::isnan(x)) return sign | 0x7f;
-  return sign | uint8_t(to_small_float(a < 57344.0f ? a : 57344.0f, 2, 15, 0x1p-16f));
+  uint32_t code = to_small_float(a < 57344.0f ? a : 57344.0f, 2, 15, 0x1p-16f);
+  return sign | uint8_t(x == x ? code : 0x7f);
 }
 
 INLINE float from_e5m2(uint8_t x) { return from_fp16(uint16_t(x << 8)); }
@@ -114,6 +116,8 @@ INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
 INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+INLINE F magnitude(F x) { return _mm512_abs_ps(x); }
+INLINE float first_of(F x) { return _mm512_cvtss_f32(x); }
 INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
 INLINE __m128 sums_of(F a, F b, F c, F d) {
   auto fold = [](F x) { return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
@@ -172,6 +176,8 @@ INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
 INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+INLINE F magnitude(F x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+INLINE float first_of(F x) { return _mm256_cvtss_f32(x); }
 INLINE float sum(F x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -242,6 +248,8 @@ INLINE F fma(F a, F b, F c) { EACH(a.v[i] * b.v[i] + c.v[i]); }
 INLINE F mul(F a, F b) { EACH(a.v[i] * b.v[i]); }
 INLINE F add(F a, F b) { EACH(a.v[i] + b.v[i]); }
 INLINE F sub(F a, F b) { EACH(a.v[i] - b.v[i]); }
+INLINE F magnitude(F x) { EACH(std::fabs(x.v[i])); }
+INLINE float first_of(F x) { return x.v[0]; }
 INLINE float sum(F x) {
   for (int half = W / 2; half; half /= 2)
     for (int i = 0; i < half; i++) x.v[i] += x.v[i + half];

@@ -16,6 +16,7 @@ struct Spec {
   int32_t tokens;  // rows whose elements of one column share a scale; 0: rows have their own
   int32_t scale;   // a ScaleType
   int32_t zero_point;  // 0: none; 1: integers stored as the codes are; 2: floats stored as the scales are
+  int32_t ceil;        // E8M0 scales cover the range: they are rounded up
   float unit;  // a codebook's values are, nearly for nf4, these integers times this, for int8 products
   float codebook[16];
   int8_t integers[16];
@@ -52,6 +53,16 @@ INLINE uint32_t code_at(const uint8_t* row, int64_t i, int bits) {
   return (word >> (bit & 7)) & ((1u << bits) - 1);
 }
 
+INLINE void from_dtype(const void* x, int64_t count, int32_t dtype, float* out) {
+  if (dtype == X_FP32) std::memcpy(out, x, count * sizeof(float));
+  else {
+    const uint16_t* halves = (const uint16_t*)x;
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store(out + i, dtype == X_BF16 ? load_bf16(halves + i) : load_fp16(halves + i));
+    for (; i < count; i++) out[i] = dtype == X_BF16 ? from_bf16(halves[i]) : from_fp16(halves[i]);
+  }
+}
+
 // --- scales and zero points of a row ------------------------------------------------------------------------------
 
 // Number i of scales, or of zero points, that are floats.
@@ -72,8 +83,8 @@ INLINE const float* scales_of(const Matrix& m, int64_t r, float* scratch) {
   switch (m.spec->scale) {
     case NO_SCALE: return one;
     case SCALE_FP32: return (const float*)m.scale + at;
-    case SCALE_FP16: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_fp16(((const uint16_t*)m.scale)[at + i]); break;
-    case SCALE_BF16: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_bf16(((const uint16_t*)m.scale)[at + i]); break;
+    case SCALE_FP16: from_dtype(m.scale + 2 * at, blocks, X_FP16, scratch); break;
+    case SCALE_BF16: from_dtype(m.scale + 2 * at, blocks, X_BF16, scratch); break;
     case SCALE_E8M0: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_e8m0(m.scale[at + i]); break;
     case SCALE_E4M3: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_e4m3(m.scale[at + i]) * outer; break;
     case SCALE_UINT8: for (int64_t i = 0; i < blocks; i++) scratch[i] = float(m.scale[at + i]) * outer; break;
@@ -189,12 +200,6 @@ INLINE void to_dtype(const float* x, int64_t count, int32_t dtype, void* out) {
   if (dtype == X_FP32) std::memcpy(out, x, count * sizeof(float));
   else if (dtype == X_BF16) for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[i] = to_bf16(x[i]);
   else for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[i] = to_fp16(x[i]);
-}
-
-INLINE void from_dtype(const void* x, int64_t count, int32_t dtype, float* out) {
-  if (dtype == X_FP32) std::memcpy(out, x, count * sizeof(float));
-  else if (dtype == X_BF16) for (int64_t i = 0; i < count; i++) out[i] = from_bf16(((const uint16_t*)x)[i]);
-  else for (int64_t i = 0; i < count; i++) out[i] = from_fp16(((const uint16_t*)x)[i]);
 }
 
 INLINE int64_t size_of(int32_t dtype) { return dtype == X_FP32 ? 4 : 2; }
