@@ -63,7 +63,11 @@ def quantize(
 ) -> nn.Module: ...
 @overload
 def quantize(
-    model: ExportedProgram, recipe: str | Path | Recipe | Mapping[str, Any] = ..., *, strict: bool = ...
+    model: ExportedProgram,
+    recipe: str | Path | Recipe | Mapping[str, Any] = ...,
+    *,
+    calibration: Data | None = ...,
+    strict: bool = ...,
 ) -> ExportedProgram: ...
 def quantize(
     model: nn.Module | ExportedProgram,
@@ -82,16 +86,14 @@ def quantize(
     dicts of arguments, where tokens that `attention_mask` leaves out do not count; or all ids [N, S]; or text files. A recipe
     with kv makes `generate(ids)` use a KVCache of that format. The other arguments are those of `QPass`. Returns `model`; the
     same call again changes nothing. Of an ExportedProgram a quantized copy is returned, with the stored weights as buffers; it is
-    not compiled, and takes none of the arguments from `inputs` on but `strict`.
+    not compiled, and takes `calibration` and `strict` only.
     Raises `QpassError`, the model unchanged, for what cannot be quantized: a weight with NaN, on the meta device, already
     quantized, a group larger than a row, no site at all.
     """
     if isinstance(model, ExportedProgram):
-        if inputs is not None or calibration is not None:
-            raise QpassError(
-                "qpass.quantize: an ExportedProgram takes no inputs and no calibration; use specs that need no data"
-            )
-        return quantize_program(model, recipe, strict)
+        if inputs is not None:
+            raise QpassError("qpass.quantize: an ExportedProgram takes no inputs: its graph is captured already")
+        return quantize_program(model, recipe, strict, calibration)
     if not isinstance(model, nn.Module):
         raise QpassError(f"qpass.quantize: takes a torch.nn.Module or an ExportedProgram, got {type(model).__name__}")
     module: nn.Module = original_module(model)
@@ -275,7 +277,7 @@ def _convert(
     done = quantize_group(stored, group.spec, stats)
     for param, flipped, made in zip(params, group.transposed, done, strict=True):
         replacement = QTensor(made.quantized, group.spec, param.shape, param.dtype, flipped)
-        replacement.sqnr_db, replacement.observed = made.sqnr_db, made.observed
+        replacement.outcome = made.outcome
         replacements.append(replacement)
     fuse(replacements)
     for param, replacement in zip(params, replacements, strict=True):

@@ -178,7 +178,7 @@ class QPass:
                 raise QpassError("calibrate: no call of the compiled model inside of the block")
             self.give_out_bits(recording.runs)
             places = places_of(recording.runs)
-            quantize_in_order(recording.runs, places, self._choose)
+            quantize_in_order(recording.runs, places, self.choose)
             done = True
         finally:
             if not done:
@@ -202,7 +202,7 @@ class QPass:
                 "with backend.calibrate()"
             )
 
-    def _choose(self, group: WeightGroup, params: list[Tensor], stats: InputStats) -> list[QTensor]:
+    def choose(self, group: WeightGroup, params: list[Tensor], stats: InputStats) -> list[QTensor]:
         """Quantize float weights that stay where they are, for the graphs that will be captured."""
         if any(isinstance(p, QTensor) for p in params):
             raise QpassError(f"{group.names[0]}: calibrate: the weight is quantized already; load the float model")

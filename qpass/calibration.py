@@ -140,7 +140,7 @@ def record(model: nn.Module, backend: Planner, batches: Iterable[Batch], own: Ow
                 raise QpassError(
                     f"calibration: a batch is a {type(batch).__name__}; give token ids [batch, sequence] or a dict of arguments"
                 )
-            mask = _mask_of(batch)
+            mask = mask_of(batch)
             before = len(runs)
             with suppress(_Recorded):
                 compiled(**batch) if isinstance(batch, Mapping) else compiled(batch)
@@ -156,7 +156,7 @@ def record(model: nn.Module, backend: Planner, batches: Iterable[Batch], own: Ow
     return found
 
 
-def _mask_of(batch: Batch) -> Tensor | None:
+def mask_of(batch: Batch) -> Tensor | None:
     """Which tokens count; all of an encoder-decoder model, whose two sequences have masks of their own."""
     if not isinstance(batch, Mapping) or "decoder_input_ids" in batch:
         return None

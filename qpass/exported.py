@@ -15,8 +15,10 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, GraphModule, Node
 
 from qpass.backend import Capture, QPass
+from qpass.calibration import Data
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
+from qpass.exported_calibration import calibrate_program
 from qpass.exported_state import HeldCaches, hold_quantized, quantized_examples, with_lists
 from qpass.graph.expand import inline_no_grad
 from qpass.graph.torch_private import copy_captured, fake_like, fake_mode_of
@@ -31,25 +33,27 @@ from qpass.weights import memory_of
 
 
 def quantize_program(
-    program: ExportedProgram, recipe: str | Path | Recipe | Mapping[str, Any], strict: bool
+    program: ExportedProgram, recipe: str | Path | Recipe | Mapping[str, Any], strict: bool, data: Data | None = None
 ) -> ExportedProgram:
     """A new program whose weights are stored as `recipe` says, as buffers "<weight>_data", "<weight>_scale", ...
 
-    The given program is unchanged. Raises `QpassError` as `quantize` of a module does.
+    `data`: batches for calibration. The given program is unchanged. Raises `QpassError` as `quantize` of a module does.
     """
     if any(op_name(node).startswith("qpass::") for node in program.graph.nodes):
         raise QpassError("qpass.quantize: the program is already quantized; start from the one that torch.export made")
     backend = QPass(recipe, strict=strict, inner="eager")
-    if backend.recipe.bits is not None:
-        raise QpassError(
-            "qpass.quantize: an ExportedProgram is not calibrated, so it gets no bits by data; quantize the module"
-        )
+    if data is not None:
+        backend.use_data()
+    else:
+        backend.check_bits_given_out()
     fqns = program.graph_signature.inputs_to_parameters
     module = copy_captured(program.graph_module)
     inline_no_grad(module)
     placeholders = {n.name: n for n in module.graph.find_nodes(op="placeholder")}
     parameters = _parameters(module.graph, {placeholders[name]: program.state_dict[fqn] for name, fqn in fqns.items()})
     names = {node: fqns[node.name] for node in parameters}
+    if data is not None:
+        calibrate_program(program, module, parameters, names, data, backend)
     held = hold_quantized(program, module.graph, parameters, names, backend.recipe, _set_value)
     plan = backend.plan_parameters(module.graph, parameters, names, held=held.skips)
     by_name = {node.name: tensor for node, tensor in parameters.items()}

@@ -6,7 +6,8 @@ dequantized float weight; writing to it (`copy_`, `mul_`, `load_state_dict`) qua
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ class Token:
     """An identity that can be referred to weakly without touching the tensor: torch moves no tensor that has weak references."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What quantizing a weight gave: signal to noise in dB, the seconds that it took, what calibration saw of its input."""
+
+    sqnr_db: float = math.nan
+    seconds: float = 0.0
+    observed: Observed | None = None
+
+
 _KEEPING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
@@ -40,10 +50,9 @@ class QTensor(Tensor):
     quantized: Quantized
     spec: QuantSpec
     transposed: bool
-    sqnr_db: float
     token: Token
-    #: What calibration saw of its input, in the process that calibrated it.
-    observed: Observed | None
+    #: In the process that quantized it; a copy from a file knows the signal to noise only.
+    outcome: Outcome
     #: The buffer of several weights that this one is a row range of, once an operator reads them together.
     base: Quantized | None
 
@@ -57,7 +66,7 @@ class QTensor(Tensor):
         self, quantized: Quantized, spec: QuantSpec, shape: torch.Size, dtype: torch.dtype, transposed: bool = False
     ) -> None:
         self.quantized, self.spec, self.transposed = quantized, spec, transposed
-        self.sqnr_db, self.base, self.observed, self.token = float("nan"), None, None, Token()
+        self.outcome, self.base, self.token = Outcome(), None, Token()
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -130,7 +139,7 @@ class QTensor(Tensor):
 
     def _like(self, quantized: Quantized, dtype: torch.dtype | None = None) -> QTensor:
         like = QTensor(quantized, self.spec, self.shape, dtype or self.dtype, self.transposed)
-        like.sqnr_db, like.observed = self.sqnr_db, self.observed
+        like.outcome = self.outcome
         if quantized is self.quantized:
             like.base = self.base
         return like
@@ -149,7 +158,7 @@ class QTensor(Tensor):
         for mine, theirs in zip(self.quantized.parts, new.parts, strict=True):
             if mine is not None and theirs is not None:
                 mine.copy_(theirs)
-        self.sqnr_db = float("nan")
+        self.outcome = Outcome()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
         if id(self) not in memo:
@@ -160,7 +169,7 @@ class QTensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A row range of a larger buffer is saved by itself, not with the whole buffer behind it.
         parts = self.quantized.map(lambda p: p.clone() if p.untyped_storage().nbytes() > p.nbytes else p).all_parts
-        state = (parts, str(self.spec), tuple(self.shape), self.dtype, self.transposed, self.sqnr_db)
+        state = (parts, str(self.spec), tuple(self.shape), self.dtype, self.transposed, self.outcome.sqnr_db)
         return _rebuild_qtensor, (*state, isinstance(self, torch.nn.Parameter))
 
 
@@ -182,7 +191,7 @@ def _rebuild_qtensor(
     is_param: bool,
 ) -> QTensor:
     tensor = QTensor(Quantized(*parts), parse_spec(spec), torch.Size(shape), dtype, transposed)
-    tensor.sqnr_db = sqnr_db
+    tensor.outcome = Outcome(sqnr_db)
     return _as_parameter(tensor) if is_param else tensor
 
 

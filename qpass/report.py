@@ -34,7 +34,7 @@ class SiteReport:
     """One site: bytes of the float weight and of what is stored, SQNR in dB, or why it stays in float.
 
     `compute`: what its products are computed in, if there are any (see qpass.set_compute). `bytes_per_token`: of a cache.
-    `input`: what calibration saw of the input that it multiplies.
+    `input`: what calibration saw of the input that it multiplies. `seconds`: that quantizing it took, in this process.
     """
 
     kind: str
@@ -47,6 +47,7 @@ class SiteReport:
     compute: str | None = None
     bytes_per_token: float | None = None
     input: Observed | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,12 @@ def _weight_rows(name: str, param: Tensor, backend: QPass, eager: bool) -> list[
         reason = decision.skip.reason if decision.skip is not None else "stays in float"
         return [SiteReport(site.kind, name, None, before, before, None, reason)]
     assert stats is not None
-    sqnr = stats.sqnr_db if math.isfinite(stats.sqnr_db) else None
+    outcome = stats.outcome
+    sqnr = outcome.sqnr_db if math.isfinite(outcome.sqnr_db) else None
     kind = "+".join(dict.fromkeys((site.kind, *(r for r in site.roles if r in ("embedding", "vocab")))))
     compute = None if site.roles == ("embedding",) else compute_of(decision.spec, param.device.type)
-    return [SiteReport(kind, name, str(decision.spec), before, stats.nbytes, sqnr, None, compute, input=stats.observed)]
+    return [SiteReport(kind, name, str(decision.spec), before, stats.nbytes, sqnr, None, compute, None, outcome.observed,
+                       outcome.seconds)]  # fmt: skip
 
 
 def _cache_rows(captures: Sequence[Capture]) -> list[SiteReport]:
@@ -225,7 +228,7 @@ def _notes(backend: QPass, params: list[tuple[str, Tensor]], quantized: bool) ->
         k for k in ("embedding", "qkv", "attn_out", "ffn", "vocab") if getattr(backend.recipe, k) and k not in found
     ]
     stats = [(name, backend.store.stats(p)) for name, p in params]
-    wide = [name for name, s in stats if s is not None and s.observed is not None and s.observed.wide]
+    wide = [name for name, s in stats if s is not None and s.outcome.observed is not None and s.outcome.observed.wide]
     if wide:
         notes.append(f"input left in float, no one scale serves all its tokens: {', '.join(wide)}")
     notes += [f"the recipe names {kind}; the model has none" for kind in named]
@@ -245,4 +248,16 @@ def _notes(backend: QPass, params: list[tuple[str, Tensor]], quantized: bool) ->
         notes.append(
             f"{max(frames.values())} graphs of one function: at this limit torch runs further shapes in float, eagerly"
         )
-    return notes
+    return notes + _times(backend, params)
+
+
+def _times(backend: QPass, params: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """How long quantizing took, by algorithms, where they take long."""
+    spent: dict[str, tuple[float, int]] = {}
+    for _, param in params:
+        stats, decision = backend.store.stats(param), backend.decisions.of(param)
+        if stats is not None and decision is not None and decision.spec is not None and decision.spec.algorithms:
+            name = ", ".join(decision.spec.algorithms)
+            seconds, count = spent.get(name, (0.0, 0))
+            spent[name] = seconds + stats.outcome.seconds, count + param.numel()
+    return [f"{name}: {t:.1f} s, {t / n * 1e6:.2g} s per million weights" for name, (t, n) in spent.items()]

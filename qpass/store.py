@@ -7,6 +7,7 @@ loaded or edited after compiling all get the weights that belong to them.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from qpass.errors import QpassError
 from qpass.graph.torch_private import WeakIdKeyDictionary
 from qpass.memory import into_huge_pages
 from qpass.numerics import Quantized
-from qpass.observers import InputStats, Observed
-from qpass.qtensor import QTensor
+from qpass.observers import InputStats
+from qpass.qtensor import Outcome, QTensor
 from qpass.sites.group import WeightGroup
 from qpass.spec import QuantSpec
 from qpass.weights import as_rows, check_weight, concat_rows, measured_weight, row_range, weight_range
@@ -32,11 +33,10 @@ Parts = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class WeightStats:
-    """What quantizing one Parameter gave: stored bytes, the signal to noise ratio in dB, what calibration saw of its input."""
+    """What quantizing one Parameter gave, and the bytes that it is stored in."""
 
     nbytes: int
-    sqnr_db: float
-    observed: Observed | None = None
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class Made:
     """One weight, quantized."""
 
     quantized: Quantized
-    sqnr_db: float
-    observed: Observed | None = None
+    outcome: Outcome
 
 
 class _Entry:
@@ -111,7 +110,7 @@ class WeightStore:
     def stats(self, param: Tensor) -> WeightStats | None:
         """What quantizing `param` gave, if it was done here or the Parameter is a QTensor."""
         if isinstance(param, QTensor):
-            return WeightStats(param.stored_nbytes, param.sqnr_db, param.observed)
+            return WeightStats(param.stored_nbytes, param.outcome)
         return self._stats.get(param)
 
     def _make(self, params: Sequence[Tensor], group: WeightGroup) -> Parts:
@@ -148,7 +147,7 @@ class WeightStore:
             if not isinstance(weight, QTensor):
                 outer = made.quantized.outer_scale
                 twice = outer.nbytes if shared and i and outer is not None else 0
-                self._stats[weight] = WeightStats(made.quantized.nbytes - twice, made.sqnr_db, made.observed)
+                self._stats[weight] = WeightStats(made.quantized.nbytes - twice, made.outcome)
         whole = done[0].quantized
         if len(done) > 1:
             whole = concat_rows([made.quantized for made in done], [s.shape[0] for s in stored], keep_single=shared)
@@ -183,15 +182,21 @@ def quantize_group(weights: Sequence[Tensor], spec: QuantSpec, stats: InputStats
 
     In nvfp4 the weights of a group share the float that multiplies their scales, so that one kernel can run them all.
     """
+    begin = time.perf_counter()
     around, stats, seen = input_parts(weights, spec, stats)
+    if stats is not None and "gptq" in spec.algorithms:
+        stats.solver  # noqa: B018  made once for all of them
     shared = None
     if spec.format.scale == "e4m3" and len(weights) > 1:
         ranges = [weight_range(w, around) for w in weights]
         shared = (torch.stack([r[0] for r in ranges]).amin(), torch.stack([r[1] for r in ranges]).amax())
+    common = time.perf_counter() - begin
     done = []
     for weight in weights:
+        start = time.perf_counter()
         quantized, power = measured_weight(weight, spec, shared, stats, around)
-        done.append(Made(quantized, power.sqnr_db, seen))
+        seconds = time.perf_counter() - start + common / len(weights)
+        done.append(Made(quantized, Outcome(power.sqnr_db, seconds, seen)))
     return done
 
 

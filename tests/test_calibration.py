@@ -137,10 +137,37 @@ def test_every_kind_of_linear(name: str) -> None:
     )
 
 
-def test_an_exported_program_takes_no_data() -> None:
+@pytest.mark.parametrize(
+    "recipe", [SPEC, "int8:smooth@int8:static", qpass.Recipe.uniform("int4:g32:asym:gptq", bits=5.5)], ids=str
+)
+def test_an_exported_program_is_calibrated_as_the_module_is(recipe: Any) -> None:
+    program = torch.export.export(
+        Two().eval(), (tokens(),), dynamic_shapes=({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    )
+    batches = [tokens(2, 12, seed) for seed in range(4)]
+    before = {name: value.clone() for name, value in program.state_dict.items()}
+    found = qpass.quantize(program, recipe, calibration=batches)
+    model = qpass.quantize(copied(program), recipe, calibration=batches, inner="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(found.module()(tokens()), model(tokens()), rtol=1e-5, atol=1e-5)
+    rows, expected = ({(r.name, r.format) for r in qpass.report(x).sites} for x in (found, model))
+    assert rows == expected
+    assert all(torch.equal(before[name], value) for name, value in program.state_dict.items())
+
+
+def copied(program: torch.export.ExportedProgram) -> torch.nn.Module:
+    model = Two().eval()
+    model.load_state_dict(program.state_dict)
+    return model
+
+
+@pytest.mark.parametrize("batches, says", [
+    ([], "no batches"), ([tokens(3, 5)], "was exported for"), ([{"wrong": tokens()}], "takes no 'wrong'"),
+], ids=["none", "shape", "name"])  # fmt: skip
+def test_what_does_not_fit_an_exported_program_is_refused(batches: Any, says: str) -> None:
     program = torch.export.export(Two().eval(), (tokens(),))
-    with pytest.raises(qpass.QpassError, match="takes no inputs and no calibration"):
-        qpass.quantize(program, SPEC, calibration=[tokens()])
+    with pytest.raises(qpass.QpassError, match=says):
+        qpass.quantize(program, SPEC, calibration=batches)
     with pytest.raises(qpass.QpassError, match="gptq needs data"):
         qpass.quantize(program, SPEC)
 

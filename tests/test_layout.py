@@ -24,7 +24,7 @@ LAYERS = [
     {"backend"},
     {"registry"},
     {"cache", "cache_layers", "report", "evaluate", "plan"},
-    {"exported", "exported_state"},
+    {"exported", "exported_calibration", "exported_state"},
     {"api", "cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -43,7 +43,7 @@ def test_every_site_with_its_bytes_and_sqnr(family: str) -> None:
 def test_json_and_table() -> None:
     report = qpass.report(compiled("llama"))
     data = json.loads(json.dumps(report.to_json()))
-    fields = "kind name format bytes_before bytes_after sqnr_db skipped compute bytes_per_token input"
+    fields = "kind name format bytes_before bytes_after sqnr_db skipped compute bytes_per_token input seconds"
     assert set(fields.split()) == data["sites"][0].keys()
     assert data["bytes_before"] == sum(s["bytes_before"] for s in data["sites"])
     assert data["bytes_after"] == sum(s["bytes_after"] for s in data["sites"])
