@@ -13,6 +13,10 @@ from typing import Any
 
 from qpass.api import diff as diff
 from qpass.api import quantize as quantize
+from qpass.artifact.checkpoint import quantize_checkpoint as quantize_checkpoint
+from qpass.artifact.load import load as load
+from qpass.artifact.load import verify as verify
+from qpass.artifact.save import save as save
 from qpass.backend import QPass as QPass
 from qpass.compute import set_compute as set_compute
 from qpass.doctor import doctor as doctor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -14,15 +15,15 @@ from torch.fx import GraphModule
 
 from qpass.algorithms.rounding import check_data_free, needs_data
 from qpass.backend import QPass
-from qpass.calibration import Data, batches_of, record
+from qpass.calibration import Data, NothingLeft, batches_of, record
 from qpass.decisions import Decision
 from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
 from qpass.exported import quantize_program
+from qpass.finish import finish
 from qpass.graph.torch_private import (
     as_plain_module,
     backend_of,
-    compile_in_place,
     copy_captured,
     errors_through_dynamo,
     isolated,
@@ -39,7 +40,7 @@ from qpass.recipe import Recipe
 from qpass.registry import FINISHED, captured, captures_of
 from qpass.replay import places_of, quantize_in_order
 from qpass.sites.group import WeightGroup, each_once, group_weights
-from qpass.store import fuse, guards_beside_the_lookup, quantize_group
+from qpass.store import Kept, fuse, quantize_group
 from qpass.weights import as_rows, check_weight, memory_of
 
 #: A group of weights and the Parameters that it stands for.
@@ -96,8 +97,15 @@ def quantize(
         return quantize_program(model, recipe, strict, calibration)
     if not isinstance(model, nn.Module):
         raise QpassError(f"qpass.quantize: takes a torch.nn.Module or an ExportedProgram, got {type(model).__name__}")
-    module: nn.Module = original_module(model)
     backend = QPass(recipe, strict=strict, inner=inner, mode=mode)
+    return quantize_module(original_module(model), backend, inputs, calibration)
+
+
+def quantize_module(
+    module: nn.Module, backend: QPass, inputs: Any = None, calibration: Data | None = None, kept: Kept | None = None
+) -> nn.Module:
+    """`quantize` with a backend of one's own. `kept`: has what an earlier run has made, and is given what this one makes."""
+    kept = kept or Kept()
     if calibration is not None:
         backend.use_data()
     if _is_done(module, backend):
@@ -107,29 +115,27 @@ def quantize(
     groups = _discover(module, backend, inputs, own)
     for group, params in groups:
         for name, flipped, param in zip(group.names, group.transposed, params, strict=True):
-            check_weight(as_rows(param, flipped), group.spec, name)
+            if not kept.goes_on:  # or when its turn comes: nothing is lost then
+                check_weight(as_rows(param, flipped), group.spec, name)
         if calibration is None:
             check_data_free(group.spec)
             backend.check_bits_given_out()
     owners = _owners(module)
     if calibration is not None:
-        groups = _calibrated(module, backend, calibration, groups, owners, own)
+        groups = _calibrated(module, backend, calibration, groups, owners, own, kept)
     for i in track(range(len(groups)), "qpass: quantizing"):
         group, params = groups[i]
         groups[i] = None  # type: ignore[call-overload]  # the float weights of a group are freed before the next
-        _convert(group, params, owners, backend)
+        _convert(group, params, owners, backend, kept)
         del params
     own.store()
     own_memory(module)
     return_freed_heap()
-    compile_in_place(module, backend, guards_beside_the_lookup)
-    module._apply = _ApplyToFreshParameters(module)  # type: ignore[method-assign]
-    _prepare_generate(module, backend.recipe)
-    return module
+    return finish(module, backend)
 
 
 def _calibrated(
-    model: nn.Module, backend: QPass, data: Data, groups: list[Planned], owners: Owners, own: OwnState
+    model: nn.Module, backend: QPass, data: Data, groups: list[Planned], owners: Owners, own: OwnState, kept: Kept
 ) -> list[Planned]:
     """Quantize what linears multiply, in the order of the graphs; -> the groups that are left (tables, what no batch used)."""
     try:
@@ -137,7 +143,7 @@ def _calibrated(
     finally:
         own.undo()
     if backend.recipe.bits is not None:
-        backend.give_out_bits(runs)
+        backend.give_out_bits(runs, kept)
         groups[:] = [single for group, params in groups for single in _as_decided(group, params, backend)]
     places = places_of(runs)
     left = each_once(groups, {one for key in places for one in key})
@@ -148,7 +154,9 @@ def _calibrated(
                 "that do, or give this site a spec without data"
             )
     groups.clear()  # the float weights of a group are freed before the next
-    quantize_in_order(runs, places, lambda group, params, stats: _convert(group, params, owners, backend, stats))
+    quantize_in_order(
+        runs, places, lambda group, params, stats: _convert(group, params, owners, backend, kept, stats), kept.has
+    )
     return left
 
 
@@ -182,9 +190,16 @@ def _is_done(model: nn.Module, backend: QPass) -> bool:
 
 
 def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> list[Planned]:
-    """Run the model once in float and plan every graph that is captured: what will be quantized, in which groups."""
+    """Call the model once and plan every graph that is captured: what will be quantized, in which groups.
+
+    The call runs in float, unless the first graph holds all of the model.
+    """
     groups: list[Planned] = []
     seen: set[tuple[Any, ...]] = set()
+    everything = {memory_of(p) for p in model.parameters()}
+
+    def end(*args: Any) -> Any:
+        raise NothingLeft
 
     def capture(captured: GraphModule, args: Sequence[Any]) -> Any:
         gm = copy_captured(captured)
@@ -196,10 +211,10 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> l
         groups.extend(each_once(planned, seen))
         specs = backend.recipe.kv_specs
         own.see(gm.graph, args, [] if specs is None else find_held(gm.graph, parameters, {}, specs)[0])
-        return captured.forward
+        return end if everything <= {memory_of(tensor) for tensor in parameters.values()} else captured.forward
 
     try:
-        with torch.no_grad(), as_plain_module(model):
+        with torch.no_grad(), as_plain_module(model), suppress(NothingLeft):
             _call(torch.compile(model, backend=capture, **isolated()), model, inputs)
     finally:
         own.undo()
@@ -249,7 +264,7 @@ def _call(compiled: Any, model: nn.Module, inputs: Any) -> None:
                 compiled(**{k: v.to(device) for k, v in given.items()})
             else:
                 compiled(ids)
-        except QpassError:
+        except (QpassError, NothingLeft):
             raise
         except Exception as error:
             tried = f"its dummy_inputs {list(given)}" if given else f"token ids of shape {list(ids.shape)}"
@@ -269,12 +284,23 @@ def _owners(model: nn.Module) -> Owners:
 
 
 def _convert(
-    group: WeightGroup, params: list[Tensor], owners: Owners, backend: QPass, stats: InputStats | None = None
+    group: WeightGroup,
+    params: list[Tensor],
+    owners: Owners,
+    backend: QPass,
+    kept: Kept,
+    stats: InputStats | None = None,
 ) -> list[QTensor]:
     """Put QTensors in the place of one group of float Parameters, as row ranges of one buffer."""
     stored = [as_rows(p, flipped) for p, flipped in zip(params, group.transposed, strict=True)]
     replacements = []
-    done = quantize_group(stored, group.spec, stats)
+    done = kept.get(group)
+    if done is None:
+        for row, name in zip(stored, group.names, strict=True):
+            if kept.goes_on:
+                check_weight(row, group.spec, name)
+        done = quantize_group(stored, group.spec, stats)
+        kept.put(group, done)
     for param, flipped, made in zip(params, group.transposed, done, strict=True):
         replacement = QTensor(made.quantized, group.spec, param.shape, param.dtype, flipped)
         replacement.outcome = made.outcome
@@ -289,33 +315,3 @@ def _convert(
         backend.decisions.adopt(installed, decision)
         drop_mapped_pages(param)
     return replacements
-
-
-def _prepare_generate(model: nn.Module, recipe: Recipe) -> None:
-    """transformers' generate: our compiled call is not to be compiled again around it, and kv makes its own cache."""
-    config = getattr(model, "generation_config", None)
-    if config is None or not hasattr(model, "_prepare_cache_for_generation"):
-        return
-    config.disable_compile = True
-    if recipe.kv_specs is not None:
-        from qpass.cache import CacheForGenerate
-
-        model.__dict__["_prepare_cache_for_generation"] = CacheForGenerate(model, *recipe.kv_specs)
-
-
-class _ApplyToFreshParameters:
-    """Stands in for `model._apply`, which `.to()` calls: torch exchanges the contents of a tensor subclass, and refuses
-    where a weak reference to it exists; Dynamo holds one to every Parameter it guards. New Parameters have none."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
-        fresh: dict[int, nn.Parameter] = {}
-        for module in self.model.modules():
-            for name, param in module._parameters.items():
-                if isinstance(param, QTensor):
-                    if id(param) not in fresh:
-                        fresh[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
-                    module._parameters[name] = fresh[id(param)]
-        return type(self.model)._apply(self.model, fn, recurse)

@@ -65,7 +65,7 @@ from qpass.sites.classify import Context
 from qpass.sites.core import Edit, Plan, Skip
 from qpass.sites.find import find_sites
 from qpass.sites.group import WeightGroup, group_weights
-from qpass.store import WeightStore, anchor, quantize_group
+from qpass.store import Kept, WeightStore, anchor, quantize_group
 from qpass.weights import as_rows, check_weight
 
 #: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
@@ -188,10 +188,11 @@ class QPass:
             for code in recording.codes:
                 forget_code(code)
 
-    def give_out_bits(self, runs: Sequence[Run]) -> None:
-        """Decide the formats of weights by recorded calls, if the recipe says `bits`."""
+    def give_out_bits(self, runs: Sequence[Run], kept: Kept | None = None) -> None:
+        """Decide the formats of weights by recorded calls, if the recipe says `bits`. `kept`: may know what comes of it."""
         if self.recipe.bits is not None:
-            with_bits(runs, self.recipe.bits, self.decisions)
+            kept = kept or Kept()
+            kept.keep_bits(with_bits(runs, self.recipe.bits, self.decisions, kept.bits()))
             self._bits_given_out = True
 
     def check_bits_given_out(self) -> None:
@@ -202,7 +203,7 @@ class QPass:
                 "with backend.calibrate()"
             )
 
-    def choose(self, group: WeightGroup, params: list[Tensor], stats: InputStats) -> list[QTensor]:
+    def choose(self, group: WeightGroup, params: list[Tensor], stats: InputStats | None) -> list[QTensor]:
         """Quantize float weights that stay where they are, for the graphs that will be captured."""
         if any(isinstance(p, QTensor) for p in params):
             raise QpassError(f"{group.names[0]}: calibrate: the weight is quantized already; load the float model")

@@ -105,7 +105,7 @@ class Planner(Protocol):
         """See QPass."""
 
 
-class _Recorded(Exception):
+class NothingLeft(Exception):
     """Ends a call whose whole graph is known: nothing need be computed."""
 
 
@@ -127,7 +127,7 @@ def record(model: nn.Module, backend: Planner, batches: Iterable[Batch], own: Ow
         def call(*given: Any) -> Any:
             runs.append(Run(program, given, mask))
             if not fragment:
-                raise _Recorded
+                raise NothingLeft
             own.see(module.graph, given, [])
             return captured.forward(*given)
 
@@ -142,7 +142,7 @@ def record(model: nn.Module, backend: Planner, batches: Iterable[Batch], own: Ow
                 )
             mask = mask_of(batch)
             before = len(runs)
-            with suppress(_Recorded):
+            with suppress(NothingLeft):
                 compiled(**batch) if isinstance(batch, Mapping) else compiled(batch)
             if len(runs) == before:
                 raise QpassError(

@@ -281,11 +281,13 @@ def places_of(runs: Sequence[Run]) -> dict[Key, Place]:
 def quantize_in_order(
     runs: Sequence[Run],
     places: Mapping[Key, Place],
-    convert: Callable[[WeightGroup, list[Tensor], InputStats], Sequence[QTensor]],
+    convert: Callable[[WeightGroup, list[Tensor], InputStats | None], Sequence[QTensor]],
+    is_known: Callable[[WeightGroup], bool] = lambda group: False,
 ) -> None:
     """Quantize the weights of all places, each with what the runs give of its input.
 
-    `convert`: (group, its float weights, stats of their input) -> QTensors, which the runs go on with.
+    `convert`: (group, its float weights, stats of their input) -> QTensors, which the runs go on with. `is_known`: it gives
+    those of a group without stats.
     Raises `QpassError` for an input with NaN or inf, naming the site.
     """
     done: set[tuple[object, ...]] = set()
@@ -296,32 +298,39 @@ def quantize_in_order(
         done |= set(key)
         if not new:
             continue
-        group = place.readers[0][1].group
-        stats: InputStats | None = None
-        for run, stop in place.readers:
-            rows = run.rows(stop)
-            stats = stats or InputStats.empty(rows.shape[-1], rows.device, needs_hessian(group.spec))
-            stats.add(rows)
-            del rows
-            if run.is_narrow or sum(r.nbytes for r in runs) <= BUDGET:
-                run.mark()
-            else:
-                run.back()  # computed again behind the weights that are quantized now
-        assert stats is not None
-        if not stats.tokens:
-            _no_token(group)
-        stats.partial = place.again
-        if not bool(torch.isfinite(stats.squares).all()):
-            raise QpassError(
-                f"{group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
-                "weights before it are quantized already: load the model again"
-            )
-        stored = convert(group.subset(new), weights, stats)
+        group = place.readers[0][1].group.subset(new)
+        stats = None if is_known(group) else _collect(place, runs, needs_hessian(group.spec))
+        stored = convert(group, weights, stats)
         for run in runs:
             for node, value in run.weights.items():
                 for weight, quantized in zip(weights, stored, strict=True):
                     if value is weight:
                         run.weights[node] = quantized
+
+
+def _collect(place: Place, runs: Sequence[Run], hessian: bool) -> InputStats:
+    """What the runs give to the weights of a place; they come as far as it."""
+    group = place.readers[0][1].group
+    stats: InputStats | None = None
+    for run, stop in place.readers:
+        rows = run.rows(stop)
+        stats = stats or InputStats.empty(rows.shape[-1], rows.device, hessian)
+        stats.add(rows)
+        del rows
+        if run.is_narrow or sum(r.nbytes for r in runs) <= BUDGET:
+            run.mark()
+        else:
+            run.back()  # computed again behind the weights that are quantized now
+    assert stats is not None
+    if not stats.tokens:
+        _no_token(group)
+    stats.partial = place.again
+    if not bool(torch.isfinite(stats.squares).all()):
+        raise QpassError(
+            f"{group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
+            "weights before it are quantized already: load the model again"
+        )
+    return stats
 
 
 def _no_token(group: WeightGroup) -> None:

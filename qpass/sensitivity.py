@@ -210,8 +210,12 @@ def give_out(
     }
 
 
-def with_bits(runs: Sequence[Run], bits: float, decisions: Decisions) -> None:
+def with_bits(
+    runs: Sequence[Run], bits: float, decisions: Decisions, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Give out `bits` a number to the weights of the recorded calls: decisions and runs are of these formats afterwards.
+
+    Returns weight -> spec; `known`: what an earlier call returned, which is taken as it is.
 
     Left as the recipe says are weights that it names by an override, other formats than integers, rows below GROUP, and what no
     output depends on.
@@ -233,7 +237,11 @@ def with_bits(runs: Sequence[Run], bits: float, decisions: Decisions) -> None:
         kept = decision.spec is None or decision.spec.format.kind != "uniform" or known.columns < GROUP
         return None if named or kept or not seen else decision.spec
 
-    chosen = give_out(measure(runs), bits, like)
+    names = {memory_of(w): decided(w).site.name for run in runs for w in run.weights.values() if decisions.of(w)}
+    if known is None:
+        chosen = give_out(measure(runs), bits, like)
+    else:
+        chosen = {key: parse_spec(known[name]) for key, name in names.items() if name in known}
 
     def spec_of(weight: Tensor) -> QuantSpec:
         spec = chosen.get(memory_of(weight)) or decided(weight).spec
@@ -249,6 +257,7 @@ def with_bits(runs: Sequence[Run], bits: float, decisions: Decisions) -> None:
         if key not in programs:
             programs[key] = run.program.with_specs(run.weights, spec_of)
         run.program = programs[key]
+    return {names[key]: str(spec) for key, spec in chosen.items()}
 
 
 def cheapest(choices: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:

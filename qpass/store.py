@@ -47,6 +47,33 @@ class Made:
     outcome: Outcome
 
 
+class Kept:
+    """What an earlier, interrupted run of the same work has made. This one kept nothing.
+
+    `goes_on`: a run that fails can be started again, and goes on.
+    """
+
+    goes_on = False
+
+    def bits(self) -> dict[str, str] | None:
+        """Weight -> spec, where bits were given out."""
+        return None
+
+    def keep_bits(self, specs: dict[str, str]) -> None:
+        """Bits were given out."""
+
+    def has(self, group: WeightGroup) -> bool:
+        """Whether `get` gives something."""
+        return False
+
+    def get(self, group: WeightGroup) -> list[Made] | None:
+        """The weights of a group, if they are there."""
+        return None
+
+    def put(self, group: WeightGroup, made: Sequence[Made]) -> None:
+        """The weights of a group were made."""
+
+
 class _Entry:
     """The parts of a group and what they were made from."""
 

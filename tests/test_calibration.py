@@ -161,7 +161,7 @@ def copied(program: torch.export.ExportedProgram) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("batches, says", [
+@pytest.mark.parametrize(("batches", "says"), [
     ([], "no batches"), ([tokens(3, 5)], "was exported for"), ([{"wrong": tokens()}], "takes no 'wrong'"),
 ], ids=["none", "shape", "name"])  # fmt: skip
 def test_what_does_not_fit_an_exported_program_is_refused(batches: Any, says: str) -> None:

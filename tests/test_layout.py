@@ -25,7 +25,10 @@ LAYERS = [
     {"registry"},
     {"cache", "cache_layers", "report", "evaluate", "plan"},
     {"exported", "exported_calibration", "exported_state"},
-    {"api", "cli"},
+    {"finish"},
+    {"api"},
+    {"artifact"},
+    {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)

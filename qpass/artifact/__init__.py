@@ -1,0 +1,1 @@
+"""Quantized models as folders: safetensors and one manifest, checked before they are used."""

@@ -1,0 +1,194 @@
+"""qpass.quantize_checkpoint: from a folder of float weights to an artifact, in little memory; a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpass.api import quantize_module
+from qpass.artifact.manifest import sha256_of, sync
+from qpass.artifact.save import check_target, save
+from qpass.backend import QPass
+from qpass.calibration import Data, batches_of
+from qpass.errors import QpassError
+from qpass.numerics import PART_NAMES, Quantized
+from qpass.observers import Observed
+from qpass.packing import as_bytes
+from qpass.qtensor import Outcome
+from qpass.recipe import Recipe
+from qpass.sites.group import WeightGroup
+from qpass.store import Kept, Made
+
+_KEY = "key.json"
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    recipe: str | Path | Recipe | Mapping[str, Any] = "int8",
+    *,
+    calibration: Data | None = None,
+    strict: bool = False,
+) -> str:
+    """Quantize the transformers model in folder `source` into the artifact `target`; returns its hash.
+
+    Weights are mapped from the safetensors files and read as they are quantized, so memory holds the quantized model and the
+    largest group of float weights, and with `calibration` what its calls need. What is made lies in "<target>.unfinished" until
+    the end: the same call after a kill goes on from there, to the same hash. Raises `QpassError` if that folder belongs to
+    another recipe, source or other calibration data, and for what `quantize` and `save` refuse.
+    """
+    source, target = Path(source), Path(target)
+    if not (source / "config.json").is_file():
+        raise QpassError(f"{source}: no transformers model there (config.json is missing)")
+    check_target(target)
+    model = _mapped(source)
+    backend = QPass(recipe, strict=strict, inner="eager")
+    batches = None if calibration is None else [_plain(batch) for batch in batches_of(calibration, model)]
+    data = None if batches is None else hash_of_data(batches)
+    if batches is not None:
+        backend.use_data()
+    unfinished = Unfinished(target.with_name(f"{target.name}.unfinished"))
+    unfinished.begin(
+        {
+            "source": _identity(source),
+            "recipe": json.dumps(backend.recipe.to_dict(), sort_keys=True),
+            "calibration": data,
+            "versions": f"qpass {version('qpass-torch')}, torch {torch.__version__}",
+        }
+    )
+    quantize_module(model, backend, calibration=batches, kept=unfinished)
+    done = save(model, target, calibration=data)
+    shutil.rmtree(unfinished.folder)
+    return done
+
+
+class Unfinished(Kept):
+    """The weights that were made so far, each group in a file of its own, and what they were made for."""
+
+    goes_on = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def begin(self, key: Mapping[str, str | None]) -> None:
+        """Raises `QpassError` if what is there was made for something else."""
+        path = self.folder / _KEY
+        if not path.is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            self._write(_KEY, json.dumps(key).encode())
+            return
+        before = json.loads(path.read_text())
+        for name, value in key.items():
+            if before.get(name) != value:
+                raise QpassError(
+                    f"{self.folder}: was begun with another {name}; give the same as then to go on, or delete the folder"
+                )
+
+    def bits(self) -> dict[str, str] | None:
+        path = self.folder / "bits.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def keep_bits(self, specs: dict[str, str]) -> None:
+        self._write("bits.json", json.dumps(specs).encode())
+
+    def has(self, group: WeightGroup) -> bool:
+        return self._file(group).is_file()
+
+    def get(self, group: WeightGroup) -> list[Made] | None:
+        from safetensors import safe_open
+
+        if not self.has(group):
+            return None
+        made = []
+        with safe_open(self._file(group), framework="pt") as file:
+            there, outcomes = set(file.keys()), json.loads(file.metadata()["outcomes"])
+            for i, outcome in enumerate(outcomes):
+                parts = [file.get_tensor(f"{i}.{p}").clone() if f"{i}.{p}" in there else None for p in PART_NAMES]
+                types = group.spec.stored_parts
+                typed = [p if p is None or j not in types else p.view(types[j]) for j, p in enumerate(parts)]
+                seen = None if outcome["observed"] is None else Observed(**outcome["observed"])
+                decibels = math.inf if outcome["sqnr_db"] is None else outcome["sqnr_db"]
+                made.append(Made(Quantized(*typed), Outcome(decibels, outcome["seconds"], seen)))  # type: ignore[arg-type]
+        return made
+
+    def put(self, group: WeightGroup, made: Sequence[Made]) -> None:
+        from safetensors.torch import save
+
+        tensors = {
+            f"{i}.{part}": as_bytes(tensor).contiguous().clone()
+            for i, one in enumerate(made)
+            for part, tensor in zip(PART_NAMES, one.quantized.all_parts, strict=True)
+            if tensor is not None
+        }
+        outcomes = [asdict(one.outcome) for one in made]
+        for outcome in outcomes:
+            outcome["sqnr_db"] = outcome["sqnr_db"] if math.isfinite(outcome["sqnr_db"]) else None
+        self._write(self._file(group).name, save(tensors, {"outcomes": json.dumps(outcomes)}))
+
+    def _file(self, group: WeightGroup) -> Path:
+        named = json.dumps([str(group.spec), *group.names])
+        return self.folder / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.safetensors"
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Whole or not at all."""
+        new = self.folder / f"{name}.new"
+        new.write_bytes(content)
+        sync(new)
+        os.replace(new, self.folder / name)
+
+
+def hash_of_data(batches: Sequence[Any]) -> str:
+    """SHA-256 of calibration batches: of their tensors and the names of arguments."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        items = sorted(batch.items()) if isinstance(batch, Mapping) else [("", batch)]
+        for name, value in items:
+            text = (
+                f"{value.dtype} {list(value.shape)} {sha256_of(value.cpu())}"
+                if isinstance(value, Tensor)
+                else repr(value)
+            )
+            digest.update(f"{name} {text}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _plain(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _mapped(source: Path) -> nn.Module:
+    """The model with its weights mapped from its files, in their own type."""
+    try:
+        import transformers
+    except ImportError:
+        raise QpassError("transformers is not installed: pip install 'qpass-torch[hf]'") from None
+    config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+    names = getattr(config, "architectures", None) or [""]
+    found = getattr(transformers, str(names[0]), transformers.AutoModelForCausalLM)
+    model: nn.Module = found.from_pretrained(source, dtype="auto", local_files_only=True)
+    return model.eval()
+
+
+def _identity(source: Path) -> str:
+    """Changes when the checkpoint does: names, sizes and times of its files, their headers, its config."""
+    digest = hashlib.sha256((source / "config.json").read_bytes())
+    for path in sorted((*source.glob("*.safetensors"), *source.glob("*.bin"))):
+        known = path.stat()
+        with path.open("rb") as file:
+            head = file.read(8)
+            header = file.read(min(int.from_bytes(head, "little"), 1 << 26)) if path.suffix == ".safetensors" else b""
+        digest.update(f"{path.name} {known.st_size} {known.st_mtime_ns}\n".encode() + header)
+    return digest.hexdigest()

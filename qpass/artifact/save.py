@@ -1,0 +1,255 @@
+"""qpass.save: a quantized model into a folder, which is the old one or the new one at every moment."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qpass.artifact.manifest import (
+    NAME,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    WeightEntry,
+    bytes_of,
+    head_of,
+    read_manifest,
+    sync,
+)
+from qpass.errors import QpassError
+from qpass.numerics import PART_NAMES
+from qpass.packing import as_bytes
+from qpass.qstate import QState
+from qpass.qtensor import QTensor
+from qpass.registry import captured
+
+#: Bytes of one file of tensors.
+SHARD_BYTES = 4 << 30
+#: What is carried over from the folder of a transformers model.
+_CARRIED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "preprocessor_config.json",
+    "processor_config.json",
+)  # fmt: skip
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, calibration: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> str:
+    """Write a model that `qpass.quantize` made: codes, scales, what is left in float, config and tokenizer. Returns its hash.
+
+    `calibration`: SHA-256 of the data that it was calibrated on, for the record. An artifact that is there is replaced in one
+    step; a folder with anything else is refused. Raises `QpassError` for a model that is not quantized, or keeps a quantized
+    cache of its own.
+    """
+    folder = Path(folder)
+    check_target(folder)
+    names, aliases = _names(model)
+    if not any(isinstance(value, QTensor) for value in names.values()):
+        raise QpassError("qpass.save: no weight is quantized: model = qpass.quantize(model, recipe) first")
+    decisions = captured(model, "qpass.save").decisions
+    weights: dict[str, WeightEntry] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, value in names.items():
+        if not isinstance(value, QTensor):
+            tensors[name] = value.detach()
+            continue
+        for part, tensor in zip(PART_NAMES, value.quantized.all_parts, strict=True):
+            if tensor is not None:
+                tensors[f"{name}.{part}"] = as_bytes(tensor.detach())
+        decision, outcome = decisions.of(value), value.outcome
+        weights[name] = WeightEntry(
+            str(value.spec), list(value.shape), str(value.dtype).removeprefix("torch."), value.transposed,
+            "linear" if decision is None else decision.site.kind, [] if decision is None else list(decision.site.roles),
+            outcome.sqnr_db if math.isfinite(outcome.sqnr_db) else None,
+            None if outcome.observed is None else asdict(outcome.observed),
+        )  # fmt: skip
+    recipe = captured(model, "qpass.save").recipe.to_dict()
+    with replacing(folder) as staging:
+        entries = _write_tensors(tensors, staging, shard_bytes)
+        _carry(model, staging)
+        files: dict[str, FileEntry] = {}
+        for path in sorted(staging.iterdir()):
+            files[path.name] = head_of(path, path.suffix == ".safetensors")
+            sync(path)
+        manifest = Manifest(recipe, weights, entries, files, aliases, calibration, _versions())
+        (staging / NAME).write_text(manifest.text)
+        sync(staging / NAME)
+        sync(staging)
+    return manifest.hash
+
+
+def _names(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What is stored by its first name: Parameters and persistent buffers; further names of the same."""
+    first: dict[int, str] = {}
+    found: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    places = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    persistent = {n for n in model.state_dict(keep_vars=True) if n in buffers}
+    for name, value in sorted({**places, **{n: buffers[n] for n in persistent}}.items()):
+        if isinstance(value, QState):
+            raise QpassError(
+                f"qpass.save: {name} is a quantized cache that the module keeps; save the model before it is used"
+            )
+        if id(value) in first:
+            aliases[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            found[name] = value
+    return found, aliases
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> dict[str, TensorEntry]:
+    """Into files of `shard_bytes` at most, or of one tensor."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    entries = {}
+    for i, names in enumerate(shards):
+        file = f"qpass-{i + 1:05}.safetensors"
+        hashes = write_safetensors({name: tensors[name] for name in names}, folder / file)
+        for name in names:
+            dtype = str(tensors[name].dtype).removeprefix("torch.")
+            entries[name] = TensorEntry(file, dtype, list(tensors[name].shape), hashes[name])
+    return entries
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+    """Tensors one by one, with no copy of them all (safetensors.torch.save_file wants one of what shares memory); -> SHA-256 of
+    each. The format: length of the header, 8 bytes; the header, JSON; the tensors (github.com/huggingface/safetensors)."""
+    header: dict[str, Any] = {}
+    at = 0
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so each is aligned
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise QpassError(f"qpass.save: {name} is {tensor.dtype}, which safetensors does not hold")
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    hashes = {}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            content = bytes_of(tensors[name])
+            hashes[name] = hashlib.sha256(content).hexdigest()
+            file.write(content)
+    return hashes
+
+
+def _carry(model: nn.Module, folder: Path) -> None:
+    """Config and tokenizer. transformers without qpass finds no weights by the names that it looks for, and raises."""
+    config = getattr(model, "config", None)
+    source = Path(getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", "") or os.devnull)
+    for name in _CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for part, file in ((config, "config.json"), (getattr(model, "generation_config", None), "generation_config.json")):
+        write = getattr(part, "to_json_string", None)
+        if write is not None and not (folder / file).exists():
+            (folder / file).write_text(write(use_diff=True))
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": str(torch.__version__)}
+    for name in ("qpass-torch", "transformers", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def check_target(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise QpassError(f"{folder}: is no folder; give another name")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            read_manifest(folder)
+        except QpassError:
+            raise QpassError(
+                f"{folder}: holds something else than a qpass artifact; give another name, or empty it"
+            ) from None
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place in one step at the end; gone if anything fails.
+
+    What an earlier, killed process left beside it is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}.saving-"
+    for left in folder.parent.glob(f"{prefix}*"):
+        process = left.name.removeprefix(prefix).split("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(left, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        if folder.exists():
+            _exchange(staging, folder)
+        else:
+            staging.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders in one step, where the system can; otherwise in two."""
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    here = -100  # AT_FDCWD
+    if hasattr(libc, "renameat2") and not libc.renameat2(here, bytes(new), here, bytes(old), _RENAME_EXCHANGE):
+        return
+    aside = new.with_name(f"{new.name}-old")
+    old.rename(aside)
+    new.rename(old)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now

@@ -1,0 +1,51 @@
+"""The last step of quantizing and of loading: a module of QTensors is compiled in place, and generate prepared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qpass.backend import QPass
+from qpass.graph.torch_private import compile_in_place
+from qpass.qtensor import QTensor
+from qpass.recipe import Recipe
+from qpass.store import guards_beside_the_lookup
+
+
+def finish(module: nn.Module, backend: QPass) -> nn.Module:
+    """Have calls of `module`, whose weights are QTensors, compiled by `backend`; returns it."""
+    compile_in_place(module, backend, guards_beside_the_lookup)
+    module._apply = _ApplyToFreshParameters(module)  # type: ignore[method-assign]
+    _prepare_generate(module, backend.recipe)
+    return module
+
+
+def _prepare_generate(model: nn.Module, recipe: Recipe) -> None:
+    """transformers' generate: our compiled call is not to be compiled again around it, and kv makes its own cache."""
+    config = getattr(model, "generation_config", None)
+    if config is None or not hasattr(model, "_prepare_cache_for_generation"):
+        return
+    config.disable_compile = True
+    if recipe.kv_specs is not None:
+        from qpass.cache import CacheForGenerate
+
+        model.__dict__["_prepare_cache_for_generation"] = CacheForGenerate(model, *recipe.kv_specs)
+
+
+class _ApplyToFreshParameters:
+    """Stands in for `model._apply`, which `.to()` calls: torch exchanges the contents of a tensor subclass, and refuses
+    where a weak reference to it exists; Dynamo holds one to every Parameter it guards. New Parameters have none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
+        fresh: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, param in module._parameters.items():
+                if isinstance(param, QTensor):
+                    if id(param) not in fresh:
+                        fresh[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
+                    module._parameters[name] = fresh[id(param)]
+        return type(self.model)._apply(self.model, fn, recurse)
