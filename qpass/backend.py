@@ -174,8 +174,7 @@ class QPass:
         done = False
         try:
             yield self
-            if not recording.runs:
-                raise QpassError("calibrate: no call of the compiled model inside of the block")
+            recording.check()
             self.give_out_bits(recording.runs)
             places = places_of(recording.runs)
             quantize_in_order(recording.runs, places, self.choose)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qpass.errors import QpassError
+from qpass.graph.expand import expand
 from qpass.graph.torch_private import (
     as_plain_module,
     captured_code,
@@ -26,8 +29,9 @@ from qpass.graph.torch_private import (
 )
 from qpass.module_state import OwnState
 from qpass.passes import parameter_nodes
-from qpass.replay import Program, Run
+from qpass.replay import BUDGET, Key, Program, Run, tokens_of
 from qpass.sites.core import Plan
+from qpass.weights import memory_of
 
 #: Token ids [B, S], or the arguments of a call by name.
 Batch = Tensor | Mapping[str, Any]
@@ -126,6 +130,7 @@ def record(model: nn.Module, backend: Planner, batches: Iterable[Batch], own: Ow
 
         def call(*given: Any) -> Any:
             runs.append(Run(program, given, mask))
+            check_recorded(runs)
             if not fragment:
                 raise NothingLeft
             own.see(module.graph, given, [])
@@ -165,14 +170,56 @@ def mask_of(batch: Batch) -> Tensor | None:
 
 
 @dataclass
+class Seen:
+    """What reached the weights of a site in the calls so far. `bad_call`: the first whose numbers were not all finite."""
+
+    site: str
+    tokens: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+    bad_call: int | None = None
+
+    def add(self, x: Tensor, call: int) -> None:
+        """Take in tokens [tokens, K] of a call."""
+        self.tokens += len(x)
+        if not x.numel():
+            return
+        low, high = (float(end) for end in torch.aminmax(x))
+        if math.isfinite(low) and math.isfinite(high):
+            self.low, self.high = min(self.low, low), max(self.high, high)
+        elif self.bad_call is None:
+            self.bad_call = call
+
+
+class Observer(nn.Module):
+    """A node of a graph that runs inside of `QPass.calibrate`: what the weights of a site multiply passes it.
+
+    `into`: where it is kept, which belongs to the site and is shared by all graphs; `mask`, `call`: of the call that runs.
+    """
+
+    def __init__(self, columns: bool) -> None:
+        super().__init__()
+        self.columns, self.into = columns, Seen("")
+        self.mask: Tensor | None = None
+        self.call = 0
+
+    def forward(self, x: Tensor) -> None:
+        self.into.add(tokens_of(x.detach().mT if self.columns else x.detach(), self.mask), self.call)
+
+
+@dataclass
 class Recording:
-    """Calls between the start and the end of `QPass.calibrate`, and the code that was captured for them."""
+    """Calls between the start and the end of `QPass.calibrate`, what their observers saw, and the code captured for them."""
 
     runs: list[Run] = field(default_factory=list)
     codes: set[CodeType] = field(default_factory=set)
+    seen: dict[Key, Seen] = field(default_factory=dict)
+    graphs: list[GraphModule] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
     def of_graph(self, captured: GraphModule, inputs: Sequence[Any], backend: Planner) -> Callable[..., Any]:
-        """A captured graph in float whose calls are recorded. Tokens that argument attention_mask leaves out do not count."""
+        """A captured graph in float with observers, whose calls are recorded. Tokens that argument attention_mask leaves out do
+        not count."""
         module = copy_captured(captured)
         plan = backend.plan_graph(module, inputs)
         program = Program.of(module, plan, parameter_nodes(module, inputs))
@@ -182,13 +229,60 @@ class Recording:
         if code is not None:
             self.codes.add(code)
 
+        observed, observers = _with_observers(captured, program)
+        self.graphs.append(observed)
+
         def call(*given: Any) -> Any:
             mask = given[masks[0]] if masks and isinstance(given[masks[0]], Tensor) else None
-            self.runs.append(Run(program, given, mask))
-            with torch.no_grad():
-                return captured.forward(*given)
+            with self.lock, torch.no_grad():
+                run = Run(program, given, mask)
+                for stop, observer in zip(program.stops, observers, strict=True):
+                    key = tuple(memory_of(run.weights[w]) for w in stop.weights)
+                    observer.into = self.seen.setdefault(key, Seen(stop.group.names[0]))
+                    observer.mask, observer.call = mask, len(self.runs)
+                self.runs.append(run)
+                check_recorded(self.runs)
+                return observed.forward(*given)
 
         return call
+
+    def check(self) -> None:
+        """Raises `QpassError` for calls that nothing can be learnt from, before any weight is touched."""
+        if not self.runs:
+            raise QpassError("calibrate: no call of the compiled model inside of the block")
+        for seen in self.seen.values():
+            if seen.bad_call is not None:
+                raise QpassError(
+                    f"{seen.site}: its input in calibration call {seen.bad_call} holds NaN or inf; leave that batch out, or run "
+                    "the model in a wider type"
+                )
+
+
+def _with_observers(captured: GraphModule, program: Program) -> tuple[GraphModule, list[Observer]]:
+    """A copy of a captured graph with an observer before each of the program's stops."""
+    observed = copy_captured(captured)
+    expand(observed)
+    nodes = {node.name: node for node in observed.graph.nodes}
+    observers = []
+    for i, stop in enumerate(program.stops):
+        observer = Observer(stop.columns)
+        observed.add_module(f"observer_{i}", observer)
+        with observed.graph.inserting_before(nodes[program.nodes[stop.at].name]):
+            node = observed.graph.call_module(f"observer_{i}", (nodes[stop.x.name],))
+        node.meta["label"] = stop.group.names[0]
+        observers.append(observer)
+    observed.recompile()
+    return observed, observers
+
+
+def check_recorded(runs: Sequence[Run]) -> None:
+    """Raises `QpassError` if the inputs of the calls so far take more than the budget."""
+    held = sum(run.nbytes for run in runs)
+    if held > BUDGET:
+        raise QpassError(
+            f"calibration: the inputs of {len(runs)} calls take {held / 1e9:.1f} GB, more than {BUDGET / 1e9:.1f}; give fewer or "
+            "shorter batches (a model with graph breaks holds activations)"
+        )
 
 
 @contextmanager

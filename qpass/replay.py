@@ -22,6 +22,7 @@ from qpass.graph.calls import LinearCall
 from qpass.graph.flow import memory_behind
 from qpass.graph.torch_private import exit_autocast
 from qpass.graph.vocabulary import op_name, writes_to
+from qpass.memory import return_freed_heap
 from qpass.observers import InputStats
 from qpass.progress import track
 from qpass.qtensor import QTensor
@@ -213,17 +214,20 @@ class Run:
         """The inputs [tokens, K] of a group of weights, without the padding."""
         self.before(stop.at)
         x = self._read(stop.x)
-        x = x.mT if stop.columns else x
-        return self.without_padding(x)
+        return self.without_padding(x.mT if stop.columns else x)
 
     def without_padding(self, x: Tensor) -> Tensor:
         """[.., K] -> [tokens, K]."""
-        flat: Tensor = x.reshape(-1, x.shape[-1])
-        if self.mask is None:
-            return flat
-        lead = tuple(x.shape[:-1])
-        masked = lead == tuple(self.mask.shape) or (len(lead) == 1 and lead[0] == self.mask.numel())
-        return flat[self.mask.reshape(-1).bool()] if masked else flat
+        return tokens_of(x, self.mask)
+
+
+def tokens_of(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[.., K] -> [tokens, K], those that the mask [B, S] leaves in; all of what is not made of the masked tokens."""
+    flat: Tensor = x.reshape(-1, x.shape[-1])
+    lead = tuple(x.shape[:-1])
+    if mask is None or not (lead == tuple(mask.shape) or (len(lead) == 1 and lead[0] == mask.numel())):
+        return flat
+    return flat[mask.reshape(-1).bool()]
 
 
 #: What identifies the weights of a group in all graphs.
@@ -301,6 +305,8 @@ def quantize_in_order(
         group = place.readers[0][1].group.subset(new)
         stats = None if is_known(group) else _collect(place, runs, needs_hessian(group.spec))
         stored = convert(group, weights, stats)
+        del stats
+        return_freed_heap()
         for run in runs:
             for node, value in run.weights.items():
                 for weight, quantized in zip(weights, stored, strict=True):

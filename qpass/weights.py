@@ -15,8 +15,8 @@ from qpass.observers import InputStats
 from qpass.ops.cpu import weights as kernel
 from qpass.spec import QuantSpec
 
-#: Elements quantized at a time: the float temporaries of one step stay below ~64 MB.
-CHUNK_ELEMENTS = 1 << 21
+#: Elements quantized at a time: the float temporaries of one step stay below ~32 MB.
+CHUNK_ELEMENTS = 1 << 20
 
 
 def memory_of(param: Tensor) -> tuple[object, ...]:

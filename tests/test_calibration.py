@@ -449,6 +449,46 @@ def test_calls_inside_run_in_float_and_those_behind_it_quantized() -> None:
     assert {s.format for s in qpass.report(fast).sites} == {SPEC, "int4:g16"}
 
 
+def test_observers_stand_in_the_graph_at_the_sites_of_the_plan() -> None:
+    """One before each group of weights; what they saw belongs to the site, whichever graph it came through."""
+    backend, model, ids = qpass.QPass("int8@int8:static", inner="eager"), build("llama"), tokens(batch=3, length=10)
+    fast = torch.compile(model, backend=backend)
+    with torch.no_grad(), backend.calibrate():
+        prefill = fast(ids, use_cache=True)
+        fast(ids[:, :1], past_key_values=prefill.past_key_values, use_cache=True)
+        recording = backend._recording
+        assert recording is not None
+        graphs, seen = list(recording.graphs), dict(recording.seen)
+    assert len(graphs) > 1
+    for graph in graphs:
+        observers = [n for n in graph.graph.nodes if n.op == "call_module"]
+        assert {n.meta["label"] for n in observers} == {s.site for s in seen.values()}
+    assert {s.tokens for s in seen.values()} == {33}
+    with torch.no_grad():
+        fast(ids)
+    by_name = {r.name: r.input for r in qpass.report(fast).sites}
+    assert all(by_name[s.site].tokens == s.tokens for s in seen.values())  # type: ignore[union-attr]
+
+
+def test_nan_in_a_call_is_named_before_any_weight_is_touched() -> None:
+    backend, model, ids = qpass.QPass(SPEC, inner="eager"), Two().eval(), tokens(batch=2, length=12) % 5
+    with torch.no_grad():
+        model.table.weight[5] = float("nan")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    fast = torch.compile(model, backend=backend)
+    with pytest.raises(qpass.QpassError, match=r"up\.weight: its input in calibration call 1 holds NaN"):
+        calibrate(backend, fast, [ids, torch.full_like(ids, 5)])
+    assert all(torch.equal(before[name].nan_to_num(), p.nan_to_num()) for name, p in model.named_parameters())
+    model.table.weight.data[5] = 0
+    calibrate(backend, fast, [ids])
+
+
+def test_more_than_the_budget_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qpass.calibration.BUDGET", 5000)
+    with pytest.raises(qpass.QpassError, match=r"the inputs of 5 calls take .* give fewer or shorter batches"):
+        calibrated(Two(), batches=[tokens(batch=4, length=32)] * 8)
+
+
 def test_what_was_captured_before_is_captured_anew() -> None:
     backend = qpass.QPass("int3:g16:search", inner="eager")
     fast, ids = torch.compile(Two().eval(), backend=backend), tokens(batch=2, length=12)

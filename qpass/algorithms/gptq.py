@@ -24,7 +24,7 @@ class Gptq:
         self.hessian = hessian
         order = hessian.diagonal().argsort(descending=True, stable=True)
         self.order = order.tolist()
-        self.factor = _inverse_factor(hessian[order][:, order])
+        self.factor = _inverse_factor(hessian[order[:, None], order])
 
     def quantize(self, weight: Tensor, spec: QuantSpec, qparams: QParams) -> Quantized:
         """[N, K] -> Quantized with the scales and zero points of `qparams`, which are chosen before (static groups).
@@ -58,13 +58,14 @@ class Gptq:
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor | None:
-    """U upper triangular with U^T U the inverse of the damped Hessian; None if it has none in float32."""
-    hessian = hessian.clone()
+    """U upper triangular with U^T U the inverse of the damped Hessian, which is overwritten; None if it has none in float32."""
     diagonal = hessian.diagonal()
     damp = _DAMP * diagonal.mean()
     diagonal += torch.where(diagonal == 0, torch.ones_like(diagonal), damp)  # a column that is never used: 1
     lower, failed = torch.linalg.cholesky_ex(hessian)
     if int(failed):
         return None
-    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    torch.cholesky_inverse(lower, out=hessian)  # matrices of K x K are what takes memory here
+    del lower
+    factor, failed = torch.linalg.cholesky_ex(hessian, upper=True)
     return None if int(failed) or not bool(torch.isfinite(factor).all()) else factor

@@ -22,6 +22,7 @@ from qpass.artifact.save import check_target, save
 from qpass.backend import QPass
 from qpass.calibration import Data, batches_of
 from qpass.errors import QpassError
+from qpass.memory import give_back_large_blocks
 from qpass.numerics import PART_NAMES, Quantized
 from qpass.observers import Observed
 from qpass.packing import as_bytes
@@ -52,6 +53,7 @@ def quantize_checkpoint(
     if not (source / "config.json").is_file():
         raise QpassError(f"{source}: no transformers model there (config.json is missing)")
     check_target(target)
+    give_back_large_blocks()
     model = _mapped(source)
     backend = QPass(recipe, strict=strict, inner="eager")
     batches = None if calibration is None else [_plain(batch) for batch in batches_of(calibration, model)]

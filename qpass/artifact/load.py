@@ -45,9 +45,9 @@ def load(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    tensors = dict(_tensors(folder, manifest))
     module = _skeleton(folder) if model is None else model
     backend = QPass(resolve_recipe(manifest.recipe), inner=inner, mode=mode)
-    tensors = dict(_tensors(folder, manifest))
     places = _places(module)
     stored = tensors.keys() | manifest.weights.keys() | manifest.aliases.keys()
     for name, (owner, last) in places.items():

@@ -41,7 +41,7 @@ from qpass.registry import captured
 SHARD_BYTES = 4 << 30
 #: What is carried over from the folder of a transformers model.
 _CARRIED = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "preprocessor_config.json",
     "processor_config.json",
 )  # fmt: skip
@@ -174,10 +174,12 @@ def _carry(model: nn.Module, folder: Path) -> None:
     for name in _CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    for part, file in ((config, "config.json"), (getattr(model, "generation_config", None), "generation_config.json")):
-        write = getattr(part, "to_json_string", None)
-        if write is not None and not (folder / file).exists():
-            (folder / file).write_text(write(use_diff=True))
+    if config is not None and hasattr(config, "to_json_string"):
+        described = json.loads(config.to_json_string(use_diff=True)) | {"architectures": [type(model).__name__]}
+        (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and hasattr(generation, "to_json_string"):
+        (folder / "generation_config.json").write_text(generation.to_json_string(use_diff=True))
 
 
 def _versions() -> dict[str, str]:

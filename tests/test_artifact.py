@@ -1,0 +1,284 @@
+"""qpass.save, load, verify: the same model back, every damage found, the old folder or the new one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qpass
+from qpass.artifact.manifest import NAME, QpassFormatError
+from tests.models import build, logits_of, tokens
+
+FAMILIES = ["llama", "gpt2", "bert", "nanogpt"]
+RECIPES = ["int8", "int4:g16:asym", "nf4:g16", "fp8", "nvfp4", "mxfp4", "int3:g16:zero=float", "bf16"]
+
+
+def quantized(family: str = "llama", recipe: Any = "int8", **options: Any) -> nn.Module:
+    return qpass.quantize(build(family), recipe, inner="eager", **options)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return logits_of(model(tokens()))
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifacts") / "llama"
+    qpass.save(quantized(recipe="int4:g16:asym"), folder)
+    return folder
+
+
+@pytest.fixture
+def copy(artifact: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+# --- the same model back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_loaded_computes_the_same(family: str, tmp_path: Path) -> None:
+    model = quantized(family)
+    qpass.save(model, tmp_path / "a")
+    skeleton = None
+    if family == "nanogpt":  # a class of one's own
+        with torch.device("meta"):
+            skeleton = build(family)
+    loaded = qpass.load(tmp_path / "a", skeleton, inner="eager")
+    assert torch.equal(logits(loaded), logits(model))
+    assert not any(p.is_meta for p in loaded.parameters())
+    rows = [
+        {(r.kind, r.name, r.format, r.sqnr_db) for r in qpass.report(m).sites if r.kind != "kv"}
+        for m in (model, loaded)
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_format(recipe: str, tmp_path: Path) -> None:
+    model = quantized(recipe=recipe)
+    first = qpass.save(model, tmp_path / "a", shard_bytes=20_000)
+    loaded = qpass.load(tmp_path / "a", inner="eager")
+    assert torch.equal(logits(loaded), logits(model))
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    assert qpass.save(loaded, tmp_path / "b", shard_bytes=20_000) == first == qpass.verify(tmp_path / "a")
+
+
+def test_what_calibration_saw_is_kept(tmp_path: Path) -> None:
+    model = quantized(recipe="int8:smooth@int8:static", calibration=[tokens(4, 16)])
+    qpass.save(model, tmp_path / "a", calibration="data")
+    loaded = qpass.load(tmp_path / "a", inner="eager")
+    assert torch.equal(logits(loaded), logits(model))
+    seen = [{r.name: r.input for r in qpass.report(m).sites} for m in (model, loaded)]
+    assert seen[0] == seen[1]
+    assert any(s is not None and s.scale is not None for s in seen[0].values())
+
+
+def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:
+    model = quantized("gpt2")
+    qpass.save(model, tmp_path / "a")
+    stored = sum(f.stat().st_size for f in (tmp_path / "a").glob("*.safetensors"))
+    assert stored < 1.1 * sum(r.bytes_after for r in qpass.report(model).sites if r.kind != "kv") + 40_000
+    loaded = qpass.load(tmp_path / "a", inner="eager")
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_generate_and_its_cache(tmp_path: Path) -> None:
+    model = quantized(recipe=qpass.Recipe.uniform("int8", kv="int8"))
+    qpass.save(model, tmp_path / "a")
+    loaded = qpass.load(tmp_path / "a", inner="eager")
+    both = [m.generate(tokens(), max_new_tokens=4, do_sample=False) for m in (model, loaded)]
+    assert torch.equal(*both)
+
+
+def test_equal_models_have_equal_hashes(tmp_path: Path) -> None:
+    a, b, c = (
+        qpass.save(quantized(recipe=r), tmp_path / n) for n, r in (("a", "int8"), ("b", "int8"), ("c", "int8:asym"))
+    )
+    assert a == b != c
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ (1 << random.Random(at).randrange(8))]))
+
+
+def test_every_flipped_bit_is_found(copy: Path) -> None:
+    generator = random.Random(0)
+    before = qpass.verify(copy)
+    for path in sorted(copy.iterdir()):
+        for at in {0, 7, path.stat().st_size - 1, *(generator.randrange(path.stat().st_size) for _ in range(60))}:
+            flip(path, at)
+            with pytest.raises(QpassFormatError):
+                qpass.verify(copy)
+            flip(path, at)
+    assert qpass.verify(copy) == before
+
+
+def test_every_truncation_is_found(copy: Path) -> None:
+    for path in sorted(copy.iterdir()):
+        whole = path.read_bytes()
+        for length in {0, 1, 8, len(whole) // 2, len(whole) - 1}:
+            path.write_bytes(whole[:length])
+            with pytest.raises(QpassFormatError):
+                qpass.load(copy, inner="eager")
+        path.write_bytes(whole + b" ")
+        with pytest.raises(QpassFormatError):
+            qpass.verify(copy)
+        path.unlink()
+        with pytest.raises(QpassFormatError, match="missing"):
+            qpass.verify(copy)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    "name", ["../out", "/etc/hostname", "a/../../b", "..", ".", "", "a\x00b", "C:\\x", "~root", "a/b"]
+)
+def test_paths_out_of_the_folder_are_refused(name: str, copy: Path) -> None:
+    content = json.loads((copy / NAME).read_text())
+    file, entry = next((k, v) for k, v in content["files"].items() if k.endswith(".safetensors"))
+    content["files"][name] = entry
+    for tensor in content["tensors"].values():
+        tensor["file"] = name if tensor["file"] == file else tensor["file"]
+    forge(copy, content)
+    with pytest.raises(QpassFormatError, match="refused"):
+        qpass.load(copy, inner="eager")
+
+
+def forge(folder: Path, content: dict[str, Any]) -> None:
+    """A manifest with the right hash: what an attacker writes."""
+    from qpass.artifact import manifest
+
+    made = {f: content[f] for f in ("recipe", "weights", "tensors", "files", "aliases", "calibration", "versions")}
+    kinds = {"weights": manifest.WeightEntry, "tensors": manifest.TensorEntry, "files": manifest.FileEntry}
+    for key, kind in kinds.items():
+        made[key] = {name: kind(**value) for name, value in made[key].items()}
+    (folder / NAME).write_text(manifest.Manifest(**made).text)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_links_are_refused(link: Any, copy: Path, tmp_path: Path) -> None:
+    for name in (NAME, "qpass-00001.safetensors", "config.json"):
+        (copy / name).rename(tmp_path / name)
+        link(tmp_path / name, copy / name)
+        with pytest.raises(QpassFormatError, match="refused"):
+            qpass.verify(copy)
+        (copy / name).unlink()
+        (tmp_path / name).rename(copy / name)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "null", "[" * 100_000, '{"qpass_artifact": 1}', '{"a":' * 3000], ids=range(7)
+)
+def test_a_manifest_that_is_none(text: str, copy: Path) -> None:
+    (copy / NAME).write_text(text)
+    with pytest.raises(QpassFormatError, match="damaged"):
+        qpass.verify(copy)
+
+
+def test_a_newer_format_is_named(copy: Path) -> None:
+    content = json.loads((copy / NAME).read_text())
+    (copy / NAME).write_text(json.dumps(content | {"qpass_artifact": 99}))
+    with pytest.raises(QpassFormatError, match="format 99, written by a newer qpass"):
+        qpass.load(copy)
+
+
+def test_a_skeleton_that_does_not_fit(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(qpass.QpassError, match=r"has no place in|needs: another class"):
+        qpass.load(artifact, build("gpt2"), inner="eager")
+    other = build("llama")
+    other.lm_head = nn.Linear(other.config.hidden_size, 7, bias=False)
+    with pytest.raises(qpass.QpassError, match=r"lm_head.weight is \["):
+        qpass.load(artifact, other, inner="eager")
+    with pytest.raises(qpass.QpassError, match="no qpass artifact there"):
+        qpass.load(tmp_path)
+
+
+def test_without_qpass_transformers_raises(artifact: Path) -> None:
+    program = f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(artifact)!r})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Error" in done.stderr
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(qpass.QpassError, match="holds something else"):
+        qpass.save(quantized(), tmp_path / "mine")
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    with pytest.raises(qpass.QpassError, match="no weight is quantized"):
+        qpass.save(build("llama"), tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+KILLED = """
+import os, signal, sys, qpass
+from qpass.artifact import save
+from tests.models import build
+after, folder = int(sys.argv[1]), sys.argv[2]
+model = qpass.quantize(build("llama"), "int8:asym", inner="eager")
+count = 0
+def watch(event, args):
+    global count
+    if event in ("open", "os.rename", "os.mkdir", "shutil.copyfile", "os.remove", "os.rmdir", "tempfile.mkdtemp") and armed:
+        count += 1
+        if count == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+armed = False
+sys.addaudithook(watch)
+armed = True
+qpass.save(model, folder, shard_bytes=40_000)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("after", [1, 3, 5, 8, 12, 20, 26])
+def test_a_killed_save_leaves_the_old_or_the_new(after: int, copy: Path) -> None:
+    old = qpass.verify(copy)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(after), str(copy)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert run.returncode == -signal.SIGKILL or run.stdout == "done\n"
+    new = qpass.verify(copy)
+    assert (new == old) or run.stdout == "done\n" or len(list(copy.glob("*.safetensors"))) > 1
+    again = qpass.save(qpass.load(copy, inner="eager"), copy)
+    assert qpass.verify(copy) == again
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]  # no litter
+
+
+def test_a_full_disk_leaves_the_old(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, model = qpass.verify(copy), quantized()
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qpass.artifact.save.sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        qpass.save(model, copy)
+    assert qpass.verify(copy) == old
+    assert [p.name for p in copy.parent.iterdir()] == [copy.name]

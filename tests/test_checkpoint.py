@@ -1,0 +1,117 @@
+"""qpass.quantize_checkpoint: what qpass.quantize gives, in little memory; a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import qpass
+from tests.models import build, logits_of, tokens
+
+ROOT = Path(__file__).parent.parent
+RECIPES = {
+    "int8": "int8", "gptq": "int4:g16:asym:awq:gptq", "w8a8": "int8:smooth@int8:static",
+    "bits": {**dict.fromkeys(("embedding", "qkv", "attn_out", "ffn", "vocab"), "int4:g32:asym:gptq"), "bits": 5.2},
+}  # fmt: skip
+
+
+def batches(seed: int = 0) -> list[torch.Tensor]:
+    return [tokens(2, 24, seed + i) for i in range(3)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    build("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_is_what_quantize_gives(name: str, source: Path, tmp_path: Path) -> None:
+    data = None if name == "int8" else batches()
+    found = qpass.quantize_checkpoint(source, tmp_path / "a", RECIPES[name], calibration=data)
+    model = qpass.quantize(build("llama"), RECIPES[name], calibration=data, inner="eager")
+    loaded = qpass.load(tmp_path / "a", inner="eager")
+    with torch.no_grad():
+        assert torch.equal(logits_of(loaded(tokens())), logits_of(model(tokens())))
+    assert found == qpass.verify(tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+PROGRAM = """
+import json, os, signal, sys
+import qpass
+from qpass.artifact.checkpoint import Unfinished
+from tests.test_checkpoint import RECIPES, batches
+source, target, name, after = sys.argv[1:]
+put, made = Unfinished.put, 0
+def counted(self, group, weights):
+    global made
+    put(self, group, weights)
+    made += 1
+    if made == int(after):
+        os.kill(os.getpid(), signal.SIGKILL)
+Unfinished.put = counted
+print(qpass.quantize_checkpoint(source, target, RECIPES[name], calibration=None if name == "int8" else batches()))
+print(made)
+"""
+
+
+def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", ["int8", "bits"])
+def test_a_killed_run_goes_on_to_the_same_hash(name: str, source: Path, tmp_path: Path) -> None:
+    whole, count = run(source, tmp_path / "whole", name, 0).stdout.split()[-2:]
+    for _ in range(2):
+        killed = run(source, tmp_path / "cut", name, 3)
+        assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "cut").exists()
+    assert (tmp_path / "cut.unfinished").is_dir()
+    found, made = run(source, tmp_path / "cut", name, 0).stdout.split()[-2:]
+    assert found == whole
+    assert int(made) == int(count) - 6  # nothing was made twice
+    assert not (tmp_path / "cut.unfinished").exists()
+
+
+def test_other_data_another_recipe_or_another_source_do_not_go_on(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "cut"
+    assert run(source, target, "gptq", 2).returncode == -signal.SIGKILL
+    with pytest.raises(qpass.QpassError, match="begun with another calibration"):
+        qpass.quantize_checkpoint(source, target, RECIPES["gptq"], calibration=batches(seed=7))
+    with pytest.raises(qpass.QpassError, match="begun with another recipe"):
+        qpass.quantize_checkpoint(source, target, RECIPES["w8a8"], calibration=batches())
+    other = tmp_path / "other"
+    build("llama").save_pretrained(other)
+    with pytest.raises(qpass.QpassError, match="begun with another source"):
+        qpass.quantize_checkpoint(other, target, RECIPES["gptq"], calibration=batches())
+    assert qpass.quantize_checkpoint(source, target, RECIPES["gptq"], calibration=batches())
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(qpass.QpassError, match=r"config\.json is missing"):
+        qpass.quantize_checkpoint(tmp_path, tmp_path / "a")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("")
+    with pytest.raises(qpass.QpassError, match="holds something else"):
+        qpass.quantize_checkpoint(source, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("recipe", [
+    "int8", pytest.param("int8:smooth@int8", marks=pytest.mark.long), pytest.param("int4:g128:gptq", marks=pytest.mark.long),
+])  # fmt: skip
+def test_memory_is_the_quantized_model_one_block_and_what_was_recorded(recipe: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.checkpoint_probe", str(tmp_path), recipe]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    measured = json.loads(out.stdout.splitlines()[-1])
+    assert measured["float"] > 8 * measured["block"]
+    assert measured["peak"] <= measured["final"] + 1.25 * measured["block"] + measured["recorded"]
