@@ -242,6 +242,16 @@ class Place:
     readers: list[tuple[Run, Stop]]
     again: bool = False  # a run reads one of them a second time
 
+    @property
+    def group(self) -> WeightGroup:
+        """The weights, as the first reader has them."""
+        return self.readers[0][1].group
+
+    @property
+    def inputs(self) -> frozenset[tuple[int, Node]]:
+        """What is read: equal for groups that read the same, for which one Hessian serves."""
+        return frozenset((id(run), stop.x) for run, stop in self.readers)
+
 
 def places_of(runs: Sequence[Run]) -> dict[Key, Place]:
     """Each group of weights, in an order that no run has to go back for.
@@ -295,15 +305,27 @@ def quantize_in_order(
     Raises `QpassError` for an input with NaN or inf, naming the site.
     """
     done: set[tuple[object, ...]] = set()
+    readers: dict[frozenset[tuple[int, Node]], list[Place]] = {}
+    for place in places.values():
+        readers.setdefault(place.inputs, []).append(place)
+    collected: dict[frozenset[tuple[int, Node]], InputStats] = {}
     for key in track(list(places), "qpass: calibrating"):
         place = places[key]
+        alike = readers[place.inputs]
+        alike.remove(place)
         new = [i for i, one in enumerate(key) if one not in done]  # others are the second use of a tied weight
         weights, place.weights = [place.weights[i] for i in new], []
         done |= set(key)
         if not new:
             continue
-        group = place.readers[0][1].group.subset(new)
-        stats = None if is_known(group) else _collect(place, runs, needs_hessian(group.spec))
+        group = place.group.subset(new)
+        stats = collected.pop(place.inputs, None)
+        if stats is None and not is_known(group):
+            stats = _collect(place, runs, any(needs_hessian(p.group.spec) for p in (place, *alike)))
+        if stats is not None:
+            stats.partial = place.again
+            if alike:
+                collected[place.inputs] = stats
         stored = convert(group, weights, stats)
         del stats
         return_freed_heap()
@@ -316,7 +338,6 @@ def quantize_in_order(
 
 def _collect(place: Place, runs: Sequence[Run], hessian: bool) -> InputStats:
     """What the runs give to the weights of a place; they come as far as it."""
-    group = place.readers[0][1].group
     stats: InputStats | None = None
     for run, stop in place.readers:
         rows = run.rows(stop)
@@ -329,11 +350,10 @@ def _collect(place: Place, runs: Sequence[Run], hessian: bool) -> InputStats:
             run.back()  # computed again behind the weights that are quantized now
     assert stats is not None
     if not stats.tokens:
-        _no_token(group)
-    stats.partial = place.again
+        _no_token(place.group)
     if not bool(torch.isfinite(stats.squares).all()):
         raise QpassError(
-            f"{group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
+            f"{place.group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
             "weights before it are quantized already: load the model again"
         )
     return stats

@@ -51,6 +51,21 @@ def same(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) for x, y in zip(stored(a), stored(b), strict=True))
 
 
+def test_weights_of_several_formats_share_what_their_input_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k, v read one input: its products are summed once, and serve as if each had its own."""
+    mixed = qpass.Recipe.uniform(SPEC, overrides={"*v_proj*": "int5:g16:asym:gptq", "*k_proj*": "int6:g16:search"})
+    collect, calls = replay._collect, []
+    monkeypatch.setattr(replay, "_collect", lambda *a: calls.append(a) or collect(*a))
+    model = calibrated(build("llama"), mixed)
+    layers = model.config.num_hidden_layers
+    assert len(calls) == 4 * layers + 1
+    monkeypatch.setattr(replay.Place, "inputs", property(lambda place: frozenset([(id(place), None)])))
+    apart = calibrated(build("llama"), mixed)
+    assert len(calls) == (4 * layers + 1) + (6 * layers + 1)
+    for (name, a), (_, b) in zip(model.named_parameters(), apart.named_parameters(), strict=True):
+        assert not isinstance(a, qpass.QTensor) or same(a, b), name
+
+
 @torch.no_grad()
 def test_each_weight_sees_what_comes_through_those_before_it() -> None:
     model = Two()

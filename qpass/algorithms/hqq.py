@@ -20,6 +20,9 @@ def hqq_qparams(weight: Tensor, spec: QuantSpec, whole: tuple[Tensor, Tensor] | 
     assert scale is not None
     assert zero is not None
     assert granularity is not None
+    zero = torch.round(
+        zero
+    )  # as the authors' code starts at 4 bits: what is nearly zero stays it, and most of a block is
     weight = weight.float()
     counts = block_sums(torch.ones_like(weight), granularity)
     step = grid_of(spec, (scale, zero, outer), weight.shape).scale

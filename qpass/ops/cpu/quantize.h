@@ -2,9 +2,9 @@
 //
 // The loops over elements are plain C++ without branches; `omp simd` turns them into vectors of each instruction set.
 #pragma once
-#include "weight.h"
+#include <type_traits>
 
-#define SIMD _Pragma("omp simd")
+#include "weight.h"
 
 // --- ranges -------------------------------------------------------------------------------------------------------
 
@@ -239,6 +239,8 @@ template <class Function> INLINE void with_encoder(const Spec& spec, Function&& 
   else f(ToUniform<false>(spec));
 }
 
+template <int N> using Count = std::integral_constant<int64_t, N>;
+
 // --- rows ---------------------------------------------------------------------------------------------------------
 
 // x [k] of finite numbers -> the codes of row r, by the scales of its groups.
@@ -247,11 +249,19 @@ INLINE void put_codes(const Matrix& m, const float* x, int64_t r, const float* s
   int64_t group = m.blocks == 1 ? m.k : spec.group, padded = round_up(m.k, 8);
   uint8_t* codes = spec.bits == 8 ? (uint8_t*)m.row(r) : scratch<uint8_t>(SCORES, padded);
   with_encoder(spec, [&](auto to) {
-    for (int64_t g = 0, start = 0; g < m.blocks; g++, start += group) {
+    auto encode = [&](int64_t g, auto count) {
+      const float* from = x + g * group;
+      uint8_t* into = codes + g * group;
       float scale = scales[g], zero = zeros[g];
-      int64_t end = least(m.k, start + group);
-      SIMD for (int64_t i = start; i < end; i++) codes[i] = decltype(to)::of(to, x[i] / scale, zero);
+      SIMD for (int64_t i = 0; i < count; i++) into[i] = decltype(to)::of(to, from[i] / scale, zero);
+    };
+    int64_t whole = m.k / group;
+    for (int64_t g = 0; g < whole; g++) {
+      if (group == 32) encode(g, Count<32>());  // a loop of known length
+      else if (group == 16) encode(g, Count<16>());
+      else encode(g, group);
     }
+    if (whole * group < m.k) encode(whole, m.k - whole * group);
   });
   if (spec.bits == 8) return;
   std::memset(codes + m.k, 0, padded - m.k);

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #endif
 
+#define SIMD _Pragma("omp simd")
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -83,8 +84,8 @@ INLINE float from_e4m3(uint8_t x) {
 }
 
 INLINE float from_e8m0(uint8_t x) {
-  if (x == 255) return NAN;
-  return x ? bits_as<float>(uint32_t(x) << 23) : 0x1p-127f;
+  float value = x ? bits_as<float>(uint32_t(x) << 23) : 0x1p-127f;
+  return x == 255 ? NAN : value;
 }
 
 template <class T> INLINE T read(const void* p) {

@@ -85,9 +85,14 @@ INLINE const float* scales_of(const Matrix& m, int64_t r, float* scratch) {
     case SCALE_FP32: return (const float*)m.scale + at;
     case SCALE_FP16: from_dtype(m.scale + 2 * at, blocks, X_FP16, scratch); break;
     case SCALE_BF16: from_dtype(m.scale + 2 * at, blocks, X_BF16, scratch); break;
-    case SCALE_E8M0: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_e8m0(m.scale[at + i]); break;
-    case SCALE_E4M3: for (int64_t i = 0; i < blocks; i++) scratch[i] = from_e4m3(m.scale[at + i]) * outer; break;
-    case SCALE_UINT8: for (int64_t i = 0; i < blocks; i++) scratch[i] = float(m.scale[at + i]) * outer; break;
+    case SCALE_E8M0: SIMD for (int64_t i = 0; i < blocks; i++) scratch[i] = from_e8m0(m.scale[at + i]); break;
+    case SCALE_E4M3: {
+      int64_t i = 0;
+      for (; i + W <= blocks; i += W) store(scratch + i, mul(load_e4m3(m.scale + at + i), all(outer)));
+      for (; i < blocks; i++) scratch[i] = from_e4m3(m.scale[at + i]) * outer;
+      break;
+    }
+    case SCALE_UINT8: SIMD for (int64_t i = 0; i < blocks; i++) scratch[i] = float(m.scale[at + i]) * outer; break;
   }
   return scratch;
 }
