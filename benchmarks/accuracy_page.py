@@ -249,14 +249,14 @@ AWQ by itself gains nothing on tinypy as it is. It has no outliers to protect, a
 that AWQ lowers (of the logits of tinypy, from .040 to .024) is not what counts: weighted by the probabilities it grows (.0167 to
 .0197). AWQ's authors leave that layer in float; with GPTQ behind it, it gains there too. At two bits search and GPTQ do not go
 together: a range that is cut for rounding to nearest leaves GPTQ no room for what it makes up. HQQ knows no inputs: where a few
-columns carry most of the output (planted outliers) it chooses worse than round to nearest.
+columns carry most of the output (planted outliers) it chooses worse than round to nearest. It begins at integer zero points, as
+its authors' code does for four bits: from those of the range it lost twice as much there.
 
 The tables beside torchao are of the same grids (round to nearest shows it), matrices, calibration and windows; its GPTQ is run
 without the GPU that it asks for (benchmarks/accuracy_torchao.py). Ours is ahead by the order of columns: with them as they come,
 it is level with torchao's (W4 g128: .00340 and .00334, with outliers .01284 and .01287). Where theirs keeps more: its AWQ leaves
-the vocabulary projection of tinypy unscaled, which is better there; its HQQ begins at integer zero points with four bits, and
-from those ours is as good on tinypy and better with outliers. KLs of GPTQ differ by up to 5 % with the number of threads, as
-sums are rounded differently.
+the vocabulary projection of tinypy unscaled, which is better there. KLs of GPTQ differ by up to 5 % with the number of threads,
+as sums are rounded differently.
 """
 
 

@@ -142,8 +142,8 @@ def _calibrated(
         runs = record(model, backend, batches_of(data, model), own)
     finally:
         own.undo()
+    backend.begin_calibration(runs, kept)
     if backend.recipe.bits is not None:
-        backend.give_out_bits(runs, kept)
         groups[:] = [single for group, params in groups for single in _as_decided(group, params, backend)]
     places = places_of(runs)
     left = each_once(groups, {one for key in places for one in key})

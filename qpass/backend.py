@@ -122,6 +122,7 @@ class QPass:
         self._codes: set[CodeType] = set()
         self._recording: Recording | None = None
         self._bits_given_out = False
+        self.calibrated_in_pieces = False
         BACKENDS.add(self)
 
     @property
@@ -175,7 +176,7 @@ class QPass:
         try:
             yield self
             recording.check()
-            self.give_out_bits(recording.runs)
+            self.begin_calibration(recording.runs)
             places = places_of(recording.runs)
             quantize_in_order(recording.runs, places, self.choose)
             done = True
@@ -187,8 +188,9 @@ class QPass:
             for code in recording.codes:
                 forget_code(code)
 
-    def give_out_bits(self, runs: Sequence[Run], kept: Kept | None = None) -> None:
+    def begin_calibration(self, runs: Sequence[Run], kept: Kept | None = None) -> None:
         """Decide the formats of weights by recorded calls, if the recipe says `bits`. `kept`: may know what comes of it."""
+        self.calibrated_in_pieces |= any(run.program.fragment for run in runs)
         if self.recipe.bits is not None:
             kept = kept or Kept()
             kept.keep_bits(with_bits(runs, self.recipe.bits, self.decisions, kept.bits()))

@@ -122,6 +122,28 @@ def evaluate(
     _show(qpass.evaluate(qpass.quantize(_load(model)[0], recipe, inner="eager"), reference, batches), as_json)
 
 
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Folder of a transformers model in float")],
+    target: Annotated[Path, typer.Argument(help="Folder of the artifact; one that is there is replaced")],
+    recipe: RecipeOption = "int8",
+    calibration: Annotated[Path | None, typer.Option(help="Text; documents apart by lines of <|endoftext|>")] = None,
+) -> None:
+    """Quantize a checkpoint into an artifact, in little memory. The same call after an interruption goes on."""
+    import qpass
+
+    found = qpass.quantize_checkpoint(source, target, recipe, calibration=calibration)
+    typer.echo(f"{target}: {sum(f.stat().st_size for f in target.iterdir()):,} bytes, {found}")
+
+
+@app.command()
+def verify(artifact: Annotated[Path, typer.Argument(help="Folder that qpass wrote")]) -> None:
+    """Read every byte of an artifact and compare it with what was written."""
+    import qpass
+
+    typer.echo(f"{artifact}: whole, {qpass.verify(artifact)}")
+
+
 def main() -> None:
     """The entry point: errors in one line on stderr, exit status 2."""
     try:

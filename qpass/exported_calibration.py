@@ -36,7 +36,7 @@ def calibrate_program(
         runs.append(Run(known, values, mask_of(batch)))
     if not runs:
         raise QpassError("calibration: no batches; give token ids of shape [batch, sequence], or dicts of arguments")
-    backend.give_out_bits(runs)
+    backend.begin_calibration(runs)
     quantize_in_order(runs, places_of(runs), backend.choose)
 
 

@@ -20,7 +20,7 @@ from qpass.algorithms.rounding import needs_hessian
 from qpass.errors import QpassError
 from qpass.graph.calls import LinearCall
 from qpass.graph.flow import memory_behind
-from qpass.graph.torch_private import exit_autocast
+from qpass.graph.torch_private import exit_autocast, is_graph_fragment
 from qpass.graph.vocabulary import op_name, writes_to
 from qpass.memory import return_freed_heap
 from qpass.observers import InputStats
@@ -55,7 +55,7 @@ class Program:
 
     `last_use`: node -> number of the last that reads it, but for the output. `weights`: inputs that are Parameters.
     `of_weights`: what is computed of these alone, which is done anew whenever it is read. `written`: what owns memory that the
-    graph writes to.
+    graph writes to. `fragment`: it begins or ends at a graph break.
     """
 
     module: GraphModule
@@ -66,6 +66,7 @@ class Program:
     weights: frozenset[Node]
     of_weights: frozenset[Node]
     written: frozenset[Node]
+    fragment: bool
 
     @classmethod
     def of(cls, module: GraphModule, plan: Plan, parameters: Mapping[Node, Tensor]) -> Program:
@@ -101,6 +102,7 @@ class Program:
             frozenset(parameters),
             frozenset(of_weights - set(parameters)),
             written,
+            is_graph_fragment(module),
         )
 
     def with_specs(self, parameters: Mapping[Node, Tensor], spec_of: Callable[[Tensor], QuantSpec]) -> Program:

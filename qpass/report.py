@@ -240,6 +240,11 @@ def _notes(backend: QPass, params: list[tuple[str, Tensor]], quantized: bool) ->
         notes.append(
             f"{name}: captured in pieces, and its whole graph could not be traced: a site may have the wrong kind"
         )
+    if backend.calibrated_in_pieces:
+        notes.append(
+            "calibrated in pieces: the model ran in float between graph breaks, so what a piece reads did not come through the "
+            "quantized weights before it"
+        )
     frames: dict[str, int] = {}
     for capture in backend.captures:
         if capture.frame is not None:

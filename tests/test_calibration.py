@@ -198,6 +198,8 @@ class Breaks(Two):
 def test_a_model_with_graph_breaks() -> None:
     model = calibrated(Breaks())
     assert str(model.up.weight.spec) == SPEC
+    assert any(note.startswith("calibrated in pieces") for note in qpass.report(model).notes)
+    assert not any(note.startswith("calibrated in pieces") for note in qpass.report(calibrated(Two())).notes)
     with torch.no_grad():
         model(tokens())
 
