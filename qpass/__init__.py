@@ -22,6 +22,7 @@ from qpass.compute import set_compute as set_compute
 from qpass.doctor import doctor as doctor
 from qpass.errors import QpassError as QpassError
 from qpass.evaluate import evaluate as evaluate
+from qpass.hf import config_class, register
 from qpass.plan import MemoryPlan as MemoryPlan
 from qpass.plan import plan_memory as plan_memory
 from qpass.qtensor import QTensor as QTensor
@@ -40,11 +41,14 @@ class _BackendModule(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
-    if name == "KVCache":  # the one part that needs transformers
+    if name == "QpassConfig":  # this needs transformers too
+        return config_class()
+    if name == "KVCache":  # needs transformers
         from qpass.cache import KVCache
 
         return KVCache
     raise AttributeError(f"module 'qpass' has no attribute {name!r}")
 
 
+register()
 sys.modules[__name__].__class__ = _BackendModule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,12 +13,17 @@ from qpass.qtensor import QTensor
 from qpass.recipe import Recipe
 from qpass.store import guards_beside_the_lookup
 
+#: What else is done to a finished module.
+ON_FINISH: list[Callable[[nn.Module], None]] = []
+
 
 def finish(module: nn.Module, backend: QPass) -> nn.Module:
     """Have calls of `module`, whose weights are QTensors, compiled by `backend`; returns it."""
     compile_in_place(module, backend, guards_beside_the_lookup)
     module._apply = _ApplyToFreshParameters(module)  # type: ignore[method-assign]
     _prepare_generate(module, backend.recipe)
+    for also in ON_FINISH:
+        also(module)
     return module
 
 

@@ -28,7 +28,7 @@ LAYERS = [
     {"finish"},
     {"api"},
     {"artifact"},
-    {"cli"},
+    {"hf", "cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)

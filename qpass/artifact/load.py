@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,35 @@ def load(
     before anything of it is used, `QpassError` for a skeleton that does not fit.
     """
     folder = Path(folder)
+    verify_heads(folder)
+    return fill(_skeleton(folder) if model is None else model, folder, inner, mode)
+
+
+def verify_heads(folder: Path) -> None:
+    """What `verify` raises of the manifest, the small files and the headers of the others."""
+    for name, file in read_manifest(folder).files.items():
+        check_head(folder, name, file)
+
+
+def leave_out(module: nn.Module, folder: Path) -> None:
+    """Put Parameters without elements where quantized ones will be, so that nobody makes float ones for them."""
+    manifest = read_manifest(folder)
+    places = _places(module)
+    for name in (*manifest.weights, *(alias for alias, first in manifest.aliases.items() if first in manifest.weights)):
+        if name not in places:
+            raise QpassError(f"{folder}: {name} has no place in {type(module).__name__}: another class?")
+        owner, last = places[name]
+        owner._parameters[last] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+        owner._is_hf_initialized = True  # type: ignore[assignment]
+    module._keys_to_ignore_on_load_unexpected = {rf"\.({'|'.join(PART_NAMES)})$"}  # type: ignore[assignment]
+    ends = {re.escape(name) for name in (*manifest.weights, *manifest.aliases)}
+    module._keys_to_ignore_on_load_missing = ends  # type: ignore[assignment]
+
+
+def fill(module: nn.Module, folder: Path, inner: str = "inductor", mode: str | None = None) -> nn.Module:
+    """Put what is stored in `folder` into the places of `module`, and have it compiled; see `load`."""
     manifest = read_manifest(folder)
     tensors = dict(_tensors(folder, manifest))
-    module = _skeleton(folder) if model is None else model
     backend = QPass(resolve_recipe(manifest.recipe), inner=inner, mode=mode)
     places = _places(module)
     stored = tensors.keys() | manifest.weights.keys() | manifest.aliases.keys()
@@ -68,7 +95,9 @@ def load(
         made[name] = nn.Parameter(weight, requires_grad=False)
         site = Site(entry.kind, name, tuple(entry.roles), tuple(entry.shape))
         backend.decisions.adopt(made[name], Decision(site, spec))
-    made |= tensors
+    for name, value in tensors.items():
+        owner, last = places.get(name, (module, ""))
+        made[name] = nn.Parameter(value, requires_grad=False) if last in owner._parameters else value
     for name, value in [*made.items(), *((alias, made[first]) for alias, first in manifest.aliases.items())]:
         _put(module, places, name, value, folder)
     return_freed_heap()
@@ -152,9 +181,9 @@ def _put(module: nn.Module, places: dict[str, tuple[nn.Module, str]], name: str,
         raise QpassError(f"{folder}: {name} has no place in {type(module).__name__}: another class?")
     owner, last = places[name]
     old = owner._parameters.get(last, owner._buffers.get(last))
-    if old is not None and old.shape != value.shape:
+    if old is not None and old.numel() and old.shape != value.shape:
         raise QpassError(f"{folder}: {name} is {list(value.shape)}, in {type(module).__name__} {list(old.shape)}")
     if last in owner._parameters:
-        owner._parameters[last] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        owner._parameters[last] = value  # type: ignore[assignment]
     else:
         owner._buffers[last] = value

@@ -17,6 +17,8 @@ from torch import Tensor
 from qpass.errors import QpassError
 
 NAME = "qpass.json"
+#: What config.json names as the quantization method.
+METHOD = "qpass"
 #: The version of the format of artifacts that is written; all up to it are read.
 VERSION = 1
 #: A manifest of a model of thousands of tensors is a few megabytes.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qpass.artifact.manifest import (
+    METHOD,
     NAME,
     FileEntry,
     Manifest,
@@ -89,7 +90,8 @@ def save(
         _carry(model, staging)
         files: dict[str, FileEntry] = {}
         for path in sorted(staging.iterdir()):
-            files[path.name] = head_of(path, path.suffix == ".safetensors")
+            if path.suffix == ".safetensors" or path.name == "config.json":  # the others their own tools write again
+                files[path.name] = head_of(path, path.suffix == ".safetensors")
             sync(path)
         manifest = Manifest(recipe, weights, entries, files, aliases, calibration, _versions())
         (staging / NAME).write_text(manifest.text)
@@ -175,7 +177,12 @@ def _carry(model: nn.Module, folder: Path) -> None:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if config is not None and hasattr(config, "to_json_string"):
-        described = json.loads(config.to_json_string(use_diff=True)) | {"architectures": [type(model).__name__]}
+        described = json.loads(config.to_json_string(use_diff=True)) | {
+            "architectures": [type(model).__name__],
+            "quantization_config": {"quant_method": METHOD},
+        }
+        described.pop("transformers_weights", None)
+        described.setdefault("dtype", str(next(model.parameters()).dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
