@@ -14,6 +14,7 @@ from typing import Any
 from qpass.api import diff as diff
 from qpass.api import quantize as quantize
 from qpass.artifact.checkpoint import quantize_checkpoint as quantize_checkpoint
+from qpass.artifact.compressed_tensors import export_compressed_tensors as export_compressed_tensors
 from qpass.artifact.load import load as load
 from qpass.artifact.load import verify as verify
 from qpass.artifact.save import save as save

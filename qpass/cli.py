@@ -137,6 +137,22 @@ def quantize(
 
 
 @app.command()
+def export(
+    artifact: Annotated[Path, typer.Argument(help="Folder that qpass wrote")],
+    target: Annotated[Path, typer.Argument(help="Folder of the export")],
+    to: Annotated[
+        str, typer.Option("--format", help="compressed-tensors: for vLLM and transformers")
+    ] = "compressed-tensors",
+) -> None:
+    """Write an artifact for another engine, and say what that cannot take."""
+    import qpass
+
+    if to != "compressed-tensors":
+        raise QpassError(f"--format {to}: there is compressed-tensors only")
+    typer.echo(str(qpass.export_compressed_tensors(qpass.load(artifact, inner="eager"), target)))
+
+
+@app.command()
 def verify(artifact: Annotated[Path, typer.Argument(help="Folder that qpass wrote")]) -> None:
     """Read every byte of an artifact and compare it with what was written."""
     import qpass

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -50,6 +50,7 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def save(
     recipe = captured(model, "qpass.save").recipe.to_dict()
     with replacing(folder) as staging:
         entries = _write_tensors(tensors, staging, shard_bytes)
-        _carry(model, staging)
+        carry(model, staging, {"quantization_config": {"quant_method": METHOD}})
         files: dict[str, FileEntry] = {}
         for path in sorted(staging.iterdir()):
             if path.suffix == ".safetensors" or path.name == "config.json":  # the others their own tools write again
@@ -141,10 +142,12 @@ def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int
     return entries
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Tensors one by one, with no copy of them all (safetensors.torch.save_file wants one of what shares memory); -> SHA-256 of
     each. The format: length of the header, 8 bytes; the header, JSON; the tensors (github.com/huggingface/safetensors)."""
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so each is aligned
     for name in order:
@@ -169,21 +172,21 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> dict[str, st
     return hashes
 
 
-def _carry(model: nn.Module, folder: Path) -> None:
-    """Config and tokenizer. transformers without qpass finds no weights by the names that it looks for, and raises."""
+def carry(model: nn.Module, folder: Path, described: Mapping[str, Any]) -> None:
+    """Tokenizer, generation_config.json, and config.json with what is `described`."""
     config = getattr(model, "config", None)
-    source = Path(getattr(config, "name_or_path", "") or getattr(config, "_name_or_path", "") or os.devnull)
+    source = Path(getattr(config, "name_or_path", "") or os.devnull)
     for name in _CARRIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if config is not None and hasattr(config, "to_json_string"):
-        described = json.loads(config.to_json_string(use_diff=True)) | {
+        content = json.loads(config.to_json_string(use_diff=True)) | {
             "architectures": [type(model).__name__],
-            "quantization_config": {"quant_method": METHOD},
+            **described,
         }
-        described.pop("transformers_weights", None)
-        described.setdefault("dtype", str(next(model.parameters()).dtype).removeprefix("torch."))
-        (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
+        content.pop("transformers_weights", None)
+        content.setdefault("dtype", str(next(model.parameters()).dtype).removeprefix("torch."))
+        (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
         (folder / "generation_config.json").write_text(generation.to_json_string(use_diff=True))
@@ -200,15 +203,24 @@ def _versions() -> dict[str, str]:
 
 
 def check_target(folder: Path) -> None:
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise QpassError(f"{folder}: is no folder; give another name")
-    if folder.is_dir() and any(folder.iterdir()):
+    """Raises `QpassError` for a folder that holds anything but an artifact."""
+
+    def is_artifact(folder: Path) -> bool:
         try:
             read_manifest(folder)
         except QpassError:
-            raise QpassError(
-                f"{folder}: holds something else than a qpass artifact; give another name, or empty it"
-            ) from None
+            return False
+        return True
+
+    check_folder(folder, is_artifact, "a qpass artifact")
+
+
+def check_folder(folder: Path, is_replaceable: Callable[[Path], bool], what: str) -> None:
+    """Raises `QpassError` for a folder that holds anything but what may be replaced."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise QpassError(f"{folder}: is no folder; give another name")
+    if folder.is_dir() and any(folder.iterdir()) and not is_replaceable(folder):
+        raise QpassError(f"{folder}: holds something else than {what}; give another name, or empty it")
 
 
 @contextmanager
