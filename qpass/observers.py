@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from qpass import ranks
 from qpass.algorithms.gptq import Gptq
 from qpass.numerics import choose_qparams, for_whole_tensor, round_to
 from qpass.spec import QuantSpec
@@ -40,7 +41,7 @@ class InputStats:
     tokens: int = 0
     partial: bool = False  # the weight is also used with inputs that are not among these
     _keys: Tensor = field(default_factory=lambda: torch.empty(0))
-    _random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    _random: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(ranks.rank()))
 
     @classmethod
     def empty(cls, columns: int, device: torch.device | str = "cpu", hessian: bool = True) -> InputStats:
@@ -68,6 +69,22 @@ class InputStats:
         self.sample, self._keys = torch.cat([self.sample, rows])[kept.to(rows.device)], keys[kept]
         known = torch.cat([self.extreme, rows])
         self.extreme = known[known.abs().amax(1).topk(min(_EXTREME, len(known))).indices]
+
+    def over_ranks(self) -> InputStats:
+        """Of the rows that all ranks saw, on each of them."""
+        if ranks.count() == 1:
+            return self
+        tokens = int(ranks.total(torch.tensor(self.tokens)))
+        none = torch.full_like(self.low, torch.inf)
+        keys, sample, extreme = (ranks.rows_of_all(x) for x in (self._keys, self.sample, self.extreme))
+        kept = keys.topk(min(_SAMPLED, len(keys))).indices
+        extreme = extreme[extreme.abs().amax(1).topk(min(_EXTREME, len(extreme))).indices]
+        return InputStats(
+            None if self.hessian is None else ranks.total(self.hessian),
+            ranks.total(self.absolute), ranks.total(self.squares),
+            ranks.lowest(self.low if self.tokens else none), ranks.highest(self.high if self.tokens else -none),
+            sample[kept.to(sample.device)], extreme, tokens, self.partial, keys[kept],
+        )  # fmt: skip
 
     @cached_property
     def solver(self) -> Gptq:

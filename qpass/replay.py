@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qpass import ranks
 from qpass.algorithms.rounding import needs_hessian
 from qpass.errors import QpassError
 from qpass.graph.calls import LinearCall
@@ -304,8 +305,10 @@ def quantize_in_order(
 
     `convert`: (group, its float weights, stats of their input) -> QTensors, which the runs go on with. `is_known`: it gives
     those of a group without stats.
-    Raises `QpassError` for an input with NaN or inf, naming the site.
+    With torch.distributed each rank has runs of its own, and all have what all give. Raises `QpassError` for an input with NaN or
+    inf, naming the site.
     """
+    ranks.check_same("use weights", [str((place.group.names, str(place.group.spec))) for place in places.values()])
     done: set[tuple[object, ...]] = set()
     readers: dict[frozenset[tuple[int, Node]], list[Place]] = {}
     for place in places.values():
@@ -351,6 +354,7 @@ def _collect(place: Place, runs: Sequence[Run], hessian: bool) -> InputStats:
         else:
             run.back()  # computed again behind the weights that are quantized now
     assert stats is not None
+    stats = stats.over_ranks()
     if not stats.tokens:
         _no_token(place.group)
     if not bool(torch.isfinite(stats.squares).all()):

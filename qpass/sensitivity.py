@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qpass import ranks
 from qpass.decisions import Decision, Decisions
 from qpass.errors import QpassError
 from qpass.granularity import PerGroup
@@ -81,7 +82,7 @@ def measure(runs: Sequence[Run]) -> dict[tuple[object, ...], Sensitivity]:
     Raises `QpassError` if the graph cannot be differentiated.
     """
     found: dict[tuple[object, ...], Sensitivity] = {}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(ranks.rank())
     of_program: dict[tuple[int, tuple[int, ...]], list[Run]] = {}
     for run in runs:  # one graph may serve several layers
         of_program.setdefault((id(run.program), tuple(map(id, run.weights.values()))), []).append(run)
@@ -94,6 +95,10 @@ def measure(runs: Sequence[Run]) -> dict[tuple[object, ...], Sensitivity]:
             _one(run, found, generator, share)
         except RuntimeError as error:
             raise QpassError(f"recipe: bits need derivatives of the model, which fail: {error}") from error
+    ranks.check_same("derive weights", [f"{list(k.weight.shape)} {k.fisher is None}" for k in found.values()])
+    for known in found.values():
+        known.fisher = None if known.fisher is None else ranks.total(known.fisher) / ranks.count()
+        known.looked_up = None if known.looked_up is None else ranks.total(known.looked_up) / ranks.count()
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qpass"
 #: Layers from the bottom up: a file imports from its own layer and those below.
 LAYERS = [
-    {"errors", "formats", "granularity", "packing", "rotation", "progress", "printing", "memory"},
+    {"errors", "ranks", "formats", "granularity", "packing", "rotation", "progress", "printing", "memory"},
     {"spec"},
     {"recipe", "numerics", "compute"},
     {"algorithms", "observers"},
