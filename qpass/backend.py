@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
-from qpass.calibration import Recording
+from qpass.calibration import Recording, Seen
 from qpass.calling import Arguments, Lookup, run_as_inference
 from qpass.decisions import Decisions
 from qpass.errors import QpassError, nearest
@@ -123,6 +123,8 @@ class QPass:
         self._recording: Recording | None = None
         self._bits_given_out = False
         self.calibrated_in_pieces = False
+        #: What the observers of the last `calibrate` saw, site by site.
+        self.observed: tuple[Seen, ...] = ()
         BACKENDS.add(self)
 
     @property
@@ -175,6 +177,7 @@ class QPass:
         done = False
         try:
             yield self
+            self.observed = tuple(recording.seen.values())
             recording.check()
             self.begin_calibration(recording.runs)
             places = places_of(recording.runs)

@@ -177,10 +177,12 @@ class Seen:
     tokens: int = 0
     low: float = math.inf
     high: float = -math.inf
+    calls: int = 0
     bad_call: int | None = None
 
-    def add(self, x: Tensor, call: int) -> None:
-        """Take in tokens [tokens, K] of a call."""
+    def add(self, x: Tensor) -> None:
+        """Take in tokens [tokens, K] of one more call."""
+        call, self.calls = self.calls, self.calls + 1
         self.tokens += len(x)
         if not x.numel():
             return
@@ -194,17 +196,16 @@ class Seen:
 class Observer(nn.Module):
     """A node of a graph that runs inside of `QPass.calibrate`: what the weights of a site multiply passes it.
 
-    `into`: where it is kept, which belongs to the site and is shared by all graphs; `mask`, `call`: of the call that runs.
+    `into`: where it is kept, which belongs to the site and is shared by all graphs; `mask`: of the call that runs.
     """
 
     def __init__(self, columns: bool) -> None:
         super().__init__()
         self.columns, self.into = columns, Seen("")
         self.mask: Tensor | None = None
-        self.call = 0
 
     def forward(self, x: Tensor) -> None:
-        self.into.add(tokens_of(x.detach().mT if self.columns else x.detach(), self.mask), self.call)
+        self.into.add(tokens_of(x.detach().mT if self.columns else x.detach(), self.mask))
 
 
 @dataclass
@@ -239,7 +240,7 @@ class Recording:
                 for stop, observer in zip(program.stops, observers, strict=True):
                     key = tuple(memory_of(run.weights[w]) for w in stop.weights)
                     observer.into = self.seen.setdefault(key, Seen(stop.group.names[0]))
-                    observer.mask, observer.call = mask, len(self.runs)
+                    observer.mask = mask
                 self.runs.append(run)
                 check_recorded(self.runs)
                 return observed.forward(*given)

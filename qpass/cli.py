@@ -128,11 +128,12 @@ def quantize(
     target: Annotated[Path, typer.Argument(help="Folder of the artifact; one that is there is replaced")],
     recipe: RecipeOption = "int8",
     calibration: Annotated[Path | None, typer.Option(help="Text; documents apart by lines of <|endoftext|>")] = None,
+    like: Annotated[Path | None, typer.Option(help="An artifact whose formats are taken instead of a recipe")] = None,
 ) -> None:
     """Quantize a checkpoint into an artifact, in little memory. The same call after an interruption goes on."""
     import qpass
 
-    found = qpass.quantize_checkpoint(source, target, recipe, calibration=calibration)
+    found = qpass.quantize_checkpoint(source, target, recipe, calibration=calibration, like=like)
     typer.echo(f"{target}: {sum(f.stat().st_size for f in target.iterdir()):,} bytes, {found}")
 
 

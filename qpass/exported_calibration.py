@@ -52,6 +52,10 @@ def _arguments(program: ExportedProgram, batch: Batch) -> dict[str, Any]:
     args, kwargs = program.example_inputs or ((), {})
     call = program.module_call_graph[0].signature
     names = list(getattr(call, "forward_arg_names", None) or [])
+    if not names or not isinstance(batch, Mapping | Tensor):
+        raise QpassError(
+            f"calibration: a batch is a {type(batch).__name__}; the program takes {', '.join(names) or 'nothing'}"
+        )
     given = dict(batch) if isinstance(batch, Mapping) else {names[0]: batch}
     unknown = sorted(given.keys() - set(names))
     if unknown:
@@ -60,7 +64,7 @@ def _arguments(program: ExportedProgram, batch: Batch) -> dict[str, Any]:
     for name, example in zip(names, (*args, *kwargs.values()), strict=True):
         if name not in given and any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(example)):
             raise QpassError(f"calibration: a batch gives no {name!r}; give batches as dicts of {', '.join(names)}")
-        leaves += pytree.tree_leaves(given.get(name, example))
+        leaves += _leaves_like(given.get(name, example), example, name)
     inputs = [s.arg.name for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT]
     found = dict(zip(inputs, leaves, strict=True))
     for node in program.graph.find_nodes(op="placeholder"):
@@ -70,8 +74,23 @@ def _arguments(program: ExportedProgram, batch: Batch) -> dict[str, Any]:
     return found
 
 
+def _leaves_like(value: Any, example: Any, name: str) -> list[Any]:
+    """The leaves of an argument in the order of the exported one: mappings by key, whatever their order."""
+    if isinstance(example, Mapping):
+        if not isinstance(value, Mapping) or value.keys() != example.keys():
+            raise QpassError(f"calibration: {name} is to be a mapping of {', '.join(map(str, example))}")
+        return [leaf for key in example for leaf in _leaves_like(value[key], example[key], f"{name}[{key!r}]")]
+    if isinstance(example, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(example):
+            raise QpassError(f"calibration: {name} is to be a sequence of {len(example)}")
+        return [leaf for i, one in enumerate(example) for leaf in _leaves_like(value[i], one, f"{name}[{i}]")]
+    return [value] if pytree.tree_structure(value) == pytree.tree_structure(example) else pytree.tree_leaves(value)
+
+
 def _check_shape(name: str, value: Tensor, expected: Tensor) -> None:
     pairs = list(zip(value.shape, expected.shape, strict=False))
+    if value.is_floating_point() != expected.is_floating_point():
+        raise QpassError(f"calibration: {name} is {value.dtype}, but the program was exported for {expected.dtype}")
     if value.dim() != expected.dim() or any(isinstance(wanted, int) and wanted != size for size, wanted in pairs):
         raise QpassError(
             f"calibration: {name} of shape {list(value.shape)}, but the program was exported for {list(expected.shape)}; "

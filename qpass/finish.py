@@ -20,7 +20,7 @@ ON_FINISH: list[Callable[[nn.Module], None]] = []
 def finish(module: nn.Module, backend: QPass) -> nn.Module:
     """Have calls of `module`, whose weights are QTensors, compiled by `backend`; returns it."""
     compile_in_place(module, backend, guards_beside_the_lookup)
-    module._apply = _ApplyToFreshParameters(module)  # type: ignore[method-assign]
+    module._apply = _ApplyToFreshParameters(module, backend)  # type: ignore[method-assign]
     _prepare_generate(module, backend.recipe)
     for also in ON_FINISH:
         also(module)
@@ -43,8 +43,8 @@ class _ApplyToFreshParameters:
     """Stands in for `model._apply`, which `.to()` calls: torch exchanges the contents of a tensor subclass, and refuses
     where a weak reference to it exists; Dynamo holds one to every Parameter it guards. New Parameters have none."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, backend: QPass) -> None:
+        self.model, self.backend = model, backend
 
     def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
         fresh: dict[int, nn.Parameter] = {}
@@ -53,5 +53,8 @@ class _ApplyToFreshParameters:
                 if isinstance(param, QTensor):
                     if id(param) not in fresh:
                         fresh[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
+                        decision = self.backend.decisions.of(param)
+                        if decision is not None:
+                            self.backend.decisions.adopt(fresh[id(param)], decision)
                     module._parameters[name] = fresh[id(param)]
         return type(self.model)._apply(self.model, fn, recurse)

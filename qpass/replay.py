@@ -359,8 +359,8 @@ def _collect(place: Place, runs: Sequence[Run], hessian: bool) -> InputStats:
         _no_token(place.group)
     if not bool(torch.isfinite(stats.squares).all()):
         raise QpassError(
-            f"{place.group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; the "
-            "weights before it are quantized already: load the model again"
+            f"{place.group.names[0]}: its input in calibration holds NaN, inf, or numbers whose squares overflow; "
+            "leave that batch out (a module has quantized the weights before it by now: load it again)"
         )
     return stats
 

@@ -261,7 +261,9 @@ def _times(backend: QPass, params: Sequence[tuple[str, Tensor]]) -> list[str]:
     spent: dict[str, tuple[float, int]] = {}
     for _, param in params:
         stats, decision = backend.store.stats(param), backend.decisions.of(param)
-        if stats is not None and decision is not None and decision.spec is not None and decision.spec.algorithms:
+        if stats is None or not stats.outcome.seconds:  # loaded
+            continue
+        if decision is not None and decision.spec is not None and decision.spec.algorithms:
             name = ", ".join(decision.spec.algorithms)
             seconds, count = spent.get(name, (0.0, 0))
             spent[name] = seconds + stats.outcome.seconds, count + param.numel()

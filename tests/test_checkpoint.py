@@ -97,6 +97,23 @@ def test_other_data_another_recipe_or_another_source_do_not_go_on(source: Path, 
     assert qpass.quantize_checkpoint(source, target, RECIPES["gptq"], calibration=batches())
 
 
+def test_formats_are_taken_from_another_artifact(source: Path, tmp_path: Path) -> None:
+    """Bits are given out once; a checkpoint of the same architecture is quantized alike, without giving them out again."""
+    qpass.quantize_checkpoint(source, tmp_path / "a", RECIPES["bits"], calibration=batches())
+    other = build("llama")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    qpass.quantize_checkpoint(tmp_path / "other", tmp_path / "b", like=tmp_path / "a", calibration=batches(seed=3))
+    first, second = (qpass.load(tmp_path / name, inner="eager") for name in "ab")
+    specs = [{n: str(p.spec) for n, p in m.named_parameters() if isinstance(p, qpass.QTensor)} for m in (first, second)]
+    assert specs[0] == specs[1]
+    assert len(set(specs[0].values())) > 1
+    with pytest.raises(qpass.QpassError, match="gptq needs data"):
+        qpass.quantize_checkpoint(tmp_path / "other", tmp_path / "c", like=tmp_path / "a")
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, source: Path) -> None:
     with pytest.raises(qpass.QpassError, match=r"config\.json is missing"):
         qpass.quantize_checkpoint(tmp_path, tmp_path / "a")

@@ -29,9 +29,7 @@ from tests.test_ranks import RECIPES, batches
 name, folder, how = sys.argv[1:]
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-mine = batches()[rank::2] if how == "alike" else batches()[:1] if rank else [{"input_ids": b, "use_cache": False} for b in batches()]
-if how == "none" and rank:
-    mine = []
+mine = [] if how == "none" and rank else batches()[rank::2]
 try:
     model = qpass.quantize(build("llama"), RECIPES[name], calibration=mine, inner="eager")
     qpass.save(model, f"{folder}/{rank}")

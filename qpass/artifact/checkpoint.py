@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from qpass.api import quantize_module
-from qpass.artifact.manifest import sha256_of, sync
-from qpass.artifact.save import check_target, save
+from qpass.artifact.manifest import read_manifest, sha256_of, sync
+from qpass.artifact.save import absolute, check_target, save
 from qpass.backend import QPass
 from qpass.calibration import Data, batches_of
 from qpass.errors import QpassError
@@ -31,7 +32,7 @@ from qpass.recipe import Recipe
 from qpass.sites.group import WeightGroup
 from qpass.store import Kept, Made
 
-_KEY = "key.json"
+_KEY, _BITS = "key.json", "bits.json"
 
 
 def quantize_checkpoint(
@@ -40,22 +41,24 @@ def quantize_checkpoint(
     recipe: str | Path | Recipe | Mapping[str, Any] = "int8",
     *,
     calibration: Data | None = None,
+    like: str | Path | None = None,
     strict: bool = False,
 ) -> str:
     """Quantize the transformers model in folder `source` into the artifact `target`; returns its hash.
 
     Weights are mapped from the safetensors files and read as they are quantized, so memory holds the quantized model and the
-    largest group of float weights, and with `calibration` what its calls need. What is made lies in "<target>.unfinished" until
-    the end: the same call after a kill goes on from there, to the same hash. Raises `QpassError` if that folder belongs to
-    another recipe, source or other calibration data, and for what `quantize` and `save` refuse.
+    largest group of float weights, and with `calibration` what its calls need. `like`: an artifact of the same architecture,
+    whose format for every weight is taken, bits that were given out among them, instead of `recipe`. What is made lies in
+    "<target>.unfinished" until the end: the same call after a kill goes on from there, to the same hash. Raises `QpassError` if
+    that folder belongs to another recipe, source or other calibration data, and for what `quantize` and `save` refuse.
     """
-    source, target = Path(source), Path(target)
+    source, target = absolute(source), absolute(target)
     if not (source / "config.json").is_file():
         raise QpassError(f"{source}: no transformers model there (config.json is missing)")
     check_target(target)
     give_back_large_blocks()
     model = _mapped(source)
-    backend = QPass(recipe, strict=strict, inner="eager")
+    backend = QPass(recipe if like is None else recipe_of(like), strict=strict, inner="eager")
     batches = None if calibration is None else [_plain(batch) for batch in batches_of(calibration, model)]
     data = None if batches is None else hash_of_data(batches)
     if batches is not None:
@@ -75,6 +78,13 @@ def quantize_checkpoint(
     return done
 
 
+def recipe_of(folder: str | Path) -> Recipe:
+    """The recipe that gives every weight the format that it has in an artifact."""
+    manifest = read_manifest(Path(folder))
+    content = {name: value for name, value in manifest.recipe.items() if name != "bits"}
+    return Recipe(**{**content, "overrides": {name: entry.spec for name, entry in manifest.weights.items()}})
+
+
 class Unfinished(Kept):
     """The weights that were made so far, each group in a file of its own, and what they were made for."""
 
@@ -86,12 +96,27 @@ class Unfinished(Kept):
     def begin(self, key: Mapping[str, str | None]) -> None:
         """Raises `QpassError` if what is there was made for something else."""
         path = self.folder / _KEY
-        if not path.is_file():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not path.is_file():
+            raise QpassError(f"{self.folder}: holds something else than an unfinished artifact; move it away")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise QpassError(
+                f"{self.folder}: another process is at work on it; wait for it, or give another target"
+            ) from None
+        before: Any = None
+        if (
+            any(self.folder.glob("*.safetensors")) or (self.folder / _BITS).is_file()
+        ):  # otherwise there is nothing to lose
+            try:
+                before = json.loads(path.read_text())
+            except ValueError:
+                raise QpassError(f"{path}: damaged; delete the folder to begin anew") from None
+        if not isinstance(before, dict):
             self._write(_KEY, json.dumps(key).encode())
             return
-        before = json.loads(path.read_text())
         for name, value in key.items():
             if before.get(name) != value:
                 raise QpassError(
@@ -99,30 +124,31 @@ class Unfinished(Kept):
                 )
 
     def bits(self) -> dict[str, str] | None:
-        path = self.folder / "bits.json"
+        path = self.folder / _BITS
         return json.loads(path.read_text()) if path.is_file() else None
 
     def keep_bits(self, specs: dict[str, str]) -> None:
-        self._write("bits.json", json.dumps(specs).encode())
+        self._write(_BITS, json.dumps(specs).encode())
 
     def has(self, group: WeightGroup) -> bool:
-        return self._file(group).is_file()
+        return self._content(group) is not None
 
     def get(self, group: WeightGroup) -> list[Made] | None:
-        from safetensors import safe_open
+        from safetensors.torch import load
 
-        if not self.has(group):
+        content = self._content(group)
+        if content is None:
             return None
         made = []
-        with safe_open(self._file(group), framework="pt") as file:
-            there, outcomes = set(file.keys()), json.loads(file.metadata()["outcomes"])
-            for i, outcome in enumerate(outcomes):
-                parts = [file.get_tensor(f"{i}.{p}").clone() if f"{i}.{p}" in there else None for p in PART_NAMES]
-                types = group.spec.stored_parts
-                typed = [p if p is None or j not in types else p.view(types[j]) for j, p in enumerate(parts)]
-                seen = None if outcome["observed"] is None else Observed(**outcome["observed"])
-                decibels = math.inf if outcome["sqnr_db"] is None else outcome["sqnr_db"]
-                made.append(Made(Quantized(*typed), Outcome(decibels, outcome["seconds"], seen)))  # type: ignore[arg-type]
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        for i, outcome in enumerate(json.loads(header["__metadata__"]["outcomes"])):
+            parts = [tensors.get(f"{i}.{p}") for p in PART_NAMES]
+            types = group.spec.stored_parts
+            typed = [p if p is None or j not in types else p.view(types[j]) for j, p in enumerate(parts)]
+            seen = None if outcome["observed"] is None else Observed(**outcome["observed"])
+            decibels = math.inf if outcome["sqnr_db"] is None else outcome["sqnr_db"]
+            made.append(Made(Quantized(*typed), Outcome(decibels, outcome["seconds"], seen)))
         return made
 
     def put(self, group: WeightGroup, made: Sequence[Made]) -> None:
@@ -137,11 +163,20 @@ class Unfinished(Kept):
         outcomes = [asdict(one.outcome) for one in made]
         for outcome in outcomes:
             outcome["sqnr_db"] = outcome["sqnr_db"] if math.isfinite(outcome["sqnr_db"]) else None
-        self._write(self._file(group).name, save(tensors, {"outcomes": json.dumps(outcomes)}))
+        content = save(tensors, {"outcomes": json.dumps(outcomes)})
+        self._write(f"{self._name(group)}-{hashlib.sha256(content).hexdigest()}.safetensors", content)
 
-    def _file(self, group: WeightGroup) -> Path:
-        named = json.dumps([str(group.spec), *group.names])
-        return self.folder / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.safetensors"
+    def _name(self, group: WeightGroup) -> str:
+        return hashlib.sha256(json.dumps([str(group.spec), *group.names]).encode()).hexdigest()[:32]
+
+    def _content(self, group: WeightGroup) -> bytes | None:
+        """What is kept of a group, if it is what was written; otherwise it is made again."""
+        for path in self.folder.glob(f"{self._name(group)}-*.safetensors"):
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() == path.stem.partition("-")[2]:
+                return content
+            path.unlink()
+        return None
 
     def _write(self, name: str, content: bytes) -> None:
         """Whole or not at all."""
@@ -175,13 +210,29 @@ def _mapped(source: Path) -> nn.Module:
     """The model with its weights mapped from its files, in their own type."""
     try:
         import transformers
+        from safetensors import SafetensorError
     except ImportError:
         raise QpassError("transformers is not installed: pip install 'qpass-torch[hf]'") from None
     config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
     names = getattr(config, "architectures", None) or [""]
-    found = getattr(transformers, str(names[0]), transformers.AutoModelForCausalLM)
-    model: nn.Module = found.from_pretrained(source, dtype="auto", local_files_only=True)
-    return model.eval()
+    found: Any = getattr(transformers, str(names[0]), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise QpassError(
+            f"{source}: transformers has no class {names[0]!r}; quantize the module: qpass.quantize(model), qpass.save"
+        )
+    try:
+        model, info = found.from_pretrained(  # type: ignore[attr-defined]
+            source, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise QpassError(f"{source}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    for what in ("missing_keys", "mismatched_keys"):
+        if info.get(what):  # transformers makes random weights for them
+            raise QpassError(
+                f"{source}: {what.replace('_', ' ')}: {sorted(map(str, info[what]))[0]}; repair the checkpoint"
+            )
+    whole: nn.Module = model.eval()
+    return whole
 
 
 def _identity(source: Path) -> str:

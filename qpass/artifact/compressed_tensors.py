@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from qpass.artifact.manifest import METHOD
-from qpass.artifact.save import carry, check_folder, replacing, write_safetensors
+from qpass.artifact.save import absolute, carry, check_folder, replacing, write_safetensors
 from qpass.errors import QpassError
 from qpass.granularity import PerGroup, PerTensor
+from qpass.graph.torch_private import original_module
 from qpass.numerics import codes_of
 from qpass.packing import pack
 from qpass.qtensor import QTensor
@@ -52,7 +53,7 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Written:
     and listed: tables, the vocabulary projection, codebooks, microscaling, float zero points, scales of columns. Raises
     `QpassError` for a model that is not quantized, and a folder with anything but an earlier export.
     """
-    folder = Path(folder)
+    folder, model = absolute(folder), original_module(model)
     check_folder(folder, _is_export, "an export")
     linears = {id(m.weight): (name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if not any(isinstance(p, QTensor) for p in model.parameters()):
@@ -82,7 +83,7 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Written:
     names = dict(model.named_buffers())
     tensors |= {n: names[n] for n in model.state_dict(keep_vars=True) if n in names}
     ignored = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in written.quantized]
-    with replacing(folder) as staging:
+    with replacing(folder, lambda name: name.endswith(".safetensors")) as staging:
         carry(model, staging, {"quantization_config": _config(schemes, ignored)})
         write_safetensors(tensors, staging / "model.safetensors", {"format": "pt"})
     return written

@@ -140,8 +140,10 @@ def check_head(folder: Path, name: str, entry: FileEntry) -> None:
     path = folder / name
     if path.stat().st_size != entry.size:
         raise QpassFormatError(f"{path}: {path.stat().st_size:,} bytes, not {entry.size:,}; copy the artifact again")
+    if not 0 <= entry.head <= min(entry.size, _LARGEST):
+        raise QpassFormatError(f"{path}: a header of {entry.head:,} bytes; refused")
     with path.open("rb") as file:
-        if hashlib.sha256(file.read(max(0, entry.head))).hexdigest() != entry.sha256:
+        if hashlib.sha256(file.read(entry.head)).hexdigest() != entry.sha256:
             raise QpassFormatError(f"{path}: damaged: not the bytes that were written; copy the artifact again")
 
 

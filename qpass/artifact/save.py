@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from qpass.artifact.manifest import (
     sync,
 )
 from qpass.errors import QpassError
+from qpass.graph.torch_private import original_module
 from qpass.numerics import PART_NAMES
 from qpass.packing import as_bytes
 from qpass.qstate import QState
@@ -40,12 +42,11 @@ from qpass.registry import captured
 
 #: Bytes of one file of tensors.
 SHARD_BYTES = 4 << 30
-#: What is carried over from the folder of a transformers model.
-_CARRIED = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "preprocessor_config.json",
-    "processor_config.json",
-)  # fmt: skip
+#: Of the folder of a model: weights and code, which are not carried over, and files larger than these bytes.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json", ".py")
+_LARGEST_CARRIED = 1 << 27
+#: Buffers that a module computes itself are stored up to these bytes: they may have been computed, or moved to a type, otherwise.
+_LARGEST_COMPUTED = 1 << 24
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -63,7 +64,7 @@ def save(
     step; a folder with anything else is refused. Raises `QpassError` for a model that is not quantized, or keeps a quantized
     cache of its own.
     """
-    folder = Path(folder)
+    folder, model = absolute(folder), original_module(model)
     check_target(folder)
     names, aliases = _names(model)
     if not any(isinstance(value, QTensor) for value in names.values()):
@@ -86,7 +87,7 @@ def save(
             None if outcome.observed is None else asdict(outcome.observed),
         )  # fmt: skip
     recipe = captured(model, "qpass.save").recipe.to_dict()
-    with replacing(folder) as staging:
+    with replacing(folder, lambda name: name == NAME or name.startswith("qpass-")) as staging:
         entries = _write_tensors(tensors, staging, shard_bytes)
         carry(model, staging, {"quantization_config": {"quant_method": METHOD}})
         files: dict[str, FileEntry] = {}
@@ -102,14 +103,15 @@ def save(
 
 
 def _names(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What is stored by its first name: Parameters and persistent buffers; further names of the same."""
+    """What is stored by its first name: Parameters and buffers, but for large ones that the module computes; further names."""
     first: dict[int, str] = {}
     found: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     places = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    persistent = {n for n in model.state_dict(keep_vars=True) if n in buffers}
-    for name, value in sorted({**places, **{n: buffers[n] for n in persistent}}.items()):
+    persistent = model.state_dict(keep_vars=True).keys()
+    kept = {n: b for n, b in buffers.items() if n in persistent or b.nbytes <= _LARGEST_COMPUTED}
+    for name, value in sorted({**places, **kept}.items()):
         if isinstance(value, QState):
             raise QpassError(
                 f"qpass.save: {name} is a quantized cache that the module keeps; save the model before it is used"
@@ -173,23 +175,38 @@ def write_safetensors(
 
 
 def carry(model: nn.Module, folder: Path, described: Mapping[str, Any]) -> None:
-    """Tokenizer, generation_config.json, and config.json with what is `described`."""
+    """What lies beside the weights of a model (tokenizer, templates), generation_config.json, config.json with `described`."""
     config = getattr(model, "config", None)
-    source = Path(getattr(config, "name_or_path", "") or os.devnull)
-    for name in _CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+    name = getattr(config, "name_or_path", "") or ""
+    if name and Path(name).is_dir():
+        for path in sorted(Path(name).iterdir()):
+            small = path.is_file() and not path.is_symlink() and path.stat().st_size <= _LARGEST_CARRIED
+            if small and not path.name.endswith(_WEIGHTS) and path.name != NAME:
+                shutil.copyfile(path, folder / path.name)
+    elif name:
+        _carry_tokenizer(name, folder)
     if config is not None and hasattr(config, "to_json_string"):
         content = json.loads(config.to_json_string(use_diff=True)) | {
             "architectures": [type(model).__name__],
             **described,
         }
-        content.pop("transformers_weights", None)
+        for key in ("transformers_weights", "transformers_version"):  # the same model whatever wrote it
+            content.pop(key, None)
         content.setdefault("dtype", str(next(model.parameters()).dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     generation = getattr(model, "generation_config", None)
     if generation is not None and hasattr(generation, "to_json_string"):
         (folder / "generation_config.json").write_text(generation.to_json_string(use_diff=True))
+
+
+def _carry_tokenizer(name: str, folder: Path) -> None:
+    """Of a model that came from the hub: what is in the local cache."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(name, local_files_only=True).save_pretrained(folder)
+    except (OSError, ValueError):
+        warnings.warn(f"{name}: no tokenizer in the local cache; put it into {folder} yourself", stacklevel=3)
 
 
 def _versions() -> dict[str, str]:
@@ -215,6 +232,11 @@ def check_target(folder: Path) -> None:
     check_folder(folder, is_artifact, "a qpass artifact")
 
 
+def absolute(folder: str | Path) -> Path:
+    """With a name of its own, whatever the working directory; links are not followed."""
+    return Path(os.path.abspath(folder))
+
+
 def check_folder(folder: Path, is_replaceable: Callable[[Path], bool], what: str) -> None:
     """Raises `QpassError` for a folder that holds anything but what may be replaced."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
@@ -224,10 +246,11 @@ def check_folder(folder: Path, is_replaceable: Callable[[Path], bool], what: str
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, is_own: Callable[[str], bool]) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place in one step at the end; gone if anything fails.
 
-    What an earlier, killed process left beside it is removed.
+    What else lies in the old one goes over to the new one, but for what `is_own` says of a name: written by an earlier save. What
+    a killed process left beside it is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}.saving-"
@@ -238,6 +261,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
     try:
         yield staging
+        for path in sorted(folder.iterdir()) if folder.exists() else ():
+            if not is_own(path.name) and not (staging / path.name).exists():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.copytree(path, staging / path.name, symlinks=True)
+                else:
+                    shutil.copy2(path, staging / path.name, follow_symlinks=False)
         staging.chmod(0o777 & ~_umask())
         if folder.exists():
             _exchange(staging, folder)
