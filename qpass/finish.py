@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from qpass.backend import QPass
+from qpass.decisions import Decision
 from qpass.graph.torch_private import compile_in_place
 from qpass.qtensor import QTensor
 from qpass.recipe import Recipe
@@ -48,13 +49,17 @@ class _ApplyToFreshParameters:
 
     def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
         fresh: dict[int, nn.Parameter] = {}
+        decided: list[tuple[nn.Module, str, Decision | None]] = []
         for module in self.model.modules():
             for name, param in module._parameters.items():
                 if isinstance(param, QTensor):
                     if id(param) not in fresh:
                         fresh[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
-                        decision = self.backend.decisions.of(param)
-                        if decision is not None:
-                            self.backend.decisions.adopt(fresh[id(param)], decision)
+                    decided.append((module, name, self.backend.decisions.of(param)))
                     module._parameters[name] = fresh[id(param)]
-        return type(self.model)._apply(self.model, fn, recurse)
+        done: nn.Module = type(self.model)._apply(self.model, fn, recurse)
+        for module, name, decision in decided:
+            param = module._parameters[name]
+            if decision is not None and param is not None:
+                self.backend.decisions.adopt(param, decision)
+        return done

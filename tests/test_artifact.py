@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -170,15 +171,67 @@ def test_paths_out_of_the_folder_are_refused(name: str, copy: Path) -> None:
         qpass.load(copy, inner="eager")
 
 
-def forge(folder: Path, content: dict[str, Any]) -> None:
-    """A manifest with the right hash: what an attacker writes."""
+def forge(folder: Path, content: dict[str, Any], config: bool = False) -> None:
+    """A manifest with the right hash: what an attacker writes. `config`: of another config.json too."""
     from qpass.artifact import manifest
+
+    if config:
+        content["files"]["config.json"] = vars(manifest.head_of(folder / "config.json", tensors=False))
 
     made = {f: content[f] for f in ("recipe", "weights", "tensors", "files", "aliases", "calibration", "versions")}
     kinds = {"weights": manifest.WeightEntry, "tensors": manifest.TensorEntry, "files": manifest.FileEntry}
     for key, kind in kinds.items():
         made[key] = {name: kind(**value) for name, value in made[key].items()}
     (folder / NAME).write_text(manifest.Manifest(**made).text)
+
+
+FORGED: dict[str, Any] = {
+    "header of 10^15": lambda c, config: c["files"]["qpass-00001.safetensors"].update(head=10**15),
+    "header of 10^20": lambda c, config: c["files"]["qpass-00001.safetensors"].update(head=10**20),
+    "type of a weight": lambda c, config: first(c).update(dtype="load"),
+    "type that is none": lambda c, config: first(c).update(dtype="nope"),
+    "integers": lambda c, config: first(c).update(dtype="int8"),
+    "fields of an input": lambda c, config: first(c).update(input={"a": 1}),
+    "negative shape": lambda c, config: first(c).update(shape=[-1, 64]),
+    "enormous shape": lambda c, config: first(c).update(shape=[10**18, 10**18]),
+    "another format": lambda c, config: first(c).update(spec="nf4:g16"),
+    "no format": lambda c, config: first(c).update(spec="int4:nonsense"),
+    "codes on a terminal": lambda c, config: first(c).update(kind="\x1b[2J"),
+    "alias of nothing": lambda c, config: c["aliases"].update(a="b"),
+    "recipe": lambda c, config: c["recipe"].update(qkv="nonsense"),
+    "class": lambda c, config: config.update(architectures=5),
+    "no class": lambda c, config: config.update(architectures=["os.system"]),
+    "heads": lambda c, config: config.update(num_attention_heads=0),
+    "layers": lambda c, config: config.update(num_hidden_layers="x"),
+    "activation": lambda c, config: config.update(hidden_act="nonsense"),
+    "width": lambda c, config: config.update(hidden_size=10**12),
+    "model type": lambda c, config: config.update(model_type="nonsense"),
+}
+
+
+def first(content: dict[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = content["weights"]["model.layers.0.mlp.up_proj.weight"]
+    return entry
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_forged_content_with_the_right_hash_is_refused(how: str, copy: Path) -> None:
+    content, config = json.loads((copy / NAME).read_text()), json.loads((copy / "config.json").read_text())
+    FORGED[how](content, config)
+    (copy / "config.json").write_text(json.dumps(config))
+    forge(copy, content, config=True)
+    with pytest.raises(qpass.QpassError):
+        qpass.load(copy, inner="eager")
+
+
+def test_a_config_chooses_no_code(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers fetches kernels from its hub by the name of an attention."""
+    content, config = json.loads((copy / NAME).read_text()), json.loads((copy / "config.json").read_text())
+    config |= {"attn_implementation": "kernels-community/flash-attn3", "_attn_implementation": "kernels-community/x"}
+    config |= {"auto_map": {"AutoConfig": "evil.Config"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    forge(copy, content, config=True)
+    assert qpass.load(copy, inner="eager").config._attn_implementation in ("sdpa", "eager")
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
@@ -219,6 +272,38 @@ def test_a_skeleton_that_does_not_fit(artifact: Path, tmp_path: Path) -> None:
         qpass.load(tmp_path)
 
 
+def test_a_link_beside_the_artifact_is_not_followed(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (copy / "tokenizer.json").symlink_to(tmp_path / "secret")
+    qpass.save(qpass.load(copy, inner="eager"), tmp_path / "again")
+    assert not (tmp_path / "again" / "tokenizer.json").exists()
+    (copy / "generation_config.json").unlink()
+    (copy / "generation_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(QpassFormatError, match="refused"):
+        qpass.load(copy, inner="eager")
+
+
+def test_an_artifact_of_the_first_format_is_read_for_good() -> None:
+    """Written by the first version that wrote any: five formats, static inputs, scales of columns, float zero points."""
+    folder = Path(__file__).parent / "data" / "artifact-v1"
+    model = qpass.load(folder, inner="eager")
+    with torch.no_grad(), qpass.set_compute("float"):
+        found = logits_of(model(tokens())).numpy()
+    expected = np.load(folder.with_name("artifact-v1-logits.npy"))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_model_that_was_moved_to_another_type(when: str, tmp_path: Path) -> None:
+    """What the module computes itself (the frequencies of rotary embeddings) was moved too."""
+    float_model = build("llama").to(torch.bfloat16) if when == "before" else build("llama")
+    model = qpass.quantize(float_model, "int8", inner="eager")
+    model = model.to(torch.bfloat16) if when == "after" else model
+    qpass.save(model, tmp_path / "a")
+    loaded = qpass.load(tmp_path / "a", inner="eager")
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_without_qpass_transformers_raises(artifact: Path) -> None:
     program = f"from transformers import AutoModelForCausalLM as A\nA.from_pretrained({str(artifact)!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -227,6 +312,35 @@ def test_without_qpass_transformers_raises(artifact: Path) -> None:
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_the_folder_stays_there(copy: Path) -> None:
+    (copy / "letter.txt").write_text("dear")
+    (copy / "results").mkdir()
+    (copy / "results" / "x").write_text("1")
+    qpass.save(quantized(), copy)
+    assert (copy / "letter.txt").read_text() == "dear"
+    assert (copy / "results" / "x").read_text() == "1"
+    assert qpass.verify(copy)
+
+
+def test_all_of_a_tokenizer_is_carried_over(tmp_path: Path) -> None:
+    build("bert").save_pretrained(tmp_path / "source")
+    for name in ("vocab.txt", "spiece.model", "tokenizer_config.json"):
+        (tmp_path / "source" / name).write_text("{}")
+    (tmp_path / "source" / "modeling.py").write_text("")
+    model = type(build("bert")).from_pretrained(tmp_path / "source")
+    qpass.save(qpass.quantize(model, "int8", inner="eager"), tmp_path / "a")
+    found = {p.name for p in (tmp_path / "a").iterdir()}
+    assert {"vocab.txt", "spiece.model", "tokenizer_config.json"} < found
+    assert not {"modeling.py", "model.safetensors"} & found
+
+
+def test_the_working_folder_and_compiled_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    model = quantized()
+    assert qpass.save(model, ".") == qpass.save(torch.compile(model, backend="eager"), tmp_path / "b")
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:

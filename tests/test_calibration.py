@@ -176,9 +176,27 @@ def copied(program: torch.export.ExportedProgram) -> torch.nn.Module:
     return model
 
 
+class Nested(Two):
+    def forward(self, d: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return super().forward(d["x"]) + 100 * self.table(d["y"])
+
+
+def test_the_arguments_of_an_exported_program_go_by_name() -> None:
+    x, y = tokens(), tokens(seed=1)
+    program = torch.export.export(Nested().eval(), ({"x": x, "y": y},))
+    found = [
+        qpass.quantize(program, "int8@int8:static", calibration=[{"d": d}]).state_dict
+        for d in ({"x": x, "y": y}, {"y": y, "x": x})
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+    with pytest.raises(qpass.QpassError, match="d is to be a mapping of x, y"):
+        qpass.quantize(program, SPEC, calibration=[{"d": {"x": x}}])
+
+
 @pytest.mark.parametrize(("batches", "says"), [
-    ([], "no batches"), ([tokens(3, 5)], "was exported for"), ([{"wrong": tokens()}], "takes no 'wrong'"),
-], ids=["none", "shape", "name"])  # fmt: skip
+    ([], "no batches"), ([("a", "b")], "a batch is a tuple"), ([tokens().float()], "exported for torch.int64"),
+    ([tokens(3, 5)], "was exported for"), ([{"wrong": tokens()}], "takes no 'wrong'"),
+], ids=["none", "tuple", "type", "shape", "name"])  # fmt: skip
 def test_what_does_not_fit_an_exported_program_is_refused(batches: Any, says: str) -> None:
     program = torch.export.export(Two().eval(), (tokens(),))
     with pytest.raises(qpass.QpassError, match=says):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qpass
 from tests.models import build, logits_of, tokens
@@ -95,6 +98,47 @@ def test_other_data_another_recipe_or_another_source_do_not_go_on(source: Path, 
     with pytest.raises(qpass.QpassError, match="begun with another source"):
         qpass.quantize_checkpoint(other, target, RECIPES["gptq"], calibration=batches())
     assert qpass.quantize_checkpoint(source, target, RECIPES["gptq"], calibration=batches())
+
+
+def test_what_is_kept_is_checked(source: Path, tmp_path: Path) -> None:
+    """A damaged group is made again; a folder that is not ours, or in use, is left alone."""
+    whole = qpass.quantize_checkpoint(source, tmp_path / "whole")
+    assert run(source, tmp_path / "cut", "int8", 3).returncode == -signal.SIGKILL
+    kept = sorted((tmp_path / "cut.unfinished").glob("*.safetensors"))
+    content = bytearray(kept[0].read_bytes())
+    content[-1] ^= 1
+    kept[0].write_bytes(content)
+    kept[1].write_bytes(kept[1].read_bytes()[:50])
+    with (tmp_path / "cut.unfinished" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(qpass.QpassError, match="another process is at work"):
+            qpass.quantize_checkpoint(source, tmp_path / "cut")
+    assert qpass.quantize_checkpoint(source, tmp_path / "cut") == whole
+    (tmp_path / "new.unfinished").mkdir()
+    (tmp_path / "new.unfinished" / "mine.txt").write_text("mine")
+    with pytest.raises(qpass.QpassError, match="holds something else than an unfinished artifact"):
+        qpass.quantize_checkpoint(source, tmp_path / "new")
+    assert (tmp_path / "new.unfinished" / "mine.txt").exists()
+
+
+def test_a_call_that_failed_blocks_nothing(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(qpass.QpassError, match="awq needs data"):
+        qpass.quantize_checkpoint(source, tmp_path / "a", RECIPES["gptq"])
+    assert qpass.quantize_checkpoint(source, tmp_path / "a", RECIPES["gptq"], calibration=batches())
+
+
+def test_weights_that_are_missing_are_not_made_up(source: Path, tmp_path: Path) -> None:
+    """transformers would fill them with random numbers."""
+    shutil.copytree(source, tmp_path / "s")
+    tensors = load_file(tmp_path / "s" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "s" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(qpass.QpassError, match=r"missing keys: model\.layers\.1\.mlp\.up_proj\.weight"):
+        qpass.quantize_checkpoint(tmp_path / "s", tmp_path / "a")
+    config = json.loads((tmp_path / "s" / "config.json").read_text()) | {"architectures": ["MyOwn"]}
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(qpass.QpassError, match="no class 'MyOwn'"):
+        qpass.quantize_checkpoint(tmp_path / "s", tmp_path / "a")
 
 
 def test_formats_are_taken_from_another_artifact(source: Path, tmp_path: Path) -> None:
