@@ -161,11 +161,12 @@ class QPass:
             self.recipe, self.decisions, self._whole = recipe, Decisions(recipe), weakref.WeakKeyDictionary()
 
     @contextmanager
-    def calibrate(self) -> Iterator[QPass]:
+    def calibrate(self, mask: str = "attention_mask") -> Iterator[QPass]:
         """Inside of it calls run in float and are recorded; leaving it quantizes the weights on them, and the next call runs
         quantized. The calls are replayed then: their inputs are held until the end, those that the graph writes to as copies.
 
-        Raises `QpassError` at the end if there was no call; what `qpass.quantize` with calibration raises.
+        `mask`: the name of the argument that says which tokens [B, S] count. Raises `QpassError` at the end if there was no
+        call; what `qpass.quantize` with calibration raises.
         """
         if self._recording is not None:
             raise QpassError("calibrate: inside of calibrate; leave the first block before the next")
@@ -173,7 +174,7 @@ class QPass:
             forget_code(code)
         before = self.recipe, self.decisions, self._whole
         self.use_data()
-        self._recording = recording = Recording()
+        self._recording = recording = Recording(mask)
         done = False
         try:
             yield self

@@ -212,6 +212,7 @@ class Observer(nn.Module):
 class Recording:
     """Calls between the start and the end of `QPass.calibrate`, what their observers saw, and the code captured for them."""
 
+    mask: str = "attention_mask"
     runs: list[Run] = field(default_factory=list)
     codes: set[CodeType] = field(default_factory=set)
     seen: dict[Key, Seen] = field(default_factory=dict)
@@ -219,13 +220,12 @@ class Recording:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def of_graph(self, captured: GraphModule, inputs: Sequence[Any], backend: Planner) -> Callable[..., Any]:
-        """A captured graph in float with observers, whose calls are recorded. Tokens that argument attention_mask leaves out do
-        not count."""
+        """A captured graph in float with observers, whose calls are recorded. Tokens that the mask leaves out do not count."""
         module = copy_captured(captured)
         plan = backend.plan_graph(module, inputs)
         program = Program.of(module, plan, parameter_nodes(module, inputs))
         placeholders = captured.graph.find_nodes(op="placeholder")
-        masks = [i for i, node in enumerate(placeholders) if is_argument(node, "attention_mask")]
+        masks = [i for i, node in enumerate(placeholders) if is_argument(node, self.mask)]
         code = captured_code()
         if code is not None:
             self.codes.add(code)

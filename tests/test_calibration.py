@@ -549,6 +549,22 @@ def test_the_mask_of_a_call_counts() -> None:
     assert not torch.equal(outs[0], outs[2])
 
 
+def test_the_mask_may_have_another_name() -> None:
+    ids, keep = tokens(batch=3, length=14), torch.ones(3, 14, dtype=torch.long)
+    keep[:, :4] = 0
+
+    class Kept(Masked):
+        def forward(self, ids: Tensor, keep: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(ids, keep)
+
+    for name, counted in (("keep", 30), ("attention_mask", 42)):
+        backend = qpass.QPass(SPEC, inner="eager")
+        fast = torch.compile(Kept().eval(), backend=backend)
+        with torch.no_grad(), backend.calibrate(mask=name):
+            fast(ids, keep)
+        assert {seen.tokens for seen in backend.observed} == {counted}
+
+
 def test_a_changed_weight_is_quantized_again() -> None:
     """What calibration chose is of the weight that it saw."""
     backend, model, ids = qpass.QPass("int8:g16:search", inner="eager"), Two().eval(), tokens(batch=2, length=12)
