@@ -19,6 +19,7 @@ from torch import nn
 
 import qpass
 from qpass.artifact.manifest import NAME, QpassFormatError
+from tests.checkpoint_probe import write
 from tests.models import build, logits_of, tokens
 
 FAMILIES = ["llama", "gpt2", "bert", "nanogpt"]
@@ -111,6 +112,20 @@ def test_equal_models_have_equal_hashes(tmp_path: Path) -> None:
     assert a == b != c
 
 
+@pytest.mark.long
+def test_loading_takes_the_memory_of_the_artifact(tmp_path: Path) -> None:
+    """Of 300 M parameters, with a first call behind it; beside what torch takes for any model."""
+    write(tmp_path / "float")
+    write(tmp_path / "small", hidden=128)
+    for name in ("float", "small"):
+        qpass.quantize_checkpoint(tmp_path / name, tmp_path / f"{name}-int8", "int8")
+    command = [sys.executable, "-m", "tests.load_probe", str(tmp_path / "float-int8"), str(tmp_path / "small-int8")]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    measured = json.loads(out.stdout.splitlines()[-1])
+    assert measured["artifact"] > 2.4e8
+    assert measured["peak"] <= 1.3 * measured["artifact"]
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +193,9 @@ def forge(folder: Path, content: dict[str, Any], config: bool = False) -> None:
     if config:
         content["files"]["config.json"] = vars(manifest.head_of(folder / "config.json", tensors=False))
 
-    made = {f: content[f] for f in ("recipe", "weights", "tensors", "files", "aliases", "calibration", "versions")}
+    made = {
+        f: content[f] for f in ("recipe", "weights", "tensors", "files", "aliases", "groups", "calibration", "versions")
+    }
     kinds = {"weights": manifest.WeightEntry, "tensors": manifest.TensorEntry, "files": manifest.FileEntry}
     for key, kind in kinds.items():
         made[key] = {name: kind(**value) for name, value in made[key].items()}
@@ -197,6 +214,10 @@ FORGED: dict[str, Any] = {
     "another format": lambda c, config: first(c).update(spec="nf4:g16"),
     "no format": lambda c, config: first(c).update(spec="int4:nonsense"),
     "codes on a terminal": lambda c, config: first(c).update(kind="\x1b[2J"),
+    "group of nothing": lambda c, config: c["groups"].append(["a", "b"]),
+    "group of strangers": lambda c, config: c["groups"].append(
+        ["model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"]
+    ),
     "alias of nothing": lambda c, config: c["aliases"].update(a="b"),
     "recipe": lambda c, config: c["recipe"].update(qkv="nonsense"),
     "class": lambda c, config: config.update(architectures=5),

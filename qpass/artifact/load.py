@@ -36,6 +36,7 @@ from qpass.qtensor import Outcome, QTensor
 from qpass.recipe import resolve_recipe
 from qpass.sites.core import Site
 from qpass.spec import parse_spec
+from qpass.store import fuse
 from qpass.weights import as_rows
 
 #: Keys of a config that choose code.
@@ -119,11 +120,18 @@ def fill(module: nn.Module, folder: Path, inner: str = "inductor", mode: str | N
         if needed and name not in stored:
             raise QpassError(f"{folder}: has no {name}, which {type(module).__name__} needs: another class, or sizes?")
     made: dict[str, Tensor] = {}
-    for name, entry in manifest.weights.items():
-        with _damaged(f"{folder}: {name}"):
-            made[name] = weight = _weight(entry, {part: tensors.pop(f"{name}.{part}", None) for part in PART_NAMES})
-            site = Site(entry.kind, name, tuple(entry.roles), tuple(entry.shape))
-            backend.decisions.adopt(weight, Decision(site, weight.spec))  # type: ignore[attr-defined]
+    grouped = {name for names in manifest.groups for name in names}
+    for names in (*manifest.groups, *([name] for name in manifest.weights if name not in grouped)):
+        with _damaged(f"{folder}: {', '.join(names)}"):
+            entries = [manifest.weights[name] for name in names]
+            parts = [{part: tensors.pop(f"{name}.{part}", None) for part in PART_NAMES} for name in names]
+            weights = [_weight(entry, each) for entry, each in zip(entries, parts, strict=True)]
+            del parts
+            fuse(weights)  # now, not at the first call, when torch holds what they were
+            for name, entry, weight in zip(names, entries, weights, strict=True):
+                made[name] = nn.Parameter(weight, requires_grad=False)
+                site = Site(entry.kind, name, tuple(entry.roles), tuple(entry.shape))
+                backend.decisions.adopt(made[name], Decision(site, weight.spec))
     for name, value in tensors.items():
         owner, last = places.get(name, (module, ""))
         made[name] = nn.Parameter(value, requires_grad=False) if last in owner._parameters else value
@@ -137,7 +145,7 @@ def fill(module: nn.Module, folder: Path, inner: str = "inductor", mode: str | N
     return finish(module.eval(), backend)
 
 
-def _weight(entry: WeightEntry, parts: dict[str, Tensor | None]) -> nn.Parameter:
+def _weight(entry: WeightEntry, parts: dict[str, Tensor | None]) -> QTensor:
     """A QTensor whose parts have the types and shapes that its spec gives them."""
     spec, dtype = parse_spec(entry.spec), getattr(torch, entry.dtype)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -167,7 +175,7 @@ def _weight(entry: WeightEntry, parts: dict[str, Tensor | None]) -> nn.Parameter
     seen = None if entry.input is None else Observed(**entry.input)
     weight = QTensor(Quantized(*typed), spec, size, dtype, entry.transposed)  # type: ignore[arg-type]
     weight.outcome = Outcome(float("nan") if entry.sqnr_db is None else entry.sqnr_db, 0.0, seen)
-    return nn.Parameter(weight, requires_grad=False)
+    return weight
 
 
 class _ParametersUntouched(TorchDispatchMode):

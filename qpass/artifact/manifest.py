@@ -66,7 +66,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of an artifact. `aliases`: further names of a tied Parameter -> its first. `calibration`: SHA-256 of the data.
+    """All of an artifact. `aliases`: further names of a tied Parameter -> its first. `groups`: weights that one operator reads,
+    as the rows of one buffer. `calibration`: SHA-256 of the data.
 
     `versions` are for people, and do not enter the hash.
     """
@@ -76,6 +77,7 @@ class Manifest:
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
     aliases: dict[str, str]
+    groups: list[list[str]]
     calibration: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 

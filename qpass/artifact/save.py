@@ -95,7 +95,7 @@ def save(
             if path.suffix == ".safetensors" or path.name == "config.json":  # the others their own tools write again
                 files[path.name] = head_of(path, path.suffix == ".safetensors")
             sync(path)
-        manifest = Manifest(recipe, weights, entries, files, aliases, calibration, _versions())
+        manifest = Manifest(recipe, weights, entries, files, aliases, _groups(names), calibration, _versions())
         (staging / NAME).write_text(manifest.text)
         sync(staging / NAME)
         sync(staging)
@@ -122,6 +122,15 @@ def _names(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             first[id(value)] = name
             found[name] = value
     return found, aliases
+
+
+def _groups(names: Mapping[str, Tensor]) -> list[list[str]]:
+    """Weights that are row ranges of one buffer, in the order of rows."""
+    found: dict[int, list[tuple[int, str]]] = {}
+    for name, value in names.items():
+        if isinstance(value, QTensor) and value.base is not None:
+            found.setdefault(id(value.base), []).append((value.quantized.data.data_ptr(), name))
+    return sorted([name for _, name in sorted(members)] for members in found.values() if len(members) > 1)
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> dict[str, TensorEntry]:
