@@ -45,7 +45,12 @@ class _ApplyToFreshParameters:
     where a weak reference to it exists; Dynamo holds one to every Parameter it guards. New Parameters have none."""
 
     def __init__(self, model: nn.Module, backend: QPass) -> None:
-        self.model, self.backend = model, backend
+        self.model = model
+        self.backend: QPass | None = backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model is not compiled, and has no backend."""
+        return {"model": self.model, "backend": None}
 
     def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
         fresh: dict[int, nn.Parameter] = {}
@@ -55,11 +60,11 @@ class _ApplyToFreshParameters:
                 if isinstance(param, QTensor):
                     if id(param) not in fresh:
                         fresh[id(param)] = nn.Parameter(param.detach(), requires_grad=False)
-                    decided.append((module, name, self.backend.decisions.of(param)))
+                    decided.append((module, name, self.backend.decisions.of(param) if self.backend else None))
                     module._parameters[name] = fresh[id(param)]
         done: nn.Module = type(self.model)._apply(self.model, fn, recurse)
         for module, name, decision in decided:
             param = module._parameters[name]
-            if decision is not None and param is not None:
+            if self.backend is not None and decision is not None and param is not None:
                 self.backend.decisions.adopt(param, decision)
         return done

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -64,17 +64,20 @@ def quantize_checkpoint(
     if batches is not None:
         backend.use_data()
     unfinished = Unfinished(target.with_name(f"{target.name}.unfinished"))
-    unfinished.begin(
-        {
-            "source": _identity(source),
-            "recipe": json.dumps(backend.recipe.to_dict(), sort_keys=True),
-            "calibration": data,
-            "versions": f"qpass {version('qpass-torch')}, torch {torch.__version__}",
-        }
-    )
-    quantize_module(model, backend, calibration=batches, kept=unfinished)
-    done = save(model, target, calibration=data)
-    shutil.rmtree(unfinished.folder)
+    try:
+        unfinished.begin(
+            {
+                "source": _identity(source),
+                "recipe": json.dumps(backend.recipe.to_dict(), sort_keys=True),
+                "calibration": data,
+                "versions": f"qpass {version('qpass-torch')}, torch {torch.__version__}",
+            }
+        )
+        quantize_module(model, backend, calibration=batches, kept=unfinished)
+        done = save(model, target, calibration=data)
+        shutil.rmtree(unfinished.folder)
+    finally:
+        unfinished.leave()
     return done
 
 
@@ -92,6 +95,7 @@ class Unfinished(Kept):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._lock: IO[str] | None = None
 
     def begin(self, key: Mapping[str, str | None]) -> None:
         """Raises `QpassError` if what is there was made for something else."""
@@ -122,6 +126,11 @@ class Unfinished(Kept):
                 raise QpassError(
                     f"{self.folder}: was begun with another {name}; give the same as then to go on, or delete the folder"
                 )
+
+    def leave(self) -> None:
+        """Let others work on it."""
+        if self._lock is not None:
+            self._lock.close()
 
     def bits(self) -> dict[str, str] | None:
         path = self.folder / _BITS
