@@ -349,12 +349,13 @@ def test_all_of_a_tokenizer_is_carried_over(tmp_path: Path) -> None:
     build("bert").save_pretrained(tmp_path / "source")
     for name in ("vocab.txt", "spiece.model", "tokenizer_config.json"):
         (tmp_path / "source" / name).write_text("{}")
-    (tmp_path / "source" / "modeling.py").write_text("")
+    for name in ("modeling.py", "README.md", "calibration.txt"):
+        (tmp_path / "source" / name).write_text("")
     model = type(build("bert")).from_pretrained(tmp_path / "source")
     qpass.save(qpass.quantize(model, "int8", inner="eager"), tmp_path / "a")
     found = {p.name for p in (tmp_path / "a").iterdir()}
     assert {"vocab.txt", "spiece.model", "tokenizer_config.json"} < found
-    assert not {"modeling.py", "model.safetensors"} & found
+    assert not {"modeling.py", "model.safetensors", "README.md", "calibration.txt"} & found
 
 
 def test_the_working_folder_and_compiled_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -42,8 +43,12 @@ from qpass.registry import captured
 
 #: Bytes of one file of tensors.
 SHARD_BYTES = 4 << 30
-#: Of the folder of a model: weights and code, which are not carried over, and files larger than these bytes.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json", ".py")
+#: What tokenizers and processors of transformers are made of; links and files above these bytes stay behind.
+_CARRIED = re.compile(
+    r"(tokenizer|vocab|merges|special_tokens_map|added_tokens|chat_template|preprocessor|processor|video_preprocessor|normalizer|"
+    r"spiece|sentencepiece|source|target).*\.(json|txt|model|spm|tiktoken|jinja|bpe)|.*\.(tiktoken|spm|model|vocab|bpe)|licen[sc]e.*",
+    re.IGNORECASE,
+)
 _LARGEST_CARRIED = 1 << 27
 #: Buffers that a module computes itself are stored up to these bytes: they may have been computed, or moved to a type, otherwise.
 _LARGEST_COMPUTED = 1 << 24
@@ -190,7 +195,7 @@ def carry(model: nn.Module, folder: Path, described: Mapping[str, Any]) -> None:
     if name and Path(name).is_dir():
         for path in sorted(Path(name).iterdir()):
             small = path.is_file() and not path.is_symlink() and path.stat().st_size <= _LARGEST_CARRIED
-            if small and not path.name.endswith(_WEIGHTS) and path.name != NAME:
+            if small and _CARRIED.fullmatch(path.name):
                 shutil.copyfile(path, folder / path.name)
     elif name:
         _carry_tokenizer(name, folder)
