@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qpass
-from tests.memory_probe import resident
+from tests.memory_probe import peak_memory, resident
 
 HIDDEN, FFN, LAYERS, TOKENS, BATCHES = 1024, 2816, 20, 512, 4
 
@@ -42,25 +40,15 @@ def main(folder: str, recipe: str) -> None:
     ids = [torch.randint(4096, (1, TOKENS), generator=torch.Generator().manual_seed(i)) for i in range(BATCHES)]
     given = None if recipe == "int8" else ids
     qpass.quantize_checkpoint(small, Path(folder) / "warm", recipe, calibration=given)
-    base, peak, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    qpass.quantize_checkpoint(source, target, recipe, calibration=given)
-    done.set()
-    watcher.join()
+    base = resident()
+    with peak_memory() as peak:
+        qpass.quantize_checkpoint(source, target, recipe, calibration=given)
     stored = sum(f.stat().st_size for f in target.glob("*.safetensors"))
     # of each call the residual stream is held, and inside of the feed-forward network gate, up and their product
     recorded = 0 if given is None else BATCHES * TOKENS * 4 * (2 * HIDDEN + 3 * FFN)
     recorded += 4 * FFN * FFN * 4 if "gptq" in recipe else 0  # sums of products, ordered, their inverse and its factor
     whole = sum(f.stat().st_size for f in source.glob("*.safetensors"))
-    print(json.dumps({"float": whole, "final": stored, "block": block, "recorded": recorded, "peak": peak - base}))
+    print(json.dumps({"float": whole, "final": stored, "block": block, "recorded": recorded, "peak": peak[0] - base}))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from pathlib import Path
 
 import torch
 
 import qpass
-from tests.memory_probe import resident
+from tests.memory_probe import peak_memory, resident
 
 
 def main(folder: str, small: str) -> None:
@@ -26,25 +25,15 @@ def main(folder: str, small: str) -> None:
     for file in files:
         file.read_bytes()
     read = time.perf_counter() - start
-    base, peak, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    model = qpass.load(folder, inner="eager")
-    loaded = time.perf_counter() - start
-    with torch.no_grad():
-        model(ids)
-    done.set()
-    watcher.join()
+    base = resident()
+    with peak_memory() as peak:
+        start = time.perf_counter()
+        model = qpass.load(folder, inner="eager")
+        loaded = time.perf_counter() - start
+        with torch.no_grad():
+            model(ids)
     size = sum(file.stat().st_size for file in files)
-    print(json.dumps({"artifact": size, "peak": peak - base, "load_seconds": loaded, "read_seconds": read}))
+    print(json.dumps({"artifact": size, "peak": peak[0] - base, "load_seconds": loaded, "read_seconds": read}))
 
 
 if __name__ == "__main__":

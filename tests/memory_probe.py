@@ -9,6 +9,8 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,24 +25,33 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def main(folder: str, recipe: str) -> None:
-    qpass.quantize(build("llama"), "int4:g32", inner="eager")  # Dynamo and its imports are not what is measured
-    base, peak, done = resident(), 0, threading.Event()
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """A list of one number: the most resident bytes of this process within the block, looked at every 2 ms."""
+    peak, done = [resident()], threading.Event()
 
     def watch() -> None:
-        nonlocal peak
         while not done.is_set():
-            peak = max(peak, resident())
+            peak[0] = max(peak[0], resident())
             time.sleep(0.002)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    weights = sum(p.nbytes for p in model.parameters())
     watcher = threading.Thread(target=watch)
     watcher.start()
-    qpass.quantize(model, recipe, inner="eager")
-    done.set()
-    watcher.join()
-    print(json.dumps({"after": (resident() - base) / weights, "peak": (peak - base) / weights, "weights": weights}))
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def main(folder: str, recipe: str) -> None:
+    qpass.quantize(build("llama"), "int4:g32", inner="eager")  # Dynamo and its imports are not what is measured
+    base = resident()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    weights = sum(p.nbytes for p in model.parameters())
+    with peak_memory() as peak:
+        qpass.quantize(model, recipe, inner="eager")
+    print(json.dumps({"after": (resident() - base) / weights, "peak": (peak[0] - base) / weights, "weights": weights}))
 
 
 if __name__ == "__main__":
