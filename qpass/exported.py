@@ -20,13 +20,14 @@ from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
 from qpass.exported_calibration import calibrate_program
 from qpass.exported_state import HeldCaches, hold_quantized, quantized_examples, with_lists
-from qpass.graph.expand import inline_no_grad
-from qpass.graph.torch_private import copy_captured, fake_like, fake_mode_of
+from qpass.graph.expand import drop_whole_slices, inline_no_grad
+from qpass.graph.torch_private import copy_captured, drop_input_guards, fake_like, fake_mode_of
 from qpass.graph.vocabulary import op_name
 from qpass.passes import GROUP_PARTS, INPUT, Convert, GraphInput, clean, run_passes
 from qpass.recipe import Recipe
 from qpass.registry import FINISHED
 from qpass.report import report_on
+from qpass.sites.core import Edit
 from qpass.sites.group import WeightGroup
 from qpass.store import Parts
 from qpass.weights import memory_of
@@ -49,6 +50,7 @@ def quantize_program(
     fqns = program.graph_signature.inputs_to_parameters
     module = copy_captured(program.graph_module)
     inline_no_grad(module)
+    dropped = Edit("simplify", "", tuple(drop_whole_slices(module)), ())
     placeholders = {n.name: n for n in module.graph.find_nodes(op="placeholder")}
     parameters = _parameters(module.graph, {placeholders[name]: program.state_dict[fqn] for name, fqn in fqns.items()})
     names = {node: fqns[node.name] for node in parameters}
@@ -69,7 +71,7 @@ def quantize_program(
 
     result = run_passes(module, plan, [Convert(parameters, fake_parts), clean])
     buffers = _buffers_first(result.graph_module.graph, fqns)
-    _fill_values(result.graph_module.graph)
+    fill_values(result.graph_module.graph)
     read = {
         memory_of(by_name[n.name]) for n in result.graph_module.graph.find_nodes(op="placeholder") if n.name in by_name
     }
@@ -83,7 +85,7 @@ def quantize_program(
         assert part is not None
         state[name] = part
     done = _rebuilt(program, result.graph_module, state, {n.name: name for n, name in buffers.items()}, held)
-    capture = Capture(program.graph, done.graph, plan, (*held.edits, *result.edits), None)
+    capture = Capture(program.graph, done.graph, plan, (dropped, *held.edits, *result.edits), None)
     params = [(fqns[node.name], tensor) for node, tensor in parameters.items()]
     report = report_on(params, backend, [capture])
     left = sum(value.nbytes for value in done.state_dict.values() if isinstance(value, torch.nn.Parameter))
@@ -116,7 +118,7 @@ def _buffers_first(graph: Graph, fqns: Mapping[str, str]) -> dict[Node, str]:
     return names
 
 
-def _fill_values(graph: Graph) -> None:
+def fill_values(graph: Graph) -> None:
     """Fake values of the nodes that the passes added: export's verifier and serializer want one for each."""
     for node in graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
@@ -167,7 +169,7 @@ def _rebuilt(
     call = calls[0].signature
     if held.states and call is not None:
         call.in_spec, call.out_spec = with_lists(call.in_spec, held.inputs), with_lists(call.out_spec, held.outputs)
-    return ExportedProgram(
+    done = ExportedProgram(
         module,
         module.graph,
         signature,
@@ -178,3 +180,6 @@ def _rebuilt(
         constants,
         verifiers=program.verifiers,
     )
+    if held.inputs:
+        drop_input_guards(done)
+    return done

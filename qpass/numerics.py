@@ -88,7 +88,8 @@ def _blocks(x: Tensor, granularity: Granularity, edge: bool = False) -> Tensor:
         missing = -x.shape[-1] % g
         if edge and missing:
             x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1)
-        x = pad(x, (0, -x.shape[-1] % g))
+        if x.shape[-1] % g:  # padding by nothing makes constants of symbolic sizes
+            x = pad(x, (0, -x.shape[-1] % g))
         return x.unflatten(-1, (x.shape[-1] // g, g))
     return x.unsqueeze(-2)
 

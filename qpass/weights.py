@@ -21,6 +21,9 @@ CHUNK_ELEMENTS = 1 << 20
 
 def memory_of(param: Tensor) -> tuple[object, ...]:
     """What a weight looks at: the same for tied ones, be they one Parameter or several over the same values."""
+    stored = getattr(param, "data_part", None)  # a QTensor has no memory of its own
+    if stored is not None:
+        return stored.data_ptr(), param.shape, stored.stride(), param.dtype
     return param.data_ptr(), param.shape, param.stride(), param.dtype
 
 

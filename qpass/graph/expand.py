@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,18 @@ def inline_no_grad(gm: GraphModule) -> None:
         gm.graph.erase_node(node)
         if not body.users:
             gm.graph.erase_node(body)
+
+
+def drop_whole_slices(gm: GraphModule) -> list[str]:
+    """Take out slices of a whole axis, which `x[:, None]` leaves in an exported graph; -> their names."""
+    dropped = []
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor):
+        _, _, start, end, step = (*node.args, *(0, 0, None, None, 1)[len(node.args) :])
+        if start in (0, None) and (end is None or end == sys.maxsize) and step == 1:
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            gm.graph.erase_node(node)
+            dropped.append(node.name)
+    return dropped
 
 
 def _inline(graph: Graph, node: Node, function: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.external_utils import wrap_inline
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary
 
@@ -295,3 +296,8 @@ def _closure_callback(function: Any) -> Any:
 def original_module(compiled: Any) -> Any:
     """The module inside torch.compile's wrapper, or the argument itself."""
     return getattr(compiled, "_orig_mod", compiled)
+
+
+def drop_input_guards(program: ExportedProgram) -> None:
+    """Forget what torch.export found about sizes of arguments: the checks name arguments that are lists of parts now."""
+    program._guards_code = []

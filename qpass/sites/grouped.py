@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from qpass.graph.attention import read_whole
 from qpass.graph.flow import memory_behind
 from qpass.graph.vocabulary import CASTS, SDPA, argument, op_name, shape_of, source_of, value_of, writes_to
 from qpass.sites.core import Edit
+from qpass.sites.kv import as_one
 
 #: A tensor of such values is stored in the format of that name.
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -55,6 +57,37 @@ def _rewrite(graph: Graph, node: Node) -> Edit | None:
             graph.erase_node(operand)
             operand = parent
     return Edit("share_key_heads", "", tuple(removed), (new.name,))
+
+
+def rewrite_every(graph: Graph) -> list[Edit]:
+    """Each attention over floats [B, H, S, D] that can be read in full, fused or written out, -> one qpass::attention."""
+    edits = []
+    for node in list(graph.nodes):
+        whole = read_whole(node)
+        if whole is None or any(len(shape_of(x) or ()) != 4 for x in (whole.q, whole.k, whole.v)):
+            continue
+        k, v = _before_repeating(whole.k), _before_repeating(whole.v)
+        if k is None or v is None:
+            k, v = whole.k, whole.v
+        dtype, columns = value_of(k).dtype, shape_of(v)[3]  # type: ignore[index]
+        if dtype not in _FLOATS or value_of(v).dtype != dtype or _written_between(graph, {whole.k: k, whole.v: v}, node):
+            continue
+        before = set(graph.nodes)
+        with graph.inserting_before(node):
+            none = (None,) * 3
+            new = as_one(graph, whole, (k, *none, _FLOATS[dtype]), (v, *none, columns, _FLOATS[dtype]), None)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        added = tuple(n.name for n in graph.nodes if n not in before)
+        removed, dead = [], [node]
+        while dead:  # the scores, and copies for the query heads, if nothing else reads them
+            n = dead.pop()
+            if not n.users and n.op == "call_function":
+                dead += n.all_input_nodes
+                removed.append(n.name)
+                graph.erase_node(n)
+        edits.append(Edit("attention_as_one", "", tuple(removed), added))
+    return edits
 
 
 def _heads(node: Node) -> Any:

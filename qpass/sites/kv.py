@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,28 +150,19 @@ def rewrite(graph: Graph, match: Match) -> Edit:
     if whole is None:
         return Edit("convert", match.site.name, (), ())
     before = set(graph.nodes)
+    heads = (shape_of(call.k.node) or ())[1]
     with graph.inserting_before(node):
-        k, v = (_parts(graph, read) for read in (call.k, call.v))
         (k_first, k_last, start), (v_first, v_last, _) = call.k.floats, call.v.floats
-        flat = len(shape_of(whole.q) or ()) == 3  # batch and heads in one dimension
-        heads = (shape_of(call.k.node) or ())[1] if flat else 0
-        q = graph.call_function(_aten.unflatten.int, (whole.q, 0, [-1, heads])) if flat else whole.q
-        sinks = whole.sinks
-        if sinks is not None:  # [B, H, Q, 1] -> [H]
-            sinks = graph.call_function(operator.getitem, (sinks, (0, slice(None), 0, 0)))
-        mask, floats = _mask(graph, whole, heads), (k_first, v_first, k_last, v_last, start)
-        rest = (mask, whole.is_causal, whole.scale, *floats, whole.soft_cap, sinks)
-        args = (q, *k, call.specs[0], *v, call.v.columns, call.specs[1], *rest)
-        new = graph.call_function(torch.ops.qpass.attention.default, args)
-        flat_out = len(shape_of(node) or ()) == 3
-        out = graph.call_function(_aten.flatten.using_ints, (new, 0, 1)) if flat_out else new
+        k, v = (_parts(graph, read) for read in (call.k, call.v))
+        floats = (k_first, v_first, k_last, v_last, start)
+        out = as_one(graph, whole, (*k, call.specs[0]), (*v, call.v.columns, call.specs[1]), heads, floats)
     out.meta = dict(node.meta)
     node.replace_all_uses_with(out)
     added = tuple(n.name for n in graph.nodes if n not in before)
     removed, dead = [], [node]
     while dead:  # back to what is stored; a node read by something else stays
         n = dead.pop()
-        if n.users or (n.op != "call_function" and n.op != "call_method") or n in (whole.q, sinks):
+        if n.users or (n.op != "call_function" and n.op != "call_method") or n is whole.q:
             continue
         dead += n.all_input_nodes if n not in (call.k.node, call.v.node) else []
         removed.append(n.name)
@@ -179,6 +171,22 @@ def rewrite(graph: Graph, match: Match) -> Edit:
 
 
 _aten = torch.ops.aten
+
+
+def as_one(
+    graph: Graph, whole: Attention, k: Sequence[Any], v: Sequence[Any], heads: Any,
+    floats: Sequence[Any] = (None,) * 5,
+) -> Node:  # fmt: skip
+    """The operator qpass::attention of an attention that was read. `k`, `v`: its arguments for the two halves; `floats`: the
+    tokens that are there as floats; `heads`: of K, where batch and heads are one dimension."""
+    flat = len(shape_of(whole.q) or ()) == 3
+    q = graph.call_function(_aten.unflatten.int, (whole.q, 0, [-1, heads])) if flat else whole.q
+    sinks = whole.sinks
+    if sinks is not None:  # [B, H, Q, 1] -> [H]
+        sinks = graph.call_function(operator.getitem, (sinks, (0, slice(None), 0, 0)))
+    rest = (_mask(graph, whole, heads if flat else 0), whole.is_causal, whole.scale, *floats, whole.soft_cap, sinks)
+    new = graph.call_function(torch.ops.qpass.attention.default, (q, *k, *v, *rest))
+    return graph.call_function(_aten.flatten.using_ints, (new, 0, 1)) if flat else new
 
 
 def _mask(graph: Graph, whole: Attention, heads: int) -> Node | None:

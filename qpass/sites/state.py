@@ -166,7 +166,10 @@ class Rewriter:
                 if name in WRITES and (_keeps_last_axis(node) or name in WHOLE):
                     self.of[node] = state, self._write(node, name, state, parts)
                     return True
-                if name in ALONG and _keeps_last_axis(node):
+                if _is_size_of_rows(node):
+                    node.args = (parts[0], *node.args[1:])
+                    return False
+                if name in ALONG and _keeps_last_axis(node) and not _adds_axis(node):
                     self.of[node] = state, [self._again(node, p) for p in parts]
                     return True
                 if writes_to(node) is not None:
@@ -260,6 +263,17 @@ def _is_written_through(view: Node) -> bool:
     if op_name(view) not in SHAPES:
         return False
     return any(writes_to(user) is view or _is_written_through(user) for user in view.users)
+
+
+def _is_size_of_rows(node: Node) -> bool:
+    """Whether it is a size along another axis than the last, which every part has too."""
+    rank = len(shape_of(source_of(node)) or ()) if node.args else 0
+    return op_name(node) == "sym_size" and len(node.args) == 2 and node.args[1] % rank != rank - 1  # type: ignore[operator]
+
+
+def _adds_axis(node: Node) -> bool:
+    """Whether it begins the repeating of heads for grouped queries: what attention reads, not the cache any more."""
+    return len(shape_of(node) or ()) > len(shape_of(source_of(node)) or ())
 
 
 def _sizes(insert: Callable[..., Node], node: Node) -> list[Any]:

@@ -1,0 +1,226 @@
+"""export_onnx: a model, an artifact or a program as an ONNX file that a runtime takes as it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+import qpass
+from qpass.errors import QpassError
+from qpass.exported import quantize_program
+from qpass.graph.torch_private import original_module
+from qpass.graph.vocabulary import op_name
+from qpass.qtensor import QTensor
+from qpass.recipe import WEIGHT_KINDS, Recipe, resolve_recipe
+from qpass.registry import FINISHED, captured
+from qpass.spec import QuantSpec, parse_spec
+from qpass_export.capture import Captured, capture
+from qpass_export.lowering.graph import lower
+from qpass_export.session import write_session
+from qpass_export.simplify import simplify
+from qpass_export.targets import Target, get_target
+from qpass_export.translate import translate
+
+#: Weights of more bytes lie in a file of their own beside the graph; protobuf ends at 2 GB.
+_INLINE = 64 << 20
+
+
+@dataclass(frozen=True)
+class ExportedSite:
+    """One place of the model in the file."""
+
+    kind: str
+    name: str
+    format: str | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `hardware`: whether the target's provider is on this machine, so that the file can be run here."""
+
+    path: Path
+    target: str
+    sites: tuple[ExportedSite, ...]
+    nbytes: int
+    hardware: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return asdict(self) | {"path": str(self.path)}
+
+    def __str__(self) -> str:
+        done = [s for s in self.sites if s.format is not None]
+        counts = {k: sum(s.kind == k for s in done) for k in dict.fromkeys(s.kind for s in done)}
+        lines = [
+            f"{self.path}: {self.nbytes:,} bytes for {self.target} ({self.hardware})",
+            "quantized: " + (", ".join(f"{n} {kind}" for kind, n in counts.items()) or "nothing"),
+        ]
+        lines += [f"float: {s.name} ({s.kind}): {s.reason}" for s in self.sites if s.format is None]
+        return "\n".join(lines)
+
+
+def export_onnx(
+    model: nn.Module | ExportedProgram | str | Path,
+    path: str | Path,
+    target: str = "ort-cpu",
+    recipe: str | Path | Recipe | Mapping[str, Any] | None = None,
+    inputs: Any = None,
+) -> Exported:
+    """Write `model` as ONNX for `target` ("ort-cpu", "ort-cuda" or "tensorrt"), with its session options beside it.
+
+    `model`: one that qpass.quantize or qpass.load made, whose integers and scales are what is written; an artifact's folder; a
+    quantized ExportedProgram; or a float model (or program) with the `recipe` that it is quantized by, round to nearest; without
+    one it is written in float. `path`: of the file, or of its folder. `inputs`: what the model is called with, if it is no
+    decoder of transformers: a tensor, tuple or dict; sizes of 2 and more are dynamic.
+
+    A decoder's graph has input_ids, attention_mask, position_ids and past_key_values.N.key / .value (of a quantized cache also
+    .key_scale and so on) as inputs, logits and present.N... as outputs, for any batch, length and past.
+    Raises `QpassError`, with nothing written, for a format that the target does not run.
+    """
+    goal, chosen = get_target(target), None if recipe is None else resolve_recipe(recipe)
+    if chosen is not None:
+        goal.check(_specs_of(chosen))
+    if isinstance(model, str | Path):
+        model = _open(Path(model))
+    if isinstance(model, nn.Module):
+        found, quantized = _of_module(original_module(model), chosen, goal, inputs)
+    elif isinstance(model, ExportedProgram):
+        found, quantized = _of_program(model, chosen)
+    else:
+        raise QpassError(f"export_onnx: takes a module, an ExportedProgram or a folder, got {type(model).__name__}")
+    sites = _sites(quantized)
+    goal.check((s.kind, s.name, parse_spec(s.format)) for s in sites if s.format is not None)
+    graph = translate(found, quantized, goal.opset)
+    lower(graph, goal.ir_dtype, {s.name: s.kind for s in sites}, tie=goal.contrib)
+    simplify(graph, goal)
+    name_sizes(graph, found)
+    _describe(graph, goal, sites)
+    file = _file(Path(path))
+    nbytes = _write(graph, file, goal)
+    return Exported(file, goal.name, sites, nbytes, hardware_of(goal))
+
+
+def hardware_of(target: Target) -> str:
+    """Whether this machine has what the target is for."""
+    try:
+        import onnxruntime as ort
+
+        here = target.provider in ort.get_available_providers()
+    except ImportError:
+        here = False
+    return "runs on this machine" if here else "rule-checked only"
+
+
+def _specs_of(recipe: Recipe) -> Iterable[tuple[str, str, QuantSpec]]:
+    """(kind, name, spec) of what a recipe says of kinds."""
+    for kind in WEIGHT_KINDS:
+        if getattr(recipe, kind) is not None:
+            yield kind, "the recipe", getattr(recipe, kind)
+    for spec in recipe.kv_specs or ():
+        yield "kv", "the recipe", spec
+
+
+def _open(folder: Path) -> nn.Module:
+    """An artifact, or a float model of transformers."""
+    if (folder / "qpass.json").is_file():
+        return qpass.load(folder, inner="eager")
+    if (folder / "config.json").is_file():
+        from transformers import AutoModelForCausalLM
+
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        return model.eval()
+    raise QpassError(f"{folder}: neither an artifact of qpass nor a transformers model")
+
+
+def _of_module(
+    module: nn.Module, recipe: Recipe | None, target: Target, inputs: Any
+) -> tuple[Captured, ExportedProgram]:
+    stored = any(isinstance(p, QTensor) for p in module.parameters())
+    if stored and recipe is not None:
+        raise QpassError("export_onnx: the model is quantized already; recipe= is for float models")
+    if stored:
+        backend = captured(module, "export_onnx")
+        decided = ((p, backend.decisions.of(p)) for p in module.parameters() if isinstance(p, QTensor))
+        target.check((d.site.kind, d.site.name, p.spec) for p, d in decided if d is not None)
+        recipe = replace(backend.recipe, bits=None)  # given out already: each weight has its spec
+        if recipe.kv_specs is not None:
+            target.check(("kv", "the cache", spec) for spec in recipe.kv_specs)
+    found = capture(module, inputs, target.dtype)
+    return found, found.program if recipe is None else quantize_program(found.program, recipe, strict=False)
+
+
+def _of_program(program: ExportedProgram, recipe: Recipe | None) -> tuple[Captured, ExportedProgram]:
+    done = any(op_name(node).startswith("qpass::") for node in program.graph.nodes)
+    if done and recipe is not None:
+        raise QpassError("export_onnx: the program is quantized already; recipe= is for float programs")
+    signature = program.graph_signature
+    names = tuple(str(name) for name in signature.user_inputs)
+    outputs = tuple(f"output_{i}" if i else "output" for i in range(len(signature.user_outputs)))
+    found = Captured(program, names, outputs)
+    return found, program if recipe is None else quantize_program(program, recipe, strict=False)
+
+
+def _sites(program: ExportedProgram) -> tuple[ExportedSite, ...]:
+    """What became of each place, as qpass.report has it."""
+    if program not in FINISHED:
+        return ()
+    return tuple(ExportedSite(s.kind, s.name, s.format, s.skipped) for s in FINISHED[program][0].sites)
+
+
+def name_sizes(model: ir.Model, found: Captured) -> None:
+    """Give the dynamic sizes the names that a person knows: batch, sequence, past_sequence, total_sequence."""
+    names: dict[str, str] = {}
+    decoder = found.caches > 0
+    total = {"attention_mask": {1: "total_sequence"}} if decoder else {}
+    for value in model.graph.inputs:
+        cache = str(value.name).startswith("past_key_values.")
+        known = {0: "batch", 2: "past_sequence"} if cache else {0: "batch", 1: "sequence"} | total.get(str(value.name), {})
+        for i, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and i in known:
+                names.setdefault(str(size), known[i])
+    for value in model.graph.outputs:
+        if str(value.name).startswith("present.") and value.shape is not None and not isinstance(value.shape[2], int):
+            names.setdefault(str(value.shape[2]), "total_sequence")
+    values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        if value.shape is not None and any(str(d) in names for d in value.shape if not isinstance(d, int)):
+            value.shape = ir.Shape([d if isinstance(d, int) else names.get(str(d), str(d)) for d in value.shape])
+
+
+def _describe(model: ir.Model, target: Target, sites: tuple[ExportedSite, ...]) -> None:
+    model.producer_name, model.producer_version = "qpass", "0.1.0"
+    model.metadata_props["qpass.target"] = target.name
+    model.metadata_props["qpass.sites"] = json.dumps([asdict(s) for s in sites])
+
+
+def _file(path: Path) -> Path:
+    """`path`, or model.onnx in the folder that it is."""
+    return path if path.suffix == ".onnx" else path / "model.onnx"
+
+
+def _write(model: ir.Model, file: Path, target: Target) -> int:
+    """Into a folder beside the file, then into its place: an interrupted export leaves what was there."""
+    unfinished = file.parent / f".{file.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        data = f"{file.name}.data" if weights > _INLINE else None
+        ir.save(model, unfinished / file.name, external_data=data)
+        write_session(unfinished, file.name, target)
+        written = sum(f.stat().st_size for f in unfinished.iterdir() if f.name.startswith(file.name))
+        for made in unfinished.iterdir():
+            made.replace(file.parent / made.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return written

@@ -1,0 +1,63 @@
+"""The whole graph: every node of the domain "qpass" becomes nodes that a target runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from qpass_export.lowering import attention, embedding, linear
+from qpass_export.lowering.build import Build
+from qpass_export.translate import DOMAIN
+
+#: Metadata of a node: the site that it computes.
+SITE = "qpass.site"
+
+
+def lower(model: ir.Model, dtype: ir.DataType, kinds: Mapping[str, str], tie: bool) -> None:
+    """Replace qpass's operators in place. `kinds`: name of a weight -> kind of its site. `tie`: a table that an embedding and a
+    linear read is stored once, in the target's own form."""
+    graph = model.graph
+    opset = graph.opset_imports[""]
+    nodes = [node for node in graph if node.domain == DOMAIN]
+    shared = _shared(nodes) if tie else set()
+    make: dict[str, Callable[[Build, ir.Node], ir.Value | Sequence[ir.Value]]] = {
+        "linear": lambda b, n: linear.linear(b, n, _data_name(n) in shared),
+        "integer_linear": linear.integer_linear,
+        "quantize_input": linear.quantize_input,
+        "round_input": linear.round_input,
+        "embedding": lambda b, n: embedding.embedding(b, n, _data_name(n) in shared),
+        "quantize": attention.quantize,
+        "read_cache": attention.read_cache,
+        "dequantize": attention.read_cache,
+        "attention": lambda b, n: attention.attention(b, n, opset),
+    }
+    for node in nodes:
+        name = _data_name(node)
+        site = {SITE: f"{kinds.get(name, 'kv')} {name}"} if name else {}
+        build = Build(graph, dtype, site)
+        made = make[node.op_type](build, node)
+        new = [made] if isinstance(made, ir.Value) else list(made)
+        for before, after in zip(node.outputs, new, strict=True):
+            after.type, after.shape = before.type, before.shape
+        ir.convenience.replace_nodes_and_values(graph, node, [node], build.nodes, node.outputs, new)
+    RemoveUnusedNodesPass()(model)
+    for domain in {node.domain for node in graph} - graph.opset_imports.keys():
+        graph.opset_imports[domain] = 1
+    graph.opset_imports.pop(DOMAIN, None)
+
+
+def _data_name(node: ir.Node) -> str:
+    """The weight that a node reads; "" if it reads none."""
+    for value in node.inputs:
+        if value is not None and value.is_initializer() and str(value.name).endswith("_data"):
+            return str(value.name).removesuffix("_data")
+    return ""
+
+
+def _shared(nodes: Sequence[ir.Node]) -> set[str]:
+    """Tables that embeddings and linears read."""
+    readers = Counter((_data_name(n), n.op_type) for n in nodes if n.op_type in ("embedding", "linear"))
+    return {name for name, op_type in readers if op_type == "embedding" and (name, "linear") in readers}

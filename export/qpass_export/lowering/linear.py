@@ -1,0 +1,150 @@
+"""Linears: DequantizeLinear and MatMul, which runtimes join to one kernel, or the target's own operator."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qpass.spec import QuantSpec, parse_spec
+from qpass_export.lowering.build import CONTRIB, Build
+from qpass_export.lowering.codes import Rows, codes_of, dequantize, dynamic_qparams
+from qpass_export.lowering.weights import (
+    StoredWeight,
+    block_inputs,
+    bnb_inputs,
+    dequantize_inputs,
+    stored_weight,
+)
+
+#: MatMulBnb4's number of the NF4 table.
+_NF4 = 1
+
+
+def linear(b: Build, node: ir.Node, shared: bool) -> ir.Value:
+    """qpass::linear. `shared`: an embedding reads the same table, which the operator is to read as that does."""
+    x, bias = node.inputs[0], node.inputs[5] if len(node.inputs) > 5 else None
+    assert x is not None
+    w = stored_weight(node, _columns(x))
+    return _with_bias(b, product(b, x, w, shared), bias)
+
+
+def product(b: Build, x: ir.Value, w: StoredWeight, shared: bool = False) -> ir.Value:
+    """x [.., K] -> [.., N]"""
+    fmt = w.spec.format
+    if fmt.kind == "identity":
+        stored = b.constant(f"{w.name}.cast", ir.tensor(w.parts.data.mT.contiguous(), name=f"{w.name}.cast"))
+        return b("MatMul", x, b("Cast", stored, to=int(b.dtype)))
+    if fmt.name == "nf4":
+        data, scales = bnb_inputs(b, w)
+        sizes = {"K": w.columns, "N": w.rows, "block_size": w.block_size}
+        return b("MatMulBnb4", x, data, scales, domain=CONTRIB, quant_type=_NF4, **sizes)
+    if shared or w.spec.float_zero:
+        blocks = block_inputs(b, w)
+        sizes = {"K": w.columns, "N": w.rows, "block_size": blocks.size, "bits": blocks.bits}
+        return b("MatMulNBits", x, blocks.data, blocks.scales, blocks.zeros, domain=CONTRIB, **sizes)
+    inputs, attributes = dequantize_inputs(b, w)
+    return b("MatMul", x, b("DequantizeLinear", *inputs, **attributes))
+
+
+def integer_linear(b: Build, node: ir.Node) -> ir.Value:
+    """qpass::integer_linear: a product of codes. With one scale for all tokens it is QuantizeLinear .. DequantizeLinear around a
+    MatMul, which runtimes join; with one for each token MatMulInteger, since no runtime joins that."""
+    codes, scale, zero = node.inputs[:3]
+    bias = node.inputs[7] if len(node.inputs) > 7 else None
+    assert codes is not None and scale is not None
+    w = stored_weight(node, _columns(codes))
+    static = scale.is_initializer() or scale.const_value is not None
+    if static or zero is not None or w.zero_points() is not None:
+        if static:
+            floats = _dequantized(b, codes, scale, zero)
+        else:
+            activations = w.spec.activations
+            assert activations is not None
+            floats = dequantize(b, codes, scale, zero, Rows(activations, _rank(codes), w.columns))
+        return _with_bias(b, product(b, floats, w), bias)
+    # Both factors as unsigned around 128: products of signed and unsigned saturate on processors without VNNI.
+    unsigned = b("Cast", b("Add", b("Cast", codes, to=int(ir.DataType.INT16)), np.array(128, np.int16)), to=int(ir.DataType.UINT8))
+    middle = np.array(128, np.uint8)
+    name = f"{w.name}.unsigned"
+    data = b.constant(name, ir.LazyTensor(
+        lambda: ir.Tensor((w.codes().mT.short() + 128).byte().contiguous().numpy(), name=name),
+        ir.DataType.UINT8, ir.Shape((w.columns, w.rows)), name=name,
+    ))  # fmt: skip
+    total = b("Cast", b("MatMulInteger", unsigned, data, middle, middle), to=int(b.dtype))
+    scales = b.constant(f"{w.name}.scale", ir.tensor(w.scales().reshape(-1).numpy().astype(b.dtype.numpy())))
+    return _with_bias(b, b("Mul", b("Mul", total, scale), scales), bias)
+
+
+def quantize_input(b: Build, node: ir.Node) -> list[ir.Value]:
+    """qpass::quantize_input -> codes; with scale and zero point of each token, if none are given."""
+    x, scale, zero = (*node.inputs, None, None)[:3]
+    assert x is not None
+    spec = _spec(node)
+    if scale is not None:
+        return [_static_codes(b, x, scale, zero, spec)]
+    rows = Rows(spec, _rank(x), _columns(x))
+    made, made_zero = dynamic_qparams(b, x, rows)
+    codes = codes_of(b, x, made, made_zero, rows)
+    return [codes, made] if made_zero is None else [codes, made, made_zero]
+
+
+def round_input(b: Build, node: ir.Node) -> ir.Value:
+    """qpass::round_input: a pair of QuantizeLinear and DequantizeLinear, or of casts for fp8."""
+    x, scale, zero = (*node.inputs, None, None)[:3]
+    assert x is not None
+    spec = _spec(node)
+    if spec.format.kind == "float8":
+        return _round_to_float8(b, x, scale, spec)
+    if scale is not None:
+        return _dequantized(b, _static_codes(b, x, scale, zero, spec), scale, zero)
+    rows = Rows(spec, _rank(x), _columns(x))
+    made, made_zero = dynamic_qparams(b, x, rows)
+    return dequantize(b, codes_of(b, x, made, made_zero, rows), made, made_zero, rows)
+
+
+def _static_codes(b: Build, x: ir.Value, scale: ir.Value, zero: ir.Value | None, spec: QuantSpec) -> ir.Value:
+    """Codes by a scale from calibration. Symmetric ones end at -127, QuantizeLinear at -128: what lies beyond is cut before."""
+    one = b("Reshape", scale, np.array([], np.int64))
+    if spec.format.kind == "float8":
+        top = float(spec.format.qmax)
+        kind = int(ir.DataType.FLOAT8E4M3FN if spec.format.name == "fp8_e4m3" else ir.DataType.FLOAT8E5M2)
+        return b("Cast", b("Clip", b("Div", x, one), -top, top), to=kind)
+    if zero is not None:
+        return b("QuantizeLinear", x, one, b("Reshape", zero, np.array([], np.int64)))
+    limit = b("Mul", one, float(spec.qrange[1]))
+    return b("QuantizeLinear", b("Clip", x, b("Neg", limit), limit), one, output_dtype=int(ir.DataType.INT8))
+
+
+def _dequantized(b: Build, codes: ir.Value, scale: ir.Value, zero: ir.Value | None) -> ir.Value:
+    one = np.array([], np.int64)
+    return b("DequantizeLinear", codes, b("Reshape", scale, one), None if zero is None else b("Reshape", zero, one))
+
+
+def _round_to_float8(b: Build, x: ir.Value, scale: ir.Value | None, spec: QuantSpec) -> ir.Value:
+    top = float(spec.format.qmax)
+    kind = int(ir.DataType.FLOAT8E4M3FN if spec.format.name == "fp8_e4m3" else ir.DataType.FLOAT8E5M2)
+    if scale is None and spec.granularity is not None:
+        scale, _ = dynamic_qparams(b, x, Rows(spec, _rank(x), _columns(x)))
+        if spec.group_size:
+            raise NotImplementedError
+    scaled = x if scale is None else b("Div", x, scale)
+    rounded = b("Cast", b("Cast", b("Clip", scaled, -top, top), to=kind), to=int(b.dtype))
+    return rounded if scale is None else b("Mul", rounded, scale)
+
+
+def _with_bias(b: Build, y: ir.Value, bias: ir.Value | None) -> ir.Value:
+    return y if bias is None else b("Add", y, bias)
+
+
+def _spec(node: ir.Node) -> QuantSpec:
+    return parse_spec(node.attributes["spec"].as_string())
+
+
+def _columns(x: ir.Value) -> int:
+    assert x.shape is not None
+    return int(x.shape[-1])  # type: ignore[arg-type]
+
+
+def _rank(x: ir.Value) -> int:
+    assert x.shape is not None
+    return len(x.shape)

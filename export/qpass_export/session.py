@@ -1,0 +1,56 @@
+"""What a session needs to run an exported file as it was made, as JSON beside it, and a loader that applies it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qpass.errors import QpassError
+from qpass_export.targets import Target, get_target
+
+#: Beside the model.
+SESSION = "session.json"
+#: MatMulNBits rounds activations to int8 unless told that they stay float (level 1).
+ACCURACY = "session.qdq_matmulnbits_accuracy_level"
+
+
+def write_session(folder: Path, model: str, target: Target) -> None:
+    """`session.json`: file, target, provider, options of the session."""
+    content = {"model": model, "target": target.name, "provider": target.provider, "options": dict(target.options)}
+    (folder / SESSION).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load(path: str | Path, provider: str | None = None, exact: bool = False, threads: int | None = None) -> Any:
+    """An onnxruntime.InferenceSession of an exported folder or file, with the options that its target needs.
+
+    `provider`: another than the target's. `exact`: products with float activations (slower), not rounded to int8. Raises
+    `QpassError` if the provider is not there or is not the one that runs: onnxruntime by itself goes on on the CPU.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError:
+        raise QpassError("onnxruntime is not installed: pip install 'qpass-torch[ort-cpu]', or [ort-gpu]") from None
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if not (folder / SESSION).is_file():
+        raise QpassError(f"{folder}: no {SESSION} there; qpass_export.load opens what export_onnx has written")
+    content = json.loads((folder / SESSION).read_text())
+    wanted = provider or get_target(content["target"]).provider
+    if wanted not in ort.get_available_providers():
+        raise QpassError(
+            f"{path}: made for {content['target']}, but this onnxruntime has no {wanted}, only "
+            f"{', '.join(ort.get_available_providers())}; install the build that has it, or export for another target"
+        )
+    options = ort.SessionOptions()
+    for key, value in content["options"].items():
+        options.add_session_config_entry(key, value)
+    if exact:
+        options.add_session_config_entry(ACCURACY, "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    file = folder / content["model"] if path.is_dir() else path
+    session = ort.InferenceSession(str(file), options, providers=[wanted])
+    if session.get_providers()[0] != wanted:
+        raise QpassError(f"{path}: {wanted} could not be started, onnxruntime runs {session.get_providers()[0]} instead")
+    return session
