@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from qpass.errors import QpassError
 from qpass.formats import Format
@@ -86,10 +85,9 @@ def _blocks(x: Tensor, granularity: Granularity, edge: bool = False) -> Tensor:
     if isinstance(granularity, PerGroup):
         g = granularity.group_size
         missing = -x.shape[-1] % g
-        if edge and missing:
-            x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1)
-        if x.shape[-1] % g:  # padding by nothing makes constants of symbolic sizes
-            x = pad(x, (0, -x.shape[-1] % g))
+        if missing:  # not by F.pad, which makes constants of symbolic sizes
+            shape = (*x.shape[:-1], missing)
+            x = torch.cat([x, x[..., -1:].expand(shape) if edge else x.new_zeros(shape)], -1)
         return x.unflatten(-1, (x.shape[-1] // g, g))
     return x.unsqueeze(-2)
 

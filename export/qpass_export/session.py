@@ -13,6 +13,7 @@ from qpass_export.targets import Target, get_target
 SESSION = "session.json"
 #: MatMulNBits rounds activations to int8 unless told that they stay float (level 1).
 ACCURACY = "session.qdq_matmulnbits_accuracy_level"
+_FLOAT = "1"
 
 
 def write_session(folder: Path, model: str, target: Target) -> None:
@@ -46,11 +47,28 @@ def load(path: str | Path, provider: str | None = None, exact: bool = False, thr
     for key, value in content["options"].items():
         options.add_session_config_entry(key, value)
     if exact:
-        options.add_session_config_entry(ACCURACY, "1")
+        options.add_session_config_entry(ACCURACY, _FLOAT)
     if threads is not None:
         options.intra_op_num_threads = threads
     file = folder / content["model"] if path.is_dir() else path
-    session = ort.InferenceSession(str(file), options, providers=[wanted])
+    source: str | bytes = str(file)
+    if exact:
+        source = _with_float_inputs(file)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+    session = ort.InferenceSession(source, options, providers=[wanted])
     if session.get_providers()[0] != wanted:
         raise QpassError(f"{path}: {wanted} could not be started, onnxruntime runs {session.get_providers()[0]} instead")
     return session
+
+
+def _with_float_inputs(file: Path) -> bytes:
+    """The model with every MatMulNBits told that its input stays float."""
+    import onnx
+
+    model = onnx.load(file, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = int(_FLOAT)
+    content: bytes = model.SerializeToString()
+    return content

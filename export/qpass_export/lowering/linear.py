@@ -18,6 +18,8 @@ from qpass_export.lowering.weights import (
 
 #: MatMulBnb4's number of the NF4 table.
 _NF4 = 1
+#: MatMulNBits rounds its input to int8, as it does where onnxruntime makes it of DequantizeLinear and MatMul.
+_INT8_INPUT = 4
 
 
 def linear(b: Build, node: ir.Node, shared: bool) -> ir.Value:
@@ -40,7 +42,7 @@ def product(b: Build, x: ir.Value, w: StoredWeight, shared: bool = False) -> ir.
         return b("MatMulBnb4", x, data, scales, domain=CONTRIB, quant_type=_NF4, **sizes)
     if shared or w.spec.float_zero:
         blocks = block_inputs(b, w)
-        sizes = {"K": w.columns, "N": w.rows, "block_size": blocks.size, "bits": blocks.bits}
+        sizes = {"K": w.columns, "N": w.rows, "block_size": blocks.size, "bits": blocks.bits, "accuracy_level": _INT8_INPUT}
         return b("MatMulNBits", x, blocks.data, blocks.scales, blocks.zeros, domain=CONTRIB, **sizes)
     inputs, attributes = dequantize_inputs(b, w)
     return b("MatMul", x, b("DequantizeLinear", *inputs, **attributes))
