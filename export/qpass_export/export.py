@@ -65,7 +65,13 @@ class Exported:
             f"{self.path}: {self.nbytes:,} bytes for {self.target} ({self.hardware})",
             "quantized: " + (", ".join(f"{n} {kind}" for kind, n in counts.items()) or "nothing"),
         ]
-        lines += [f"float: {s.name} ({s.kind}): {s.reason}" for s in self.sites if s.format is None]
+        left: dict[tuple[str, str | None], list[str]] = {}
+        for site in self.sites:
+            if site.format is None:
+                left.setdefault((site.kind, site.reason), []).append(site.name)
+        for (kind, reason), names in left.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"float: {names[0]}{more} ({kind}): {reason}")
         return "\n".join(lines)
 
 

@@ -80,9 +80,6 @@ def _with_group(spec: QuantSpec, size: int) -> str:
 def _ort_cpu_linear(spec: QuantSpec) -> Refusal | None:
     if spec.format.name in _FP4:
         return Refusal("onnxruntime's CPU provider has no four-bit floats", "nf4")
-    activations = spec.activations
-    if activations is not None and activations.format.kind == "float8" and activations.group_size:
-        return Refusal("fp8 activations in groups have no operator", f"{spec}".split("@")[0] + "@fp8_e4m3:channel")
     if spec.format.kind == "uniform" and isinstance(spec.granularity, PerGroup):
         return _blocks(spec, 16, 256)
     if spec.format.name == "nf4" and not _power_of_two(spec.group_size):

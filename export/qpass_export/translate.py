@@ -40,7 +40,7 @@ def translate(captured: Captured, program: ExportedProgram, opset: int) -> ir.Mo
     fill_values(program.graph)
     _exponents_as_bytes(program)
     table = {getattr(torch.ops.qpass, name).default: _as_node(name) for name in _OPERATORS}
-    table[torch.ops.aten.sym_stride.int] = _stride
+    table |= {torch.ops.aten.sym_stride.int: _stride, torch.ops.aten.searchsorted.Tensor: _search_sorted}
     with _quiet(), torch.no_grad():
         try:
             found = torch.onnx.export(
@@ -101,6 +101,25 @@ def _stride(tensor: ir.Value, dim: int) -> ir.Value:
     return product.outputs[0]
 
 
+def _search_sorted(ascending: ir.Value, values: ir.Value, *, right: bool = False, **_: Any) -> ir.Value:
+    """[E] and [T] -> [T]: how many of the first are at or below (`right`) or below each of the second: tokens to experts."""
+    wide = {"to": int(ir.DataType.INT64)}
+    nodes = [ir.node("Cast", [ascending], wide), ir.node("Cast", [values], wide)]
+    nodes.append(ir.node("Unsqueeze", [nodes[-1].outputs[0], _number(1)]))
+    nodes.append(ir.node("LessOrEqual" if right else "Less", [nodes[0].outputs[0], nodes[-1].outputs[0]]))
+    nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": int(ir.DataType.INT64)}))
+    nodes.append(ir.node("ReduceSum", [nodes[-1].outputs[0], _number(1)], {"keepdims": 0}))
+    evaluator.default().nodes.extend(nodes)  # type: ignore[attr-defined]
+    return nodes[-1].outputs[0]
+
+
+def _number(value: int) -> ir.Value:
+    """A constant [1] of a graph that is being made."""
+    node = ir.node("Constant", [], {"value": ir.tensor([value], dtype=ir.DataType.INT64)})
+    evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
+    return node.outputs[0]
+
+
 def _dtype(value: Any) -> ir.DataType:
     return _TYPES[value] if isinstance(value, torch.dtype) else ir.DataType(value)
 
@@ -140,7 +159,7 @@ def part_name(cache: str, part: str) -> str:
 @contextlib.contextmanager
 def _quiet() -> Any:
     """torch's exporter prints its progress, and warns of what does not concern a user."""
-    loggers: Mapping[str, logging.Logger] = {n: logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")}
+    loggers: Mapping[str, logging.Logger] = {n: logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")}
     levels = {n: logger.level for n, logger in loggers.items()}
     try:
         for logger in loggers.values():

@@ -82,10 +82,16 @@ def dynamic_qparams(b: Build, x: ir.Value, rows: Rows) -> tuple[ir.Value, ir.Val
 def codes_of(b: Build, x: ir.Value, scale: ir.Value, zero: ir.Value | None, rows: Rows) -> ir.Value:
     """[.., K] -> int8 codes by the scale and zero point of each row or group."""
     low, high = rows.spec.qrange
-    given = {"output_dtype": _INT8} if zero is None else {}
+    kind = float8_type(rows.spec) if rows.spec.format.kind == "float8" else ir.DataType.INT8
+    given = {"output_dtype": int(kind)} if zero is None else {}
     codes = b("QuantizeLinear", x, scale, zero, axis=-1, block_size=rows.size, **given)
     # QuantizeLinear ends at -128 and 127: no value lies beyond its own scale's range by more than a rounding.
     return codes if rows.spec.format.bits == 8 else b("Clip", codes, np.array(low, np.int8), np.array(high, np.int8))
+
+
+def float8_type(spec: QuantSpec) -> ir.DataType:
+    """ONNX's type of an 8-bit float format."""
+    return ir.DataType.FLOAT8E5M2 if spec.format.name == "fp8_e5m2" else ir.DataType.FLOAT8E4M3FN
 
 
 def pack(b: Build, codes: ir.Value, columns: int) -> ir.Value:

@@ -26,6 +26,7 @@ def lower(model: ir.Model, dtype: ir.DataType, kinds: Mapping[str, str], tie: bo
     make: dict[str, Callable[[Build, ir.Node], ir.Value | Sequence[ir.Value]]] = {
         "linear": lambda b, n: linear.linear(b, n, _data_name(n) in shared),
         "integer_linear": linear.integer_linear,
+        "experts": linear.experts,
         "quantize_input": linear.quantize_input,
         "round_input": linear.round_input,
         "embedding": lambda b, n: embedding.embedding(b, n, _data_name(n) in shared),

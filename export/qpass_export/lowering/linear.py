@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
 from qpass.spec import QuantSpec, parse_spec
+from qpass.weights import row_range
 from qpass_export.lowering.build import CONTRIB, Build
-from qpass_export.lowering.codes import Rows, codes_of, dequantize, dynamic_qparams
+from qpass_export.lowering.codes import Rows, codes_of, dequantize, dynamic_qparams, float8_type
 from qpass_export.lowering.weights import (
     StoredWeight,
     block_inputs,
@@ -46,6 +49,23 @@ def product(b: Build, x: ir.Value, w: StoredWeight, shared: bool = False) -> ir.
         return b("MatMulNBits", x, blocks.data, blocks.scales, blocks.zeros, domain=CONTRIB, **sizes)
     inputs, attributes = dequantize_inputs(b, w)
     return b("MatMul", x, b("DequantizeLinear", *inputs, **attributes))
+
+
+def experts(b: Build, node: ir.Node) -> ir.Value:
+    """qpass::experts: every expert multiplies all rows, and each row takes what its own one gives."""
+    x, ids = node.inputs[:2]
+    assert x is not None and ids is not None
+    count = node.attributes["experts"].as_int()
+    w = stored_weight(node, _columns(x))
+    named = b("Unsqueeze", b("Where", b("Less", ids, np.array(0)), b("Add", ids, np.array(count)), ids), np.array([-1]))
+    total: ir.Value | None = None
+    for e in range(count):
+        mine = replace(w, name=f"{w.name}.{e}", parts=row_range(w.parts, e * w.rows // count, w.rows // count, w.rows))
+        y = product(b, x, replace(mine, rows=w.rows // count))
+        chosen = b("Where", b("Equal", named, np.array(e)), y, 0.0)
+        total = chosen if total is None else b("Add", total, chosen)
+    assert total is not None
+    return total
 
 
 def integer_linear(b: Build, node: ir.Node) -> ir.Value:
@@ -91,12 +111,13 @@ def quantize_input(b: Build, node: ir.Node) -> list[ir.Value]:
 
 
 def round_input(b: Build, node: ir.Node) -> ir.Value:
-    """qpass::round_input: a pair of QuantizeLinear and DequantizeLinear, or of casts for fp8."""
+    """qpass::round_input: a pair of QuantizeLinear and DequantizeLinear."""
     x, scale, zero = (*node.inputs, None, None)[:3]
     assert x is not None
     spec = _spec(node)
-    if spec.format.kind == "float8":
-        return _round_to_float8(b, x, scale, spec)
+    if spec.granularity is None and not spec.static:  # a cast
+        one = np.array(1, b.dtype.numpy())
+        return b("DequantizeLinear", b("QuantizeLinear", x, one, output_dtype=int(float8_type(spec))), one)
     if scale is not None:
         return _dequantized(b, _static_codes(b, x, scale, zero, spec), scale, zero)
     rows = Rows(spec, _rank(x), _columns(x))
@@ -108,9 +129,7 @@ def _static_codes(b: Build, x: ir.Value, scale: ir.Value, zero: ir.Value | None,
     """Codes by a scale from calibration. Symmetric ones end at -127, QuantizeLinear at -128: what lies beyond is cut before."""
     one = b("Reshape", scale, np.array([], np.int64))
     if spec.format.kind == "float8":
-        top = float(spec.format.qmax)
-        kind = int(ir.DataType.FLOAT8E4M3FN if spec.format.name == "fp8_e4m3" else ir.DataType.FLOAT8E5M2)
-        return b("Cast", b("Clip", b("Div", x, one), -top, top), to=kind)
+        return b("QuantizeLinear", x, one, output_dtype=int(float8_type(spec)))
     if zero is not None:
         return b("QuantizeLinear", x, one, b("Reshape", zero, np.array([], np.int64)))
     limit = b("Mul", one, float(spec.qrange[1]))
@@ -120,18 +139,6 @@ def _static_codes(b: Build, x: ir.Value, scale: ir.Value, zero: ir.Value | None,
 def _dequantized(b: Build, codes: ir.Value, scale: ir.Value, zero: ir.Value | None) -> ir.Value:
     one = np.array([], np.int64)
     return b("DequantizeLinear", codes, b("Reshape", scale, one), None if zero is None else b("Reshape", zero, one))
-
-
-def _round_to_float8(b: Build, x: ir.Value, scale: ir.Value | None, spec: QuantSpec) -> ir.Value:
-    top = float(spec.format.qmax)
-    kind = int(ir.DataType.FLOAT8E4M3FN if spec.format.name == "fp8_e4m3" else ir.DataType.FLOAT8E5M2)
-    if scale is None and spec.granularity is not None:
-        scale, _ = dynamic_qparams(b, x, Rows(spec, _rank(x), _columns(x)))
-        if spec.group_size:
-            raise NotImplementedError
-    scaled = x if scale is None else b("Div", x, scale)
-    rounded = b("Cast", b("Cast", b("Clip", scaled, -top, top), to=kind), to=int(b.dtype))
-    return rounded if scale is None else b("Mul", rounded, scale)
 
 
 def _with_bias(b: Build, y: ir.Value, bias: ir.Value | None) -> ir.Value:

@@ -17,8 +17,7 @@ from qpass.numerics import Quantized, codes_of, scale_values
 from qpass.packing import pack, unpack
 from qpass.spec import QuantSpec, parse_spec
 from qpass_export.lowering.build import Build
-
-_FLOAT8 = {"fp8_e4m3": ir.DataType.FLOAT8E4M3FN, "fp8_e5m2": ir.DataType.FLOAT8E5M2, "mxfp8": ir.DataType.FLOAT8E4M3FN}
+from qpass_export.lowering.codes import float8_type
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def dequantize_inputs(b: Build, w: StoredWeight) -> tuple[list[ir.Value | None],
     """Data [K, N], scale and zero point of a DequantizeLinear, and its axis and block: what a MatMul multiplies from the right."""
     fmt, wide = w.spec.format, w.container == 8
     if fmt.kind == "float8":
-        dtype = _FLOAT8[fmt.name]
+        dtype = float8_type(w.spec)
         data = lazy((w.columns, w.rows), dtype, w.name, lambda: _bytes(w.parts.data.mT).view(dtype.numpy()))
     else:
         dtype = ir.DataType.INT8 if wide else ir.DataType.INT4
