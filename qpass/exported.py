@@ -34,11 +34,12 @@ from qpass.weights import memory_of
 
 
 def quantize_program(
-    program: ExportedProgram, recipe: str | Path | Recipe | Mapping[str, Any], strict: bool, data: Data | None = None
-) -> ExportedProgram:
+    program: ExportedProgram, recipe: str | Path | Recipe | Mapping[str, Any], strict: bool, data: Data | None = None,
+    scales: Mapping[str, Tensor] | None = None,
+) -> ExportedProgram:  # fmt: skip
     """A new program whose weights are stored as `recipe` says, as buffers "<weight>_data", "<weight>_scale", ...
 
-    `data`: batches for calibration. The given program is unchanged. Raises `QpassError` as `quantize` of a module does.
+    `data`: batches for calibration. `scales`: of caches that are inputs, by their names, for a static format. The given program is unchanged. Raises `QpassError` as `quantize` of a module does.
     """
     if any(op_name(node).startswith("qpass::") for node in program.graph.nodes):
         raise QpassError("qpass.quantize: the program is already quantized; start from the one that torch.export made")
@@ -56,7 +57,7 @@ def quantize_program(
     names = {node: fqns[node.name] for node in parameters}
     if data is not None:
         calibrate_program(program, module, parameters, names, data, backend)
-    held = hold_quantized(program, module.graph, parameters, names, backend.recipe, _set_value)
+    held = hold_quantized(program, module.graph, parameters, names, backend.recipe, _set_value, scales)
     plan = backend.plan_parameters(module.graph, parameters, names, held=held.skips)
     by_name = {node.name: tensor for node, tensor in parameters.items()}
 

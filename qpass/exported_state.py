@@ -42,21 +42,29 @@ class HeldCaches:
 
 def hold_quantized(
     program: ExportedProgram, graph: Graph, parameters: Mapping[Node, Tensor], names: Mapping[Node, str], recipe: Recipe,
-    evaluate: Callable[[Node], None],
+    evaluate: Callable[[Node], None], scales: Mapping[str, Tensor] | None = None,
 ) -> HeldCaches:  # fmt: skip
-    """Rewrite every cache that the program holds, or that it takes and gives back. `evaluate` records the value of a new node."""
+    """Rewrite every cache that the program holds, or that it takes and gives back. `evaluate` records the value of a new node.
+    `scales`: name of an input -> its scale [1, H, 1, D], for static specs."""
     done = HeldCaches()
     if recipe.kv_specs is None:
         return done
     specs = {s.arg.name: s for s in program.graph_signature.input_specs if hasattr(s.arg, "name")}
     placeholders = graph.find_nodes(op="placeholder")
     candidates = [n for n in placeholders if specs[n.name].kind in (InputKind.BUFFER, InputKind.USER_INPUT)]
-    states, done.skips = find(analyze(graph, parameters), candidates, names, recipe.kv_specs)
+    states, done.skips = find(analyze(graph, parameters), candidates, names, recipe.kv_specs, scales or ())
     done.states = states
     users = [n.name for n in placeholders if specs[n.name].kind == InputKind.USER_INPUT]
     for state in states:
         old, spec = state.node, specs[state.node.name]
-        parts = torch.ops.qpass.quantize(value_of(old), str(state.spec))
+        static = scales[old.name] if scales and state.spec.static else None
+        if static is not None:
+            with graph.inserting_before(placeholders[0]):
+                state.scale = graph.placeholder(f"{old.name}_static_scale")
+            state.scale.meta = {"val": fake_like(value_of(old), static)}
+            done.buffers[state.scale.name] = (state.scale.name, static, True)
+        fake_scale = None if state.scale is None else value_of(state.scale)
+        parts = torch.ops.qpass.quantize(value_of(old), str(state.spec), fake_scale)
         real: list[Any] = [None] * len(parts)
         if spec.kind == InputKind.BUFFER:
             held = {**program.state_dict, **program.constants}[spec.target]

@@ -81,13 +81,15 @@ def export_onnx(
     target: str = "ort-cpu",
     recipe: str | Path | Recipe | Mapping[str, Any] | None = None,
     inputs: Any = None,
+    cache: Any = None,
 ) -> Exported:
     """Write `model` as ONNX for `target` ("ort-cpu", "ort-cuda" or "tensorrt"), with its session options beside it.
 
     `model`: one that qpass.quantize or qpass.load made, whose integers and scales are what is written; an artifact's folder; a
     quantized ExportedProgram; or a float model (or program) with the `recipe` that it is quantized by, round to nearest; without
     one it is written in float. `path`: of the file, or of its folder. `inputs`: what the model is called with, if it is no
-    decoder of transformers: a tensor, tuple or dict; sizes of 2 and more are dynamic.
+    decoder of transformers: a tensor, tuple or dict; sizes of 2 and more are dynamic. `cache`: a qpass.KVCache whose formats the
+    graph's cache gets, with the scales that its `calibrate` found if they are static; without it the recipe says.
 
     A decoder's graph has input_ids, attention_mask, position_ids and past_key_values.N.key / .value (of a quantized cache also
     .key_scale and so on) as inputs, logits and present.N... as outputs, for any batch, length and past.
@@ -99,7 +101,7 @@ def export_onnx(
     if isinstance(model, str | Path):
         model = _open(Path(model))
     if isinstance(model, nn.Module):
-        found, quantized = _of_module(original_module(model), chosen, goal, inputs)
+        found, quantized = _of_module(original_module(model), chosen, goal, inputs, cache)
     elif isinstance(model, ExportedProgram):
         found, quantized = _of_program(model, chosen)
     else:
@@ -107,7 +109,7 @@ def export_onnx(
     sites = _sites(quantized)
     goal.check((s.kind, s.name, parse_spec(s.format)) for s in sites if s.format is not None)
     graph = translate(found, quantized, goal.opset)
-    lower(graph, goal.ir_dtype, {s.name: s.kind for s in sites}, tie=goal.contrib)
+    lower(graph, goal, {s.name: s.kind for s in sites})
     simplify(graph, goal)
     name_sizes(graph, found)
     _describe(graph, goal, sites)
@@ -149,7 +151,7 @@ def _open(folder: Path) -> nn.Module:
 
 
 def _of_module(
-    module: nn.Module, recipe: Recipe | None, target: Target, inputs: Any
+    module: nn.Module, recipe: Recipe | None, target: Target, inputs: Any, cache: Any
 ) -> tuple[Captured, ExportedProgram]:
     stored = any(isinstance(p, QTensor) for p in module.parameters())
     if stored and recipe is not None:
@@ -159,10 +161,22 @@ def _of_module(
         decided = ((p, backend.decisions.of(p)) for p in module.parameters() if isinstance(p, QTensor))
         target.check((d.site.kind, d.site.name, p.spec) for p, d in decided if d is not None)
         recipe = replace(backend.recipe, bits=None)  # given out already: each weight has its spec
-        if recipe.kv_specs is not None:
-            target.check(("kv", "the cache", spec) for spec in recipe.kv_specs)
+    if cache is not None:
+        recipe = replace(recipe or Recipe(), k=cache.k_spec, v=cache.v_spec)
+    if recipe is None:
+        found = capture(module, inputs, target.dtype)
+        return found, found.program
+    target.check(("kv", "the cache", spec) for spec in recipe.kv_specs or ())
+    if any(spec.static for spec in recipe.kv_specs or ()) and (cache is None or None in cache.scales):
+        raise QpassError(
+            "export_onnx: static scales of the cache come from data: cache = qpass.KVCache(model.config, n, 'int8:static'), "
+            "cache.calibrate(model, batches), export_onnx(..., cache=cache)"
+        )
     found = capture(module, inputs, target.dtype)
-    return found, found.program if recipe is None else quantize_program(found.program, recipe, strict=False)
+    inner = found.program.graph_signature.user_inputs[len(found.inputs) - found.caches :]
+    flat = [scale for pair in (cache.scales if cache is not None else ()) if pair is not None for scale in pair]
+    scales = {str(n): scale.float() for n, scale in zip(inner, flat, strict=False)}
+    return found, quantize_program(found.program, recipe, strict=False, scales=scales)
 
 
 def _of_program(program: ExportedProgram, recipe: Recipe | None) -> tuple[Captured, ExportedProgram]:

@@ -27,7 +27,8 @@ Rule = Callable[[QuantSpec], Refusal | None]
 @dataclass(frozen=True)
 class Target:
     """One runtime. `dtype`: of activations and scales. `contrib`: whether it has onnxruntime's own operators. `linear`,
-    `embedding`, `kv`: the rules of its places. `options`: of an onnxruntime session that runs the file."""
+    `embedding`, `kv`: the rules of its places. `grouped_query`: attention appends to its cache itself (GroupQueryAttention).
+    `options`: of an onnxruntime session that runs the file."""
 
     name: str
     provider: str
@@ -37,6 +38,7 @@ class Target:
     linear: Rule
     embedding: Rule
     kv: Rule
+    grouped_query: bool = False
     options: tuple[tuple[str, str], ...] = ()
     note: str = ""
 
@@ -159,7 +161,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "ort-cuda", "CUDAExecutionProvider", 21, torch.float16, True,
-            _ort_cuda_linear, _ort_cpu_embedding, _ort_cuda_kv,
+            _ort_cuda_linear, _ort_cpu_embedding, _ort_cuda_kv, grouped_query=True,
         ),
         Target(
             "tensorrt", "TensorrtExecutionProvider", 21, torch.float16, False,

@@ -32,7 +32,7 @@ _VIEWS_OF_HEADS = {"reshape", "view", "expand", "unsqueeze", "repeat_interleave"
 
 @dataclass
 class State:
-    """A cache that becomes parts. `parts`: their placeholders (8-bit floats lie as bytes)."""
+    """A cache that becomes parts. `parts`: their placeholders (8-bit floats lie as bytes). `scale`: the one of a static spec."""
 
     node: Node
     spec: QuantSpec
@@ -40,12 +40,17 @@ class State:
     columns: int
     dtype: torch.dtype
     parts: list[Node] = field(default_factory=list)
+    scale: Node | None = None
 
 
 def find(
-    flow: Flow, candidates: Collection[Node], names: Mapping[Node, str], specs: tuple[QuantSpec, QuantSpec]
-) -> tuple[list[State], list[Skip]]:
-    """The states among `candidates`, inputs of the graph that are no Parameters; and those that stay in float, and why."""
+    flow: Flow, candidates: Collection[Node], names: Mapping[Node, str], specs: tuple[QuantSpec, QuantSpec],
+    calibrated: Collection[str] = (),
+) -> tuple[list[State], list[Skip]]:  # fmt: skip
+    """The states among `candidates`, inputs of the graph that are no Parameters; and those that stay in float, and why.
+
+    `calibrated`: names of the inputs whose static scales are known.
+    """
     found: dict[Node, State] = {}
     skips: list[Skip] = []
     for node, attention in flow.attentions.items():
@@ -59,7 +64,7 @@ def find(
             if held is None or held not in candidates or held in found:
                 continue
             value, site = value_of(held), Site("kv", name, (role,))
-            reason = _why_not(flow, held, spec)
+            reason = _why_not(flow, held, spec, held.name in calibrated)
             if reason:
                 skips.append(Skip(site, reason))
             elif _is_kept(flow, held):
@@ -88,11 +93,11 @@ def _is_kept(flow: Flow, held: Node) -> bool:
     return held in flow.written or any(_held_behind(out, set()) is held for out in flow.outputs)
 
 
-def _why_not(flow: Flow, held: Node, spec: QuantSpec) -> str | None:
+def _why_not(flow: Flow, held: Node, spec: QuantSpec, calibrated: bool) -> str | None:
     value = value_of(held)
     if not isinstance(value, Tensor) or not value.is_floating_point() or not isinstance(value.shape[-1], int):
         return "the cache is no float tensor of known width"
-    if spec.of_caches_only in ("static",) or str(spec.granularity).startswith("t"):
+    if (spec.static and not calibrated) or str(spec.granularity).startswith("t"):
         return f"{spec} needs more than a cache (scales from data, a window in float): use qpass.KVCache, or another format"
     if spec.group_size > value.shape[-1]:
         return f"{spec}: the group is larger than a head of {value.shape[-1]}"
@@ -231,7 +236,8 @@ class Rewriter:
         """Parts of a float, or of another state."""
         if value in self.of:
             return self.of[value][1]
-        quantized = self._insert(torch.ops.qpass.quantize.default, value, str(state.spec))
+        given = () if state.scale is None else (state.scale,)
+        quantized = self._insert(torch.ops.qpass.quantize.default, value, str(state.spec), *given)
         parts = [self._insert(operator.getitem, quantized, i) for i in range(len(state.parts))]
         dtypes = [value_of(p).dtype for p in state.parts]
         same = [value_of(p).dtype == d for p, d in zip(parts, dtypes, strict=True)]
@@ -239,7 +245,7 @@ class Rewriter:
 
     def _read(self, node: Node) -> Node:
         state, parts = self.of[node]
-        slots: list[Node | None] = [None] * 4
+        slots: list[Node | None] = [None, state.scale, None, None]
         for (slot, dtype), part in zip(state.spec.stored_parts.items(), parts, strict=True):
             same = value_of(part).dtype == dtype
             slots[slot] = part if same else self._insert(_aten.view.dtype, part, dtype)

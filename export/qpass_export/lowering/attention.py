@@ -14,7 +14,7 @@ from qpass_export.lowering.build import Build
 from qpass_export.lowering.codes import Rows
 
 #: Positions among the inputs of qpass::attention: query, four parts of keys, four of values, mask; its last is the sinks.
-_QUERY, _KEYS, _VALUES, _MASK, _SINKS = 0, 1, 5, 9, 15
+QUERY, KEYS, VALUES, MASK, SINKS = 0, 1, 5, 9, 15
 
 
 def quantize(b: Build, node: ir.Node) -> list[ir.Value]:
@@ -43,22 +43,22 @@ def attention(b: Build, node: ir.Node, opset: int) -> ir.Value:
 
     A rotation of keys and values (an orthogonal, symmetric matrix) is not undone: queries are rotated instead, and the result.
     """
-    q = node.inputs[_QUERY]
+    q = node.inputs[QUERY]
     assert q is not None and q.shape is not None
     k_spec, v_spec = (parse_spec(node.attributes[f"{half}_spec"].as_string()) for half in "kv")
     width, columns = int(q.shape[-1]), node.attributes["v_columns"].as_int()  # type: ignore[arg-type]
-    key = _read(b, _parts(node, _KEYS), k_spec, width)
-    value = _read(b, _parts(node, _VALUES), v_spec, columns)
+    key = _read(b, _parts(node, KEYS), k_spec, width)
+    value = _read(b, _parts(node, VALUES), v_spec, columns)
     if k_spec.rotated:
         q = b("MatMul", q, rotation(width).numpy())
-    mask = node.inputs[_MASK] if len(node.inputs) > _MASK else None
-    sinks = node.inputs[_SINKS] if len(node.inputs) > _SINKS else None
+    mask = node.inputs[MASK] if len(node.inputs) > MASK else None
+    sinks = node.inputs[SINKS] if len(node.inputs) > SINKS else None
     scale = node.attributes["scale"].as_float() if "scale" in node.attributes else width**-0.5
     causal, cap = node.attributes["is_causal"].as_int(), node.attributes["soft_cap"].as_float()
     if opset >= 23 and not cap and sinks is None:
         out = b("Attention", q, key, value, mask, is_causal=causal, scale=scale)
     else:
-        heads = int(node.inputs[_QUERY].shape[1]), int(node.inputs[_KEYS].shape[1])  # type: ignore[union-attr, index, arg-type]
+        heads = int(node.inputs[QUERY].shape[1]), int(node.inputs[KEYS].shape[1])  # type: ignore[union-attr, index, arg-type]
         out = _written_out(b, q, key, value, mask, heads, scale, cap, bool(causal), sinks)
     return b("MatMul", out, rotation(columns).numpy()) if v_spec.rotated else out
 

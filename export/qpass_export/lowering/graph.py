@@ -10,19 +10,23 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from qpass_export.lowering import attention, embedding, linear
 from qpass_export.lowering.build import Build
+from qpass_export.lowering.grouped_query import appended, grouped_query
+from qpass_export.targets import Target
 from qpass_export.translate import DOMAIN
 
 #: Metadata of a node: the site that it computes.
 SITE = "qpass.site"
 
 
-def lower(model: ir.Model, dtype: ir.DataType, kinds: Mapping[str, str], tie: bool) -> None:
-    """Replace qpass's operators in place. `kinds`: name of a weight -> kind of its site. `tie`: a table that an embedding and a
-    linear read is stored once, in the target's own form."""
-    graph = model.graph
+def lower(model: ir.Model, target: Target, kinds: Mapping[str, str]) -> None:
+    """Replace qpass's operators in place. `kinds`: name of a weight -> kind of its site. Where the target has onnxruntime's
+    operators, a table that an embedding and a linear read is stored once, in their form."""
+    graph, dtype = model.graph, target.ir_dtype
     opset = graph.opset_imports[""]
+    if target.grouped_query:
+        _append_in_attention(graph, dtype)
     nodes = [node for node in graph if node.domain == DOMAIN]
-    shared = _shared(nodes) if tie else set()
+    shared = _shared(nodes) if target.contrib else set()
     make: dict[str, Callable[[Build, ir.Node], ir.Value | Sequence[ir.Value]]] = {
         "linear": lambda b, n: linear.linear(b, n, _data_name(n) in shared),
         "integer_linear": linear.integer_linear,
@@ -48,6 +52,25 @@ def lower(model: ir.Model, dtype: ir.DataType, kinds: Mapping[str, str], tie: bo
     for domain in {node.domain for node in graph} - graph.opset_imports.keys():
         graph.opset_imports[domain] = 1
     graph.opset_imports.pop(DOMAIN, None)
+
+
+def _append_in_attention(graph: ir.Graph, dtype: ir.DataType) -> None:
+    """Attentions that append to a cache of the graph become GroupQueryAttention."""
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "attention"]:
+        halves = appended(node)
+        if halves is None:
+            continue
+        build = Build(graph, dtype, {SITE: "kv"})
+        made = grouped_query(build, node, *halves)
+        before = (node.outputs[0], *(half.joined for half in halves))
+        for old, new in zip(before, made, strict=True):
+            new.type, new.shape, name = old.type, old.shape, old.name
+            if old.is_graph_output():
+                position = next(i for i, v in enumerate(graph.outputs) if v is old)
+                graph.outputs[position], old.name, new.name = new, f"{name}.joined", name
+            ir.convenience.replace_all_uses_with(old, new)
+        graph.insert_before(node, build.nodes)
+        graph.remove(node, safe=True)
 
 
 def _data_name(node: ir.Node) -> str:
