@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,21 @@ class ExportedSite:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `hardware`: whether the target's provider is on this machine, so that the file can be run here."""
+    """What was written. `hardware`: whether the target's provider is on this machine, so that the file can be run here.
+    `program`: the torch graph that the file was made of, with the `inputs` of the file in its order."""
 
     path: Path
     target: str
     sites: tuple[ExportedSite, ...]
     nbytes: int
     hardware: str
+    inputs: tuple[str, ...] = ()
+    program: ExportedProgram | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
-        return asdict(self) | {"path": str(self.path)}
+        sites = [asdict(s) for s in self.sites]
+        return {"path": str(self.path), "target": self.target, "bytes": self.nbytes, "hardware": self.hardware, "sites": sites}
 
     def __str__(self) -> str:
         done = [s for s in self.sites if s.format is not None]
@@ -108,14 +112,15 @@ def export_onnx(
         raise QpassError(f"export_onnx: takes a module, an ExportedProgram or a folder, got {type(model).__name__}")
     sites = _sites(quantized)
     goal.check((s.kind, s.name, parse_spec(s.format)) for s in sites if s.format is not None)
-    graph = translate(found, quantized, goal.opset)
+    graph = translate(found, quantized, goal.opset_for(parse_spec(s.format) for s in sites if s.format is not None))
     lower(graph, goal, {s.name: s.kind for s in sites})
     simplify(graph, goal)
     name_sizes(graph, found)
     _describe(graph, goal, sites)
     file = _file(Path(path))
     nbytes = _write(graph, file, goal)
-    return Exported(file, goal.name, sites, nbytes, hardware_of(goal))
+    names = tuple(str(value.name) for value in graph.graph.inputs)
+    return Exported(file, goal.name, sites, nbytes, hardware_of(goal), names, quantized)
 
 
 def hardware_of(target: Target) -> str:

@@ -28,7 +28,7 @@ Rule = Callable[[QuantSpec], Refusal | None]
 class Target:
     """One runtime. `dtype`: of activations and scales. `contrib`: whether it has onnxruntime's own operators. `linear`,
     `embedding`, `kv`: the rules of its places. `grouped_query`: attention appends to its cache itself (GroupQueryAttention).
-    `options`: of an onnxruntime session that runs the file."""
+    `float8_blocks`: it multiplies fp8 weights (MatMulBlockQuantizedFp8Weight). `options`: of an onnxruntime session that runs the file."""
 
     name: str
     provider: str
@@ -39,6 +39,7 @@ class Target:
     embedding: Rule
     kv: Rule
     grouped_query: bool = False
+    float8_blocks: bool = False
     options: tuple[tuple[str, str], ...] = ()
     note: str = ""
 
@@ -46,6 +47,10 @@ class Target:
     def ir_dtype(self) -> ir.DataType:
         """`dtype` in ONNX's words."""
         return ir.DataType.FLOAT16 if self.dtype == torch.float16 else ir.DataType.FLOAT
+
+    def opset_for(self, specs: Iterable[QuantSpec]) -> int:
+        """The opset of the file: four-bit floats exist from 23 on."""
+        return 23 if not self.contrib and any(spec.format.name == "nvfp4" for spec in specs) else self.opset
 
     def check(self, specs: Iterable[tuple[str, str, QuantSpec]]) -> None:
         """Raises `QpassError` for the first of (kind of site, its name, spec) that the runtime cannot run."""
@@ -125,7 +130,7 @@ def _tensorrt_linear(spec: QuantSpec) -> Refusal | None:
     if spec.is_identity:
         return None
     if spec.has_zero_point or (activations is not None and activations.has_zero_point):
-        return Refusal("TensorRT wants all zero points to be 0", _with_group(spec, 128).split(":asym")[0].split(":zero")[0])
+        return Refusal("TensorRT wants all zero points to be 0", "int4:g128" if spec.format.bits <= 4 else "int8")
     if activations is not None and not activations.static:
         return Refusal("TensorRT wants scales of activations from calibration", "int8:smooth@int8:static")
     if spec.format.name == "nf4":
@@ -161,7 +166,7 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "ort-cuda", "CUDAExecutionProvider", 21, torch.float16, True,
-            _ort_cuda_linear, _ort_cpu_embedding, _ort_cuda_kv, grouped_query=True,
+            _ort_cuda_linear, _ort_cpu_embedding, _ort_cuda_kv, grouped_query=True, float8_blocks=True,
         ),
         Target(
             "tensorrt", "TensorrtExecutionProvider", 21, torch.float16, False,

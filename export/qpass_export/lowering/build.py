@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from qpass_export.targets import Target
+
 #: Domain of onnxruntime's own operators.
 CONTRIB = "com.microsoft"
 Input = ir.Value | np.ndarray | float | int | None
@@ -17,8 +19,8 @@ Input = ir.Value | np.ndarray | float | int | None
 class Build:
     """New nodes, in order. Inputs may be numpy arrays: they become constants, equal small ones once in a graph."""
 
-    def __init__(self, graph: ir.Graph, dtype: ir.DataType, metadata: dict[str, str] | None = None) -> None:
-        self.graph, self.dtype, self.metadata = graph, dtype, metadata or {}
+    def __init__(self, graph: ir.Graph, target: Target, metadata: dict[str, str] | None = None) -> None:
+        self.graph, self.target, self.dtype, self.metadata = graph, target, target.ir_dtype, metadata or {}
         self._tape = Tape()
 
     @property

@@ -21,10 +21,10 @@ SITE = "qpass.site"
 def lower(model: ir.Model, target: Target, kinds: Mapping[str, str]) -> None:
     """Replace qpass's operators in place. `kinds`: name of a weight -> kind of its site. Where the target has onnxruntime's
     operators, a table that an embedding and a linear read is stored once, in their form."""
-    graph, dtype = model.graph, target.ir_dtype
+    graph = model.graph
     opset = graph.opset_imports[""]
     if target.grouped_query:
-        _append_in_attention(graph, dtype)
+        _append_in_attention(graph, target)
     nodes = [node for node in graph if node.domain == DOMAIN]
     shared = _shared(nodes) if target.contrib else set()
     make: dict[str, Callable[[Build, ir.Node], ir.Value | Sequence[ir.Value]]] = {
@@ -42,7 +42,7 @@ def lower(model: ir.Model, target: Target, kinds: Mapping[str, str]) -> None:
     for node in nodes:
         name = _data_name(node)
         site = {SITE: f"{kinds.get(name, 'kv')} {name}"} if name else {}
-        build = Build(graph, dtype, site)
+        build = Build(graph, target, site)
         made = make[node.op_type](build, node)
         new = [made] if isinstance(made, ir.Value) else list(made)
         for before, after in zip(node.outputs, new, strict=True):
@@ -54,13 +54,13 @@ def lower(model: ir.Model, target: Target, kinds: Mapping[str, str]) -> None:
     graph.opset_imports.pop(DOMAIN, None)
 
 
-def _append_in_attention(graph: ir.Graph, dtype: ir.DataType) -> None:
+def _append_in_attention(graph: ir.Graph, target: Target) -> None:
     """Attentions that append to a cache of the graph become GroupQueryAttention."""
     for node in [n for n in graph if n.domain == DOMAIN and n.op_type == "attention"]:
         halves = appended(node)
         if halves is None:
             continue
-        build = Build(graph, dtype, {SITE: "kv"})
+        build = Build(graph, target, {SITE: "kv"})
         made = grouped_query(build, node, *halves)
         before = (node.outputs[0], *(half.joined for half in halves))
         for old, new in zip(before, made, strict=True):

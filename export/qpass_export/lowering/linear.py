@@ -16,6 +16,8 @@ from qpass_export.lowering.weights import (
     block_inputs,
     bnb_inputs,
     dequantize_inputs,
+    float8_blocks,
+    nvfp4_inputs,
     stored_weight,
 )
 
@@ -43,12 +45,28 @@ def product(b: Build, x: ir.Value, w: StoredWeight, shared: bool = False) -> ir.
         data, scales = bnb_inputs(b, w)
         sizes = {"K": w.columns, "N": w.rows, "block_size": w.block_size}
         return b("MatMulBnb4", x, data, scales, domain=CONTRIB, quant_type=_NF4, **sizes)
+    if fmt.name == "nvfp4":
+        return _nvfp4(b, x, w)
+    if fmt.kind == "float8" and b.target.float8_blocks:
+        data, scales = float8_blocks(b, w)
+        return b("MatMulBlockQuantizedFp8Weight", x, data, scales, domain=CONTRIB, block_size=w.block_size)
     if shared or w.spec.float_zero:
         blocks = block_inputs(b, w)
         sizes = {"K": w.columns, "N": w.rows, "block_size": blocks.size, "bits": blocks.bits, "accuracy_level": _INT8_INPUT}
         return b("MatMulNBits", x, blocks.data, blocks.scales, blocks.zeros, domain=CONTRIB, **sizes)
     inputs, attributes = dequantize_inputs(b, w)
     return b("MatMul", x, b("DequantizeLinear", *inputs, **attributes))
+
+
+def _nvfp4(b: Build, x: ir.Value, w: StoredWeight) -> ir.Value:
+    """Four-bit floats with E4M3 scales, and one float over these: onnxruntime's operator, or two DequantizeLinear."""
+    codes = nvfp4_inputs(b, w, packed=b.target.contrib)
+    if b.target.contrib:
+        return b("MatMulBlockQuantizedFp4Weight", x, *codes, domain=CONTRIB, block_size=w.block_size)
+    data, scales, outer = codes
+    floats = b("DequantizeLinear", scales, b("Cast", outer, to=int(b.dtype)))
+    rows = b("DequantizeLinear", data, floats, axis=-1, block_size=w.block_size)
+    return b("MatMul", x, b("Transpose", rows, perm=[1, 0]))
 
 
 def experts(b: Build, node: ir.Node) -> ir.Value:

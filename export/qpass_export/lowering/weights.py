@@ -226,6 +226,34 @@ def bnb_inputs(b: Build, w: StoredWeight) -> tuple[ir.Value, ir.Value]:
     )
 
 
+def float8_blocks(b: Build, w: StoredWeight) -> tuple[ir.Value, ir.Value]:
+    """E4M3 rows [N, K] and float32 scales [N, blocks]."""
+    kind = float8_type(w.spec)
+    data = lazy((w.rows, w.columns), kind, w.name, lambda: _bytes(w.parts.data).view(kind.numpy()))
+    scales = w.scales().expand(w.rows, w.blocks).contiguous().numpy()
+    name = f"{w.name}.scale"
+    return b.constant(f"{w.name}.quantized", data), b.constant(name, ir.Tensor(scales, name=name))
+
+
+def nvfp4_inputs(b: Build, w: StoredWeight, packed: bool) -> list[ir.Value]:
+    """Codes [N, K], E4M3 scales [N, blocks] and the float32 over them. `packed`: both as bytes, as onnxruntime's operator has them."""
+    scale, outer = w.parts.scale, w.parts.outer_scale
+    assert scale is not None and outer is not None
+    raw = _bytes(scale)
+    if packed:
+        data: ir.TensorProtocol = lazy((w.rows, w.columns // 2), ir.DataType.UINT8, w.name, lambda: w.parts.data.numpy())
+        scales = ir.Tensor(raw, name=f"{w.name}.scale")
+    else:
+        data = lazy(
+            (w.rows, w.columns), ir.DataType.FLOAT4E2M1, w.name,
+            lambda: unpack(w.parts.data, 4, w.columns).numpy().view(ml_dtypes.float4_e2m1fn),
+        )  # fmt: skip
+        scales = ir.Tensor(raw.view(ml_dtypes.float8_e4m3fn), name=f"{w.name}.scale")
+    top = ir.Tensor(outer.reshape(-1)[:1].reshape(()).float().numpy(), name=f"{w.name}.outer_scale")
+    parts = (("quantized", data), ("scale", scales), ("outer_scale", top))
+    return [b.constant(f"{w.name}.{name}", part) for name, part in parts]
+
+
 def is_whole(w: StoredWeight) -> bool:
     """Whether one scale serves the whole tensor."""
     return isinstance(w.spec.granularity, PerTensor) and w.scales().numel() == 1

@@ -1,0 +1,217 @@
+"""Whether an exported file is what it should be: by the specification, by onnxruntime, by OpenVINO, against the torch graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+import qpass
+from qpass_export.export import Exported
+from qpass_export.rules import unfused, violations
+from qpass_export.session import load
+
+#: Largest difference of logits, over the largest logit, with float products: sums in another order.
+TOLERANCE = 1e-3
+#: The same where products round their inputs to int8: half a step of 127 for each of a model's linears, one after the other.
+INT8_TOLERANCE = 0.15
+_PROMPT, _STEPS = 12, 32
+_TYPES = {
+    "tensor(int8)": np.int8, "tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64, "tensor(bool)": np.bool_,
+}  # fmt: skip
+#: ReferenceEvaluator computes in numpy, operator by operator: above so many bytes of weights it is left out.
+_SMALL = 16 << 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: `passed` is None where it could not be made, and `detail` says why."""
+
+    name: str
+    passed: bool | None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        word = {True: "ok", False: "FAILED", None: "left out"}[self.passed]
+        return f"{word:9}{self.name}{': ' + self.detail if self.detail else ''}"
+
+
+def verify(exported: Exported) -> list[Check]:
+    """All checks of a file that export_onnx has just written."""
+    found = [_check("onnx.checker", lambda: _onnx_checker(exported.path))]
+    wrong = violations(exported.path, exported.target)
+    found.append(Check(f"rules of {exported.target}", not wrong, "; ".join(wrong[:3])))
+    if exported.hardware != "runs on this machine":
+        found.append(Check("onnxruntime", None, f"{exported.hardware}: this machine has no provider for {exported.target}"))
+        return found
+    if exported.target == "ort-cpu":
+        left = unfused(exported.path)
+        found.append(Check("fused products", not left, "; ".join(left[:3])))
+    calls = Calls(exported)
+    for name, make, bound in (
+        ("onnxruntime, float products", lambda: runner(exported.path, exact=True), _bound(exported)),
+        ("onnxruntime, int8 products", lambda: runner(exported.path), INT8_TOLERANCE),
+        ("OpenVINO", lambda: openvino_runner(exported.path), INT8_TOLERANCE),
+        ("ReferenceEvaluator", lambda: reference_runner(exported.path), _bound(exported)),
+    ):
+        found.append(_compare(name, make, calls, bound))
+    return found
+
+
+def _bound(exported: Exported) -> float:
+    """Activations that the graph itself rounds may fall to the other side of a step."""
+    rounded = any(s.format is not None and ("@" in s.format or s.kind == "kv") for s in exported.sites)
+    return INT8_TOLERANCE if rounded else TOLERANCE
+
+
+def _check(name: str, run: Callable[[], Any]) -> Check:
+    try:
+        run()
+    except Exception as error:
+        return Check(name, False, str(error).splitlines()[0])
+    return Check(name, True)
+
+
+def _onnx_checker(path: Path) -> None:
+    import onnx
+
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+# --- runtimes -----------------------------------------------------------------------------------------------------------
+
+#: Inputs by name -> outputs by name.
+Runner = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+class LeftOut(Exception):
+    """A runtime that cannot be asked, and why."""
+
+
+def runner(path: Path, exact: bool = False) -> Runner:
+    """onnxruntime."""
+    session = load(path, exact=exact)
+    names = [o.name for o in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(None, feeds), strict=True))
+
+
+def openvino_runner(path: Path) -> Runner:
+    """OpenVINO's CPU plugin."""
+    try:
+        import openvino
+    except ImportError:
+        raise LeftOut("openvino is not installed") from None
+    compiled = openvino.compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda feeds: {o.any_name: value for o, value in compiled(feeds).items()}
+
+
+def reference_runner(path: Path) -> Runner:
+    """onnx's own evaluator, which knows the specification's operators only."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    model = onnx.load(path)
+    own = sorted({n.op_type for n in model.graph.node if n.domain not in ("", "ai.onnx")})
+    if own:
+        raise LeftOut(f"{', '.join(own)}: onnxruntime's own operators")
+    if sum(len(i.raw_data) for i in model.graph.initializer) > _SMALL:
+        raise LeftOut("slow for so many weights")
+    names = [o.name for o in model.graph.output]
+    evaluator = ReferenceEvaluator(model)
+    return lambda feeds: dict(zip(names, evaluator.run(None, feeds), strict=True))
+
+
+# --- against the torch graph --------------------------------------------------------------------------------------------
+
+
+class Calls:
+    """A prompt and decode steps: inputs for the runtimes, each with the logits that the program gives in torch."""
+
+    def __init__(self, exported: Exported) -> None:
+        assert exported.program is not None
+        self.program, self.names = exported.program, exported.inputs
+        self.has_cache = any(name.startswith("past_key_values.") for name in self.names)
+
+    def compare(self, run: Runner) -> float:
+        """The largest difference of the first output, over its largest value, over all calls. Each side keeps its own cache."""
+        ours: dict[str, np.ndarray] = {}
+        theirs: dict[str, np.ndarray] = {}
+        worst = 0.0
+        for feeds in self._feeds():
+            if not ours:
+                ours = theirs = {n: v for n, v in feeds.items() if n.startswith("past_key_values.")}
+            expected = self._torch(feeds | theirs)
+            found = run(feeds | ours)
+            name = next(iter(expected))
+            worst = max(worst, float(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max()))
+            ours, theirs = _kept(found), _kept(expected)
+        return worst
+
+    def _feeds(self) -> Iterator[dict[str, np.ndarray]]:
+        values = [n.meta["val"] for n in _user_placeholders(self.program)]
+        generator = np.random.default_rng(0)
+        if not self.has_cache:
+            example = pytree.tree_leaves(self.program.example_inputs)
+            yield {n: t.numpy() for n, t in zip(self.names, example, strict=True)}
+            return
+        top = 64
+        for step in range(_STEPS + 1):
+            before, new = (0, _PROMPT) if step == 0 else (_PROMPT + step - 1, 1)
+            given = {
+                "input_ids": generator.integers(3, top, (1, new)),
+                "attention_mask": np.ones((1, before + new), np.int64),
+                "position_ids": np.arange(before, before + new)[None],
+            }
+            feeds = {n: given[n] for n in self.names if n in given}
+            if step == 0:
+                for name, value in zip(self.names, values, strict=True):
+                    if name.startswith("past_key_values."):
+                        shape = (1, int(value.shape[1]), 0, int(value.shape[3]))
+                        feeds[name] = torch.empty(shape, dtype=value.dtype).numpy()
+            yield feeds
+
+    def _torch(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        leaves = [torch.from_numpy(np.ascontiguousarray(feeds[n])) for n in self.names]
+        args, kwargs = pytree.tree_unflatten(leaves, self.program.call_spec.in_spec)
+        with torch.no_grad(), qpass.set_compute("float"):
+            out = self.program.module(check_guards=False)(*args, **kwargs)
+        flat = [t.numpy() for t in pytree.tree_leaves(out)]
+        kept = [n.replace("past_key_values.", "present.") for n in self.names if n.startswith("past_key_values.")]
+        names = [f"first_{i}" for i in range(len(flat) - len(kept))]
+        return dict(zip([*names, *kept], flat, strict=True))
+
+
+def _user_placeholders(program: ExportedProgram) -> list[torch.fx.Node]:
+    users = set(program.graph_signature.user_inputs)
+    return [n for n in program.graph.find_nodes(op="placeholder") if n.name in users]
+
+
+def _kept(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {n.replace("present.", "past_key_values."): v for n, v in outputs.items() if n.startswith("present.")}
+
+
+def _compare(name: str, make: Callable[[], Runner], calls: Calls, bound: float) -> Check:
+    try:
+        run = make()
+        names: list[str] = []
+
+        def renamed(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            """The outputs that are no cache, in order, under the names that the torch side has."""
+            out = run(feeds)
+            plain = [v for n, v in out.items() if not n.startswith("present.")]
+            names.extend(n for n in out if not n.startswith("present."))
+            return {f"first_{i}": v for i, v in enumerate(plain)} | {n: v for n, v in out.items() if n.startswith("present.")}
+
+        worst = calls.compare(renamed)
+    except LeftOut as reason:
+        return Check(name, None, str(reason))
+    except Exception as error:
+        return Check(name, False, str(error).splitlines()[0][:300])
+    return Check(name, worst <= bound, f"largest difference {worst:.1e} of the largest logit (allowed {bound:.0e})")
