@@ -59,7 +59,7 @@ def attention(b: Build, node: ir.Node, opset: int) -> ir.Value:
         out = b("Attention", q, key, value, mask, is_causal=causal, scale=scale)
     else:
         heads = int(node.inputs[QUERY].shape[1]), int(node.inputs[KEYS].shape[1])  # type: ignore[union-attr, index, arg-type]
-        out = _written_out(b, q, key, value, mask, heads, scale, cap, bool(causal), sinks)
+        out = written_out(b, q, key, value, mask, heads, scale, cap, bool(causal), sinks)
     return b("MatMul", out, rotation(columns).numpy()) if v_spec.rotated else out
 
 
@@ -79,7 +79,7 @@ def _read(b: Build, parts: list[ir.Value | None], spec: QuantSpec, columns: int)
     return codes.dequantize(b, data, scale, zero, Rows(spec, 4, columns))
 
 
-def _written_out(
+def written_out(
     b: Build, q: ir.Value, key: ir.Value, value: ir.Value, mask: ir.Value | None, heads: tuple[int, int], scale: float,
     cap: float, causal: bool, sinks: ir.Value | None,
 ) -> ir.Value:  # fmt: skip

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from qpass.granularity import PerGroup
 from qpass.packing import unpack
 from qpass_export.lowering.build import Build
 from qpass_export.lowering.codes import Rows
@@ -29,26 +32,35 @@ def embedding(b: Build, node: ir.Node, shared: bool) -> ir.Value:
         return _from_codebook(b, ids, w, rank)
     if shared:
         return _from_blocks(b, ids, w, rank)
-    scale = _table(b, w, "scale", w.scales().numpy().astype(b.dtype.numpy()))
-    zeros = w.zero_points()
-    zero = None if zeros is None else _table(b, w, "zero_point", zeros.numpy())
     if fmt.kind == "float8":
-        return _from_float8(b, ids, w, rank, scale)
+        return _from_float8(b, ids, w, rank)
     if w.container == 8:
         data = lazy((w.rows, w.columns), ir.DataType.INT8, w.name, lambda: w.codes().numpy())
         codes = b("Gather", b.constant(f"{w.name}.rows", data), ids, axis=0)
     else:
         codes = unpack_rows(b, b("Gather", _packed(b, w), ids, axis=0), rank, w.columns)
+    zeros = w.zero_points()
+    zero = None if zeros is None else _of_rows(b, w, "zero_point", zeros.numpy(), ids)
+    return _scaled(b, codes, zero, _scale_of_rows(b, w, ids), Rows(w.spec, rank, w.columns))
+
+
+def _scaled(b: Build, codes: ir.Value, zero: ir.Value | None, scale: ir.Value, rows: Rows) -> ir.Value:
+    """(codes - zero) * scale. Not DequantizeLinear: OpenVINO takes none of a size that it does not know."""
+    values = b("Cast", codes, to=int(b.dtype))
+    if zero is not None:
+        values = b("Sub", values, _spread(b, b("Cast", zero, to=int(b.dtype)), rows))
+    return b("Mul", values, _spread(b, scale, rows))
+
+
+def _scale_of_rows(b: Build, w: StoredWeight, ids: ir.Value) -> ir.Value:
+    return _of_rows(b, w, "scale", w.scales().numpy().astype(b.dtype.numpy()), ids)
+
+
+def _of_rows(b: Build, w: StoredWeight, part: str, array: np.ndarray, ids: ir.Value) -> ir.Value:
+    """Scales or zero points of the rows that `ids` names; the one of all, where there is one."""
     if is_whole(w):
-        whole = b("Reshape", scale, np.array([], np.int64))
-        return b("DequantizeLinear", codes, whole, None if zero is None else b("Reshape", zero, np.array([], np.int64)))
-    scales = b("Gather", scale, ids, axis=0)
-    offsets = None if zero is None else b("Gather", zero, ids, axis=0)
-    if w.spec.float_zero:  # no DequantizeLinear has one
-        rows = Rows(w.spec, rank, w.columns)
-        floats = b("Cast", codes, to=int(b.dtype))
-        return b("Mul", b("Sub", floats, _spread(b, offsets, rows)), _spread(b, scales, rows))
-    return b("DequantizeLinear", codes, scales, offsets, axis=-1, block_size=w.block_size)
+        return b("Reshape", _table(b, w, part, array), np.array([1]))
+    return b("Gather", _table(b, w, part, array), ids, axis=0)
 
 
 def _table(b: Build, w: StoredWeight, part: str, array: np.ndarray) -> ir.Value:
@@ -68,7 +80,7 @@ def _packed(b: Build, w: StoredWeight) -> ir.Value:
     return b.constant(f"{w.name}.packed", lazy(shape, _UINT8, w.name, data))
 
 
-def _from_float8(b: Build, ids: ir.Value, w: StoredWeight, rank: int, scale: ir.Value) -> ir.Value:
+def _from_float8(b: Build, ids: ir.Value, w: StoredWeight, rank: int) -> ir.Value:
     """Bytes, and a table of what each of the 256 means: ONNX has no Gather of 8-bit floats."""
     kind = w.parts.data.dtype
     data = lazy((w.rows, w.columns), _UINT8, w.name, lambda: w.parts.data.view(torch.uint8).numpy())
@@ -77,8 +89,7 @@ def _from_float8(b: Build, ids: ir.Value, w: StoredWeight, rank: int, scale: ir.
     values = b("Gather", meanings, b("Cast", codes, to=int(ir.DataType.INT32)), axis=0)
     if w.parts.scale is None:
         return values
-    scales = scale if is_whole(w) else _spread(b, b("Gather", scale, ids, axis=0), Rows(w.spec, rank, w.columns))
-    return b("Mul", values, scales)
+    return b("Mul", values, _spread(b, _scale_of_rows(b, w, ids), Rows(w.spec, rank, w.columns)))
 
 
 def _from_blocks(b: Build, ids: ir.Value, w: StoredWeight, rank: int) -> ir.Value:
@@ -88,18 +99,15 @@ def _from_blocks(b: Build, ids: ir.Value, w: StoredWeight, rank: int) -> ir.Valu
     rows = Rows(w.spec, rank, count * blocks.size)
     gathered = b("Reshape", b("Gather", blocks.data, ids, axis=0), rows.shape(count * blocks.size * blocks.bits // 8))
     scales = b("Gather", blocks.scales, ids, axis=0)
-    if blocks.bits == 4:
-        codes = unpack_rows(b, gathered, rank, rows.columns)
-    else:
-        codes = b("Cast", b("Sub", b("Cast", gathered, to=int(ir.DataType.INT16)), np.array(half, np.int16)), to=int(ir.DataType.INT8))
-    zero = None
-    if blocks.zeros is not None:
-        zero = b("Gather", blocks.zeros, ids, axis=0)
+    def signed(gathered: ir.Value, columns: int) -> ir.Value:
         if blocks.bits == 4:
-            zero = unpack_rows(b, zero, rank, count)
-        else:
-            zero = b("Cast", b("Sub", b("Cast", zero, to=int(ir.DataType.INT16)), np.array(half, np.int16)), to=int(ir.DataType.INT8))
-    floats = b("DequantizeLinear", codes, scales, zero, axis=-1, block_size=blocks.size)
+            return unpack_rows(b, gathered, rank, columns)
+        wide = b("Sub", b("Cast", gathered, to=int(ir.DataType.INT16)), np.array(half, np.int16))
+        return b("Cast", wide, to=int(ir.DataType.INT8))
+
+    zero = None if blocks.zeros is None else signed(b("Gather", blocks.zeros, ids, axis=0), count)
+    spec = replace(w.spec, granularity=PerGroup(blocks.size))
+    floats = _scaled(b, signed(gathered, rows.columns), zero, scales, Rows(spec, rank, rows.columns))
     if rows.columns == w.columns:
         return floats
     return b("Slice", floats, np.array([0]), np.array([w.columns]), np.array([-1]))
@@ -117,8 +125,7 @@ def _from_codebook(b: Build, ids: ir.Value, w: StoredWeight, rank: int) -> ir.Va
     signed = unpack_rows(b, b("Gather", table, ids, axis=0), rank, w.columns)
     indices = b("Cast", b("Add", signed, np.array(8, np.int8)), to=int(ir.DataType.INT32))
     rows = Rows(w.spec, rank, w.columns)
-    scales = b("Gather", _table(b, w, "scale", w.scales().numpy().astype(b.dtype.numpy())), ids, axis=0)
-    return b("Mul", b("Gather", book, indices, axis=0), _spread(b, scales, rows))
+    return b("Mul", b("Gather", book, indices, axis=0), _spread(b, _scale_of_rows(b, w, ids), rows))
 
 
 def _spread(b: Build, per_block: ir.Value, rows: Rows) -> ir.Value:
