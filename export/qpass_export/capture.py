@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from qpass.errors import QpassError
 from qpass.graph.torch_private import as_plain_module
+from qpass.qstate import QState
 from qpass.qtensor import QTensor
 
 #: Sizes of the example that is traced: none of them is 0 or 1, which torch would take for constants, and none equals another.
@@ -105,6 +106,10 @@ def _plain(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, QTensor]]
     """`model` not compiled, its floats in `dtype`, with a float of no memory in the place of each QTensor; yields these by name."""
     quantized = {n: p for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QTensor)}
     stands_in: dict[int, Tensor] = {}
+    attributes = [(m, n, v) for m in model.modules() for n, v in m.__dict__.items() if isinstance(v, Tensor)]
+    for module, name, value in attributes:  # what a graph writes to is a buffer
+        del module.__dict__[name]
+        module._buffers[name] = value
     places = [(held, n, v) for m in model.modules() for held in (m._parameters, m._buffers) for n, v in held.items()]
     places = [(held, n, v) for held, n, v in places if v is not None and v.is_floating_point() and _changes(v, dtype)]
     try:
@@ -112,6 +117,8 @@ def _plain(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, QTensor]]
             if id(value) not in stands_in:
                 if isinstance(value, QTensor):
                     plain = torch.zeros(1, dtype=dtype, device=value.device).expand(value.shape)
+                elif isinstance(value, QState):
+                    plain = value.dequantize().to(dtype)
                 else:
                     plain = value.detach().to(dtype)
                 stands_in[id(value)] = (
@@ -123,12 +130,15 @@ def _plain(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, QTensor]]
     finally:
         for held, name, value in places:
             held[name] = value
+        for module, name, value in attributes:
+            del module._buffers[name]
+            module.__dict__[name] = value
 
 
 def _changes(value: Tensor, dtype: torch.dtype) -> bool:
     """Half precision becomes `dtype`, and so does a Parameter; a buffer in float32 (the frequencies of rotary) stays."""
     half = value.dtype in (torch.float16, torch.bfloat16)
-    return isinstance(value, QTensor) or (value.dtype != dtype and (half or isinstance(value, nn.Parameter)))
+    return isinstance(value, QTensor | QState) or (value.dtype != dtype and (half or isinstance(value, nn.Parameter)))
 
 
 # --- decoders of transformers -------------------------------------------------------------------------------------------
@@ -197,7 +207,7 @@ def _example(model: nn.Module, inputs: Any, dtype: torch.dtype) -> dict[str, Ten
         raise QpassError(f"{type(model).__name__}: pass inputs=... (a tensor, a tuple or a dict of its arguments)")
     if not isinstance(inputs, Mapping):
         values = inputs if isinstance(inputs, tuple | list) else (inputs,)
-        names = [n for n in inspect.signature(type(model).forward).parameters if n != "self"]
+        _, *names = inspect.signature(type(model).forward).parameters
         inputs = dict(zip(names, values, strict=False))
     wrong = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if wrong:

@@ -27,8 +27,9 @@ from qpass_export.capture import Captured, capture
 from qpass_export.lowering.graph import lower
 from qpass_export.session import write_session
 from qpass_export.simplify import simplify
+from qpass_export.state import lift_state
 from qpass_export.targets import Target, get_target
-from qpass_export.translate import translate
+from qpass_export.translate import translate, with_whole_attention
 
 #: Weights of more bytes lie in a file of their own beside the graph; protobuf ends at 2 GB.
 _INLINE = 64 << 20
@@ -112,6 +113,7 @@ def export_onnx(
         raise QpassError(f"export_onnx: takes a module, an ExportedProgram or a folder, got {type(model).__name__}")
     sites = _sites(quantized)
     goal.check((s.kind, s.name, parse_spec(s.format)) for s in sites if s.format is not None)
+    found, quantized = lift_state(found, with_whole_attention(quantized))
     graph = translate(found, quantized, goal.opset_for(parse_spec(s.format) for s in sites if s.format is not None))
     lower(graph, goal, {s.name: s.kind for s in sites})
     simplify(graph, goal)

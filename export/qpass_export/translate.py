@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
@@ -18,6 +19,7 @@ import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.errors import QpassError
 from qpass.exported import fill_values
 from qpass.graph.expand import drop_whole_slices
+from qpass.graph.torch_private import copy_captured, drop_input_guards
 from qpass.numerics import PART_NAMES
 from qpass.sites.grouped import rewrite_every
 from qpass.spec import parse_spec
@@ -30,14 +32,26 @@ _OPERATORS = ("linear", "integer_linear", "experts", "embedding", "quantize", "q
 _TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 
 
+def with_whole_attention(program: ExportedProgram) -> ExportedProgram:
+    """A program of the same weights in which each attention that can be read is one operator, fused in the model or not."""
+    module = copy_captured(program.graph_module)
+    drop_whole_slices(module)
+    rewrite_every(module.graph)
+    fill_values(module.graph)
+    module.recompile()
+    done = ExportedProgram(
+        module, module.graph, copy.deepcopy(program.graph_signature), dict(program.state_dict), program.range_constraints,
+        copy.deepcopy(program.module_call_graph), program.example_inputs, dict(program.constants), verifiers=program.verifiers,
+    )  # fmt: skip
+    drop_input_guards(done)
+    return done
+
+
 def translate(captured: Captured, program: ExportedProgram, opset: int) -> ir.Model:
     """`program`: what became of `captured.program`. Inputs and outputs get the names of `captured`, parts of a cache theirs.
 
     Raises `QpassError` for an operation that torch's exporter does not know.
     """
-    drop_whole_slices(program.graph_module)
-    rewrite_every(program.graph)
-    fill_values(program.graph)
     _exponents_as_bytes(program)
     table = {getattr(torch.ops.qpass, name).default: _as_node(name) for name in _OPERATORS}
     table |= {torch.ops.aten.sym_stride.int: _stride, torch.ops.aten.searchsorted.Tensor: _search_sorted}
