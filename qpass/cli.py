@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qpass.errors import QpassError
+from qpass.errors import QpassError, nearest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
@@ -139,18 +140,32 @@ def quantize(
 
 @app.command()
 def export(
-    artifact: Annotated[Path, typer.Argument(help="Folder that qpass wrote")],
-    target: Annotated[Path, typer.Argument(help="Folder of the export")],
+    source: Annotated[Path, typer.Argument(help="Folder that qpass wrote; for onnx also a transformers model")],
+    folder: Annotated[Path, typer.Argument(help="Folder of the export")],
     to: Annotated[
-        str, typer.Option("--format", help="compressed-tensors: for vLLM and transformers")
+        str, typer.Option("--format", help="onnx; or compressed-tensors, for vLLM and transformers")
     ] = "compressed-tensors",
+    target: Annotated[str | None, typer.Option(help="onnx: ort-cpu, ort-cuda or tensorrt")] = None,
+    recipe: Annotated[str | None, typer.Option(help="onnx: what a float model is quantized by")] = None,
+    check: Annotated[bool, typer.Option("--verify", help="onnx: run it, and compare with the torch graph")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Write an artifact for another engine, and say what that cannot take."""
+    """Write a model for another engine, and say what that cannot take."""
     import qpass
 
-    if to != "compressed-tensors":
-        raise QpassError(f"--format {to}: there is compressed-tensors only")
-    typer.echo(str(qpass.export_compressed_tensors(qpass.load(artifact, inner="eager"), target)))
+    if to == "compressed-tensors":
+        if target or recipe or check:
+            raise QpassError("--target, --recipe and --verify are of --format onnx")
+        typer.echo(str(qpass.export_compressed_tensors(qpass.load(source, inner="eager"), folder)))
+        return
+    found = {e.name: e for e in entry_points(group="qpass.exporters")}
+    if to not in found:
+        raise QpassError(f"--format {to}: {nearest(to, {'compressed-tensors', *found})}")
+    try:
+        run = found[to].load()
+    except ImportError as error:
+        raise QpassError(f"--format {to}: {error.name} is not installed: pip install 'qpass-torch[{to}]'") from None
+    _show(run(source, folder, target, recipe, check), as_json)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from qpass.ops.cpu.library import c_functions
 from qpass.ops.cpu.matrix import SpecStruct
 from qpass.ops.cpu.weights import compare_weight, round_weight
 from qpass.spec import parse_spec
+from qpass.weights import quantize_weight
 
 SPECS = ["int8", "int4:g64:zero=float", "int2:g32:zero=float:scale=fp16", "int8:g48:asym", "int8:tensor", "int6",
          "int5:g20", "int4:g32:asym", "int4:g128", "int4:channel", "int4:g7",
@@ -261,6 +262,13 @@ def test_a_weight_is_rounded_as_the_reference_does_to_the_bit(text: str, dtype: 
     assert power.signal == pytest.approx(float(x.double().square().sum()), rel=1e-5)
     assert power.noise == pytest.approx(float((x.double() - back).square().sum()), rel=1e-4, abs=1e-12)
     assert compare_weight(x, replace(stored, column_scale=by), spec) == power
+
+
+@pytest.mark.parametrize("text", ["int8:g32:dq", "int4:g32:dq", "int4:g32:asym:dq", "nf4:g32:dq"])
+def test_a_weight_with_scales_in_8_bits_is_that_of_the_reference(text: str) -> None:
+    spec, x = parse_spec(text), rough(9, 77)
+    for ours, theirs in zip(quantize_weight(x, spec).parts, quantize(x, spec).parts, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -98,7 +98,9 @@ def _export(
 
 
 def _dynamic(tensor: Tensor) -> dict[int, Any]:
-    return {i: Dim.AUTO for i, size in enumerate(tensor.shape) if size > 1}
+    """Sizes that may change: all of ids, and all of floats but their last, which is a width of the model."""
+    last = tensor.dim() - 1 if tensor.is_floating_point() else tensor.dim()
+    return {i: Dim.AUTO for i, size in enumerate(tensor.shape[:last]) if size > 1}
 
 
 @contextmanager

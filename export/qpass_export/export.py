@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import qpass
+from qpass.artifact.save import carry
 from qpass.errors import QpassError
 from qpass.exported import quantize_program
 from qpass.graph.torch_private import original_module
@@ -24,6 +25,7 @@ from qpass.recipe import WEIGHT_KINDS, Recipe, resolve_recipe
 from qpass.registry import FINISHED, captured
 from qpass.spec import QuantSpec, parse_spec
 from qpass_export.capture import Captured, capture
+from qpass_export.genai import why_not, write_genai
 from qpass_export.lowering.graph import lower
 from qpass_export.session import write_session
 from qpass_export.simplify import simplify
@@ -48,20 +50,21 @@ class ExportedSite:
 @dataclass(frozen=True)
 class Exported:
     """What was written. `hardware`: whether the target's provider is on this machine, so that the file can be run here.
-    `program`: the torch graph that the file was made of, with the `inputs` of the file in its order."""
+    `genai`: why onnxruntime-genai cannot generate from the folder, None if it can. `program`: the torch graph that the file was made of, with the `inputs` of the file in its order."""
 
     path: Path
     target: str
     sites: tuple[ExportedSite, ...]
     nbytes: int
     hardware: str
+    genai: str | None = None
     inputs: tuple[str, ...] = ()
     program: ExportedProgram | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
         sites = [asdict(s) for s in self.sites]
-        return {"path": str(self.path), "target": self.target, "bytes": self.nbytes, "hardware": self.hardware, "sites": sites}
+        return {"path": str(self.path), "target": self.target, "bytes": self.nbytes, "hardware": self.hardware, "genai": self.genai, "sites": sites}
 
     def __str__(self) -> str:
         done = [s for s in self.sites if s.format is not None]
@@ -70,6 +73,7 @@ class Exported:
             f"{self.path}: {self.nbytes:,} bytes for {self.target} ({self.hardware})",
             "quantized: " + (", ".join(f"{n} {kind}" for kind, n in counts.items()) or "nothing"),
         ]
+        lines.append(f"onnxruntime-genai: {'generates from the folder' if self.genai is None else 'no: ' + self.genai}")
         left: dict[tuple[str, str | None], list[str]] = {}
         for site in self.sites:
             if site.format is None:
@@ -120,9 +124,11 @@ def export_onnx(
     name_sizes(graph, found)
     _describe(graph, goal, sites)
     file = _file(Path(path))
-    nbytes = _write(graph, file, goal)
+    described = model if isinstance(model, nn.Module) else None
+    genai = why_not(graph.graph.inputs, found.config, goal)
+    nbytes = _write(graph, file, goal, original_module(described) if genai is None else None)
     names = tuple(str(value.name) for value in graph.graph.inputs)
-    return Exported(file, goal.name, sites, nbytes, hardware_of(goal), names, quantized)
+    return Exported(file, goal.name, sites, nbytes, hardware_of(goal), genai, names, quantized)
 
 
 def hardware_of(target: Target) -> str:
@@ -235,8 +241,9 @@ def _file(path: Path) -> Path:
     return path if path.suffix == ".onnx" else path / "model.onnx"
 
 
-def _write(model: ir.Model, file: Path, target: Target) -> int:
-    """Into a folder beside the file, then into its place: an interrupted export leaves what was there."""
+def _write(model: ir.Model, file: Path, target: Target, described: Any) -> int:
+    """Into a folder beside the file, then into its place: an interrupted export leaves what was there. `described`: a model of
+    transformers whose tokenizer and configs onnxruntime-genai will look for."""
     unfinished = file.parent / f".{file.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -245,6 +252,10 @@ def _write(model: ir.Model, file: Path, target: Target) -> int:
         data = f"{file.name}.data" if weights > _INLINE else None
         ir.save(model, unfinished / file.name, external_data=data)
         write_session(unfinished, file.name, target)
+        if described is not None:
+            carry(described, unfinished, {})
+            generation = getattr(described, "generation_config", None)
+            write_genai(unfinished, file.name, model.graph, described.config, generation, target)
         written = sum(f.stat().st_size for f in unfinished.iterdir() if f.name.startswith(file.name))
         for made in unfinished.iterdir():
             made.replace(file.parent / made.name)

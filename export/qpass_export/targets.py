@@ -87,6 +87,8 @@ def _with_group(spec: QuantSpec, size: int) -> str:
 def _ort_cpu_linear(spec: QuantSpec) -> Refusal | None:
     if spec.format.name in _FP4:
         return Refusal("onnxruntime's CPU provider has no four-bit floats", "nf4")
+    if spec.float_zero and spec.format.bits > 4:
+        return Refusal("MatMulNBits has float zero points for four bits only", _with_group(spec, 32).replace("zero=float", "asym"))
     if spec.format.kind == "uniform" and isinstance(spec.granularity, PerGroup):
         return _blocks(spec, 16, 256)
     if spec.format.name == "nf4" and not _power_of_two(spec.group_size):
@@ -114,6 +116,8 @@ def _ort_cuda_linear(spec: QuantSpec) -> Refusal | None:
         return Refusal("its CUDA provider has no kernels for quantized activations", weights)
     if spec.format.name in ("mxfp4", "fp4_e2m1", "mxfp8", "fp8_e5m2"):
         return Refusal("its CUDA provider has no kernel for it", "nf4" if spec.format.bits == 4 else "int8")
+    if spec.float_zero and spec.format.bits > 4:
+        return Refusal("MatMulNBits has float zero points for four bits only", _with_group(spec, 32).replace("zero=float", "asym"))
     if spec.format.kind == "uniform":
         return _blocks(spec, 16, 128)
     return None

@@ -19,9 +19,10 @@ _INFINITE_SCALE = 1
 
 
 def serves(weight: Tensor, spec: QuantSpec) -> bool:
-    """Whether the kernel takes a weight [N, K]."""
+    """Whether the kernel takes a weight [N, K]. Scales in 8 bits it makes for tables of values only."""
     there = weight.device.type == "cpu" and weight.dtype in DTYPES and weight.numel() > 0
-    return there and not spec.is_identity and c_functions() is not None
+    known = not spec.is_identity and (not spec.double_quantized or spec.format.kind == "codebook")
+    return there and known and c_functions() is not None
 
 
 def round_weight(
