@@ -27,13 +27,15 @@ _DECODER_INPUTS = ("input_ids", "attention_mask", "position_ids")
 class Captured:
     """A program and the names of its inputs and outputs, one for each tensor.
 
-    `caches`: how many of the last inputs, and of the last outputs, are keys and values: layer by layer, keys first.
+    `caches`: how many of the last inputs, and of the last outputs, are keys and values: layer by layer, keys first. `weights`:
+    by name, those that the program has in another type, as the model holds them: what is quantized is quantized from these.
     """
 
     program: ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     caches: int = 0
+    weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     config: Any = field(default=None, repr=False)
 
 
@@ -62,7 +64,7 @@ def capture(model: nn.Module, inputs: Any = None, dtype: torch.dtype = torch.flo
         returned[:] = found
         return [*found.values(), *kept]
 
-    program = _export(model, forward, arguments, past, dtype)
+    program, weights = _export(model, forward, arguments, past, dtype)
     layers = range(len(past) // 2)
     keys = [f"{i}.{half}" for i in layers for half in ("key", "value")]
     return Captured(
@@ -70,14 +72,15 @@ def capture(model: nn.Module, inputs: Any = None, dtype: torch.dtype = torch.flo
         (*names, *(f"past_key_values.{key}" for key in keys)),
         (*returned, *(f"present.{key}" for key in keys)),
         len(past),
+        weights,
         config,
     )
 
 
 def _export(
     model: nn.Module, forward: Any, arguments: dict[str, Tensor], past: list[Tensor], dtype: torch.dtype
-) -> ExportedProgram:
-    with _plain(model, dtype) as quantized, torch.no_grad():
+) -> tuple[ExportedProgram, dict[str, Tensor]]:
+    with _plain(model, dtype) as weights, torch.no_grad():
         model.__dict__["forward"] = forward
         try:
             shapes = {name: _dynamic(t) for name, t in arguments.items()}, [{0: Dim.AUTO, 2: Dim.AUTO} for _ in past]
@@ -91,10 +94,7 @@ def _export(
             ) from error
         finally:
             del model.__dict__["forward"]
-    for name, weight in quantized.items():
-        if name in program.state_dict:
-            program.state_dict[name] = weight  # type: ignore[assignment]
-    return program
+    return program, {name: weight for name, weight in weights.items() if name in program.state_dict}
 
 
 def _dynamic(tensor: Tensor) -> dict[int, Any]:
@@ -104,9 +104,12 @@ def _dynamic(tensor: Tensor) -> dict[int, Any]:
 
 
 @contextmanager
-def _plain(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, QTensor]]:
-    """`model` not compiled, its floats in `dtype`, with a float of no memory in the place of each QTensor; yields these by name."""
-    quantized = {n: p for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QTensor)}
+def _plain(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+    """`model` not compiled, its floats in `dtype`, with a float of no memory in the place of each QTensor; yields the Parameters
+    that were exchanged, by name."""
+    weights: dict[str, Tensor] = {
+        n: p for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QTensor) or _changes(p, dtype)
+    }
     stands_in: dict[int, Tensor] = {}
     attributes = [(m, n, v) for m in model.modules() for n, v in m.__dict__.items() if isinstance(v, Tensor)]
     for module, name, value in attributes:  # what a graph writes to is a buffer
@@ -128,7 +131,7 @@ def _plain(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, QTensor]]
                 )
             held[name] = stands_in[id(value)]  # type: ignore[assignment]
         with as_plain_module(model):
-            yield quantized
+            yield weights
     finally:
         for held, name, value in places:
             held[name] = value

@@ -189,7 +189,12 @@ def _of_module(
     inner = found.program.graph_signature.user_inputs[len(found.inputs) - found.caches :]
     flat = [scale for pair in (cache.scales if cache is not None else ()) if pair is not None for scale in pair]
     scales = {str(n): scale.float() for n, scale in zip(inner, flat, strict=False)}
-    return found, quantize_program(found.program, recipe, strict=False, scales=scales)
+    found.program.state_dict.update(found.weights)
+    done = quantize_program(found.program, recipe, strict=False, scales=scales)
+    for name in done.state_dict.keys() & found.weights.keys():  # what stays in float, as the graph has it
+        plain = done.state_dict[name].detach().to(target.dtype)
+        done.state_dict[name] = nn.Parameter(plain, requires_grad=False)
+    return found, done
 
 
 def _of_program(program: ExportedProgram, recipe: Recipe | None) -> tuple[Captured, ExportedProgram]:

@@ -122,9 +122,11 @@ def _last_axes(node: ir.Node) -> Iterator[str]:
 
 
 def _four_bit_weights(node: ir.Node) -> Iterator[str]:
-    if node.op_type == "QuantizeLinear" and any(_dtype(v) in _FOUR_BITS for v in node.outputs):
+    made = ir.DataType(_attribute(node, "output_dtype", 0))
+    if node.op_type == "QuantizeLinear" and (made in _FOUR_BITS or any(_dtype(v) in _FOUR_BITS for v in node.outputs)):
         yield "four bits are for weights only"
-    if _data(node) is not None and _dtype(node.inputs[0]) == ir.DataType.INT4 and _attribute(node, "block_size", 0) != 128:
+    rows = node.inputs[0].shape[0] if node.inputs and node.inputs[0] is not None and node.inputs[0].shape else 0
+    if _data(node) is not None and _dtype(node.inputs[0]) == ir.DataType.INT4 and _attribute(node, "block_size", rows) != 128:
         yield "four-bit weights have blocks of 128"
 
 

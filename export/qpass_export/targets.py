@@ -101,6 +101,8 @@ def _ort_cpu_embedding(spec: QuantSpec) -> Refusal | None:
 
 
 def _ort_cpu_kv(spec: QuantSpec) -> Refusal | None:
+    if spec.is_identity:
+        return None if spec.format.name != "bf16" else Refusal("few of its operators take bfloat16", "fp16")
     if spec.static:
         return None if spec.format.name == "int8" else Refusal("static fp8 has no Concat", "int8:static")
     if spec.format.kind == "float8":
@@ -124,6 +126,8 @@ def _ort_cuda_linear(spec: QuantSpec) -> Refusal | None:
 
 
 def _ort_cuda_kv(spec: QuantSpec) -> Refusal | None:
+    if spec.format.name == "fp16":
+        return None
     if not spec.static:
         return Refusal("GroupQueryAttention reads scales from calibration only", "int8:static")
     return None if spec.format.name == "int8" else Refusal("the file holds integers", "int8:static")
@@ -157,7 +161,7 @@ def _tensorrt_embedding(spec: QuantSpec) -> Refusal | None:
 
 
 def _tensorrt_kv(spec: QuantSpec) -> Refusal | None:
-    return Refusal("TensorRT keeps a float cache", "fp16")
+    return None if spec.is_identity else Refusal("TensorRT keeps a float cache", "fp16")
 
 
 TARGETS: dict[str, Target] = {

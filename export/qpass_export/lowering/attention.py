@@ -23,6 +23,8 @@ def quantize(b: Build, node: ir.Node) -> list[ir.Value]:
     assert x is not None and x.shape is not None
     spec = parse_spec(node.attributes["spec"].as_string())
     rows = Rows(spec, len(x.shape), int(x.shape[-1]))  # type: ignore[arg-type]
+    if spec.is_identity:
+        return [b("Cast", x, to=int(ir.DataType.FLOAT16 if spec.format.name == "fp16" else ir.DataType.FLOAT))]
     if len(node.inputs) > 1 and node.inputs[1] is not None:  # a static scale, which divides what is rounded
         low, high = spec.qrange
         rounded = b("Clip", b("Round", b("Div", x, node.inputs[1])), float(low), float(high))
@@ -72,7 +74,7 @@ def _read(b: Build, parts: list[ir.Value | None], spec: QuantSpec, columns: int)
     data, scale, zero, _ = parts
     assert data is not None
     if spec.is_identity:
-        return data
+        return data if data.dtype == b.dtype else b("Cast", data, to=int(b.dtype))
     if spec.static:
         return b("Mul", b("Cast", data, to=int(b.dtype)), scale)
     assert scale is not None

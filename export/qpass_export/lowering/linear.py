@@ -160,7 +160,9 @@ def _dequantized(b: Build, codes: ir.Value, scale: ir.Value, zero: ir.Value | No
 
 
 def _with_bias(b: Build, y: ir.Value, bias: ir.Value | None) -> ir.Value:
-    return y if bias is None else b("Add", y, bias)
+    if bias is None:
+        return y
+    return b("Add", y, bias if bias.dtype == b.dtype else b("Cast", bias, to=int(b.dtype)))
 
 
 def _spec(node: ir.Node) -> QuantSpec:
