@@ -54,13 +54,15 @@ class Target:
 
     def check(self, specs: Iterable[tuple[str, str, QuantSpec]]) -> None:
         """Raises `QpassError` for the first of (kind of site, its name, spec) that the runtime cannot run."""
-        for kind, name, spec in specs:
-            rule = {"embedding": self.embedding, "kv": self.kv}.get(kind, self.linear)
-            refusal = rule(spec)
-            if refusal is not None:
-                raise QpassError(
-                    f"{self.name}: {name} ({kind}) in {spec}: {refusal.reason}; the nearest that works is {refusal.instead!r}"
-                )
+        rules = {"embedding": self.embedding, "kv": self.kv}
+        for kinds, name, spec in specs:
+            for kind in kinds.split("+"):  # a tied table is two
+                refusal = rules.get(kind, self.linear)(spec)
+                if refusal is not None:
+                    raise QpassError(
+                        f"{self.name}: {name} ({kinds}) in {spec}: {refusal.reason}; "
+                        f"the nearest that works is {refusal.instead!r}"
+                    )
 
 
 _FP4 = {"fp4_e2m1", "mxfp4", "nvfp4"}

@@ -68,3 +68,14 @@ class Edit:
     site: str
     removed: tuple[str, ...]
     added: tuple[str, ...]
+
+
+#: What an earlier rewrite put in the place of a node, in that node's meta.
+REPLACED = "qpass_replaced_by"
+
+
+def current(node: Node) -> Node:
+    """What stands in the graph for a node that was matched: an earlier rewrite may have replaced it."""
+    while REPLACED in node.meta:
+        node = node.meta[REPLACED]
+    return node

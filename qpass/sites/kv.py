@@ -15,7 +15,7 @@ from qpass.graph.attention import Attention, read_whole
 from qpass.graph.calls import AttentionCall, is_float_tensor
 from qpass.graph.flow import Flow, memory_behind, rearranged
 from qpass.graph.vocabulary import CASTS, CATS, op_name, shape_of, source_of, value_of
-from qpass.sites.core import Edit, Match, Site, Skip
+from qpass.sites.core import Edit, Match, Site, Skip, current
 
 _ONE_LINE = "pass past_key_values=qpass.KVCache(model.config, max_cache_len=...), or use qpass.quantize with a recipe that has kv"
 _UNKNOWN = (
@@ -162,7 +162,7 @@ def rewrite(graph: Graph, match: Match) -> Edit:
     removed, dead = [], [node]
     while dead:  # back to what is stored; a node read by something else stays
         n = dead.pop()
-        if n.users or (n.op != "call_function" and n.op != "call_method") or n is whole.q:
+        if n.users or (n.op != "call_function" and n.op != "call_method") or n is current(whole.q):
             continue
         dead += n.all_input_nodes if n not in (call.k.node, call.v.node) else []
         removed.append(n.name)
@@ -180,7 +180,8 @@ def as_one(
     """The operator qpass::attention of an attention that was read. `k`, `v`: its arguments for the two halves; `floats`: the
     tokens that are there as floats; `heads`: of K, where batch and heads are one dimension."""
     flat = len(shape_of(whole.q) or ()) == 3
-    q = graph.call_function(_aten.unflatten.int, (whole.q, 0, [-1, heads])) if flat else whole.q
+    query = current(whole.q)
+    q = graph.call_function(_aten.unflatten.int, (query, 0, [-1, heads])) if flat else query
     sinks = whole.sinks
     if sinks is not None:  # [B, H, Q, 1] -> [H]
         sinks = graph.call_function(operator.getitem, (sinks, (0, slice(None), 0, 0)))

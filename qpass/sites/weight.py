@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from qpass.graph.calls import EmbeddingCall, LinearCall, Route
 from qpass.graph.vocabulary import set_value, shape_of, value_of
 from qpass.ops.activations import multiplies_integers
-from qpass.sites.core import Edit, Match
+from qpass.sites.core import REPLACED, Edit, Match, current
 from qpass.sites.group import WeightGroup
 from qpass.spec import QuantSpec
 
@@ -65,7 +65,7 @@ def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: 
 
 
 def _embedding(insert: _Insert, call: EmbeddingCall, group: WeightGroup, columns: int, stored: Stored) -> Node:
-    dtype, indices = value_of(call.node).dtype, _current(call.indices)
+    dtype, indices = value_of(call.node).dtype, current(call.indices)
     if call.wraps:
         indices = insert(_aten.remainder.Scalar, indices, shape_of(call.weight)[0])  # type: ignore[index]
     rows = insert(torch.ops.qpass.embedding.default, indices, *stored.parts, columns, str(group.spec), dtype)
@@ -147,7 +147,7 @@ def _cut(insert: _Insert, part: Node | None, whole: int, rows: tuple[int, int]) 
 def _experts(insert: _Insert, call: LinearCall, route: Route, group: WeightGroup, stored: Stored) -> Node:
     """qpass::experts, with the id of an expert for each row of x, however the model says it."""
     x, device = _ready(insert, call, group, stored), value_of(call.node).device
-    given = _current(route.value) if isinstance(route.value, Node) else route.value
+    given = current(route.value) if isinstance(route.value, Node) else route.value
     if route.how == "offsets":
         rows = insert(_aten.arange.default, insert(_aten.sym_size.int, x, 0), device=device)
         ids = insert(_aten.searchsorted.Tensor, given, rows, right=True)
@@ -164,7 +164,7 @@ def _experts(insert: _Insert, call: LinearCall, route: Route, group: WeightGroup
 
 def _input(insert: _Insert, call: LinearCall, dtype: torch.dtype | None) -> Node:
     """[.., tokens, in] in the type that the linear computed in: autocast casts on the way in, unseen in the graph."""
-    x = _current(call.x)
+    x = current(call.x)
     if dtype is not None and value_of(call.x).dtype != dtype:
         x = insert(_aten.to.dtype, x, dtype)
     return insert(_aten.transpose.int, x, -2, -1) if call.columns else x
@@ -174,26 +174,16 @@ def _output(insert: _Insert, call: LinearCall, y: Node) -> Node:
     return insert(_aten.transpose.int, y, -2, -1) if call.columns else y
 
 
-_REPLACED = "qpass_replaced_by"
-
-
-def _current(node: Node) -> Node:
-    """What stands in the graph for a node that was matched: an earlier rewrite may have replaced it."""
-    while _REPLACED in node.meta:
-        node = node.meta[_REPLACED]
-    return node
-
-
 def _bias_of(call: LinearCall | EmbeddingCall) -> Node | None:
-    return _current(call.bias) if isinstance(call, LinearCall) and call.bias is not None else None
+    return current(call.bias) if isinstance(call, LinearCall) and call.bias is not None else None
 
 
 def _replace(graph: Graph, match: Match, added: Sequence[Node], output: Node) -> Edit:
     """Redirect the users of the matched node, then erase it and the casts and transpositions of its weight."""
     call = match.call
     match.node.replace_all_uses_with(output)
-    match.node.meta[_REPLACED] = output
-    activations = {_current(call.indices if isinstance(call, EmbeddingCall) else call.x), _bias_of(call)}
+    match.node.meta[REPLACED] = output
+    activations = {current(call.indices if isinstance(call, EmbeddingCall) else call.x), _bias_of(call)}
     removed, dead = [], [match.node]
     while dead:
         node = dead.pop()
