@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,15 @@ def quantized_by_onnxruntime(source: Path, target: Path, bits: int, untied: bool
     quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=32, is_symmetric=True, accuracy_level=4)
     quantizer.process()
     quantizer.model.save_model_to_file(str(target), use_external_data_format=True)
+
+
+def seconds_of_others() -> float:
+    """Of processor time that other processes (and other guests of the host) have had; 0 where the kernel does not say."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, _, _, stolen = (int(v) for v in stat.read_text().split()[1:9])
+    return (user + nice + system + stolen) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def processor() -> str:

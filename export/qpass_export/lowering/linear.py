@@ -145,7 +145,7 @@ def round_input(b: Build, node: ir.Node) -> ir.Value:
 
 def _static_codes(b: Build, x: ir.Value, scale: ir.Value, zero: ir.Value | None, spec: QuantSpec) -> ir.Value:
     """Codes by a scale from calibration. Symmetric ones end at -127, QuantizeLinear at -128: what lies beyond is cut before."""
-    one = b("Reshape", scale, np.array([], np.int64))
+    one = _single(b, scale)
     if spec.format.kind == "float8":
         return b("QuantizeLinear", x, one, output_dtype=int(float8_type(spec)))
     if zero is not None:
@@ -155,8 +155,14 @@ def _static_codes(b: Build, x: ir.Value, scale: ir.Value, zero: ir.Value | None,
 
 
 def _dequantized(b: Build, codes: ir.Value, scale: ir.Value, zero: ir.Value | None) -> ir.Value:
-    one = np.array([], np.int64)
-    return b("DequantizeLinear", codes, b("Reshape", scale, one), None if zero is None else b("Reshape", zero, one))
+    offset = None if zero is None else b("Reshape", zero, np.array([], np.int64))
+    return b("DequantizeLinear", codes, _single(b, scale), offset)
+
+
+def _single(b: Build, scale: ir.Value) -> ir.Value:
+    """The one scale of all tokens, as a number in the floats of the target."""
+    one = b("Reshape", scale, np.array([], np.int64))
+    return one if scale.dtype == b.dtype else b("Cast", one, to=int(b.dtype))
 
 
 def _with_bias(b: Build, y: ir.Value, bias: ir.Value | None) -> ir.Value:
