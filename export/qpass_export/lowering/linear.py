@@ -119,7 +119,7 @@ def quantize_input(b: Build, node: ir.Node) -> list[ir.Value]:
     """qpass::quantize_input -> codes; with scale and zero point of each token, if none are given."""
     x, scale, zero = (*node.inputs, None, None)[:3]
     assert x is not None
-    spec = _spec(node)
+    x, spec = _in_floats_of_the_target(b, x), _spec(node)
     if scale is not None:
         return [_static_codes(b, x, scale, zero, spec)]
     rows = Rows(spec, _rank(x), _columns(x))
@@ -132,7 +132,7 @@ def round_input(b: Build, node: ir.Node) -> ir.Value:
     """qpass::round_input: a pair of QuantizeLinear and DequantizeLinear."""
     x, scale, zero = (*node.inputs, None, None)[:3]
     assert x is not None
-    spec = _spec(node)
+    x, spec = _in_floats_of_the_target(b, x), _spec(node)
     if spec.granularity is None and not spec.static:  # a cast
         one = np.array(1, b.dtype.numpy())
         return b("DequantizeLinear", b("QuantizeLinear", x, one, output_dtype=int(float8_type(spec))), one)
@@ -163,6 +163,15 @@ def _single(b: Build, scale: ir.Value) -> ir.Value:
     """The one scale of all tokens, as a number in the floats of the target."""
     one = b("Reshape", scale, np.array([], np.int64))
     return one if scale.dtype == b.dtype else b("Cast", one, to=int(b.dtype))
+
+
+def _in_floats_of_the_target(b: Build, x: ir.Value) -> ir.Value:
+    """Scaled columns come in float32."""
+    if x.dtype == b.dtype:
+        return x
+    cast = b("Cast", x, to=int(b.dtype))
+    cast.shape = x.shape
+    return cast  # type: ignore[no-any-return]
 
 
 def _with_bias(b: Build, y: ir.Value, bias: ir.Value | None) -> ir.Value:
