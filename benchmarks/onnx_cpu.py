@@ -147,7 +147,8 @@ def errors(found: list[File], ids: np.ndarray) -> dict[str, float]:
 
 
 def show(table: list[dict[str, Any]], title: str) -> None:
-    print(f"\n{title}; other processes took up to {table[0]['cores_taken_by_others']:.2f} of a core\n{'':34} {'ms':>8} {'quartiles':>17} {'x float':>8} {'x onnxruntime':>14}")
+    print(f"\n{title}; other processes took up to {table[0]['cores_taken_by_others']:.2f} of a core")
+    print(f"{'':34} {'ms':>8} {'quartiles':>17} {'x float':>8} {'x onnxruntime':>14}")
     for r in table:
         low, high = r["ms_quartiles"]
         peer = "" if r["times_onnxruntime"] is None else f"{r['times_onnxruntime']:.2f}"

@@ -1,7 +1,7 @@
 """Generate from a folder that `qpass export --format onnx` wrote: onnxruntime, numpy and tokenizers, no torch.
 
-    qpass export examples/tinypy out --format onnx --recipe int8
-    python examples/onnx_generate.py out "def load(path):" --new 40
+qpass export examples/tinypy out --format onnx --recipe int8
+python examples/onnx_generate.py out "def load(path):" --new 40
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def quantize_program(
 ) -> ExportedProgram:  # fmt: skip
     """A new program whose weights are stored as `recipe` says, as buffers "<weight>_data", "<weight>_scale", ...
 
-    `data`: batches for calibration. `scales`: of caches that are inputs, by their names, for a static format. The given program is unchanged. Raises `QpassError` as `quantize` of a module does.
+    `data`: batches for calibration. `scales`: of caches that are inputs, by their names, for a static format. The given program
+    is unchanged. Raises `QpassError` as `quantize` of a module does.
     """
     if any(op_name(node).startswith("qpass::") for node in program.graph.nodes):
         raise QpassError("qpass.quantize: the program is already quantized; start from the one that torch.export made")

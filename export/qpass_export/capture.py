@@ -111,12 +111,18 @@ def _plain(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
         n: p for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, QTensor) or _changes(p, dtype)
     }
     stands_in: dict[int, Tensor] = {}
-    attributes = [(m, n, v) for m in model.modules() for n, v in m.__dict__.items() if isinstance(v, Tensor)]
+    modules = list(model.modules())
+    attributes = [(m, n, v) for m in modules for n, v in m.__dict__.items() if isinstance(v, Tensor)]
     for module, name, value in attributes:  # what a graph writes to is a buffer
         del module.__dict__[name]
         module._buffers[name] = value
-    places = [(held, n, v) for m in model.modules() for held in (m._parameters, m._buffers) for n, v in held.items()]
-    places = [(held, n, v) for held, n, v in places if v is not None and v.is_floating_point() and _changes(v, dtype)]
+    dicts: list[dict[str, Any]] = [held for m in modules for held in (m._parameters, m._buffers)]
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, n, v)
+        for held in dicts
+        for n, v in held.items()
+        if v is not None and v.is_floating_point() and _changes(v, dtype)
+    ]
     try:
         for held, name, value in places:
             if id(value) not in stands_in:
@@ -129,7 +135,7 @@ def _plain(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
                 stands_in[id(value)] = (
                     nn.Parameter(plain, requires_grad=False) if isinstance(value, nn.Parameter) else plain
                 )
-            held[name] = stands_in[id(value)]  # type: ignore[assignment]
+            held[name] = stands_in[id(value)]
         with as_plain_module(model):
             yield weights
     finally:

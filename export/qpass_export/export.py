@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -50,7 +49,9 @@ class ExportedSite:
 @dataclass(frozen=True)
 class Exported:
     """What was written. `hardware`: whether the target's provider is on this machine, so that the file can be run here.
-    `genai`: why onnxruntime-genai cannot generate from the folder, None if it can. `program`: the torch graph that the file was made of, with the `inputs` of the file in its order."""
+    `genai`: why onnxruntime-genai cannot generate from the folder, None if it can. `program`: the torch graph that the file was
+    made of, with the `inputs` of the file in its order.
+    """
 
     path: Path
     target: str
@@ -64,7 +65,14 @@ class Exported:
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
         sites = [asdict(s) for s in self.sites]
-        return {"path": str(self.path), "target": self.target, "bytes": self.nbytes, "hardware": self.hardware, "genai": self.genai, "sites": sites}
+        return {
+            "path": str(self.path),
+            "target": self.target,
+            "bytes": self.nbytes,
+            "hardware": self.hardware,
+            "genai": self.genai,
+            "sites": sites,
+        }
 
     def __str__(self) -> str:
         done = [s for s in self.sites if s.format is not None]
@@ -222,7 +230,9 @@ def name_sizes(model: ir.Model, found: Captured) -> None:
     total = {"attention_mask": {1: "total_sequence"}} if decoder else {}
     for value in model.graph.inputs:
         cache = str(value.name).startswith("past_key_values.")
-        known = {0: "batch", 2: "past_sequence"} if cache else {0: "batch", 1: "sequence"} | total.get(str(value.name), {})
+        known = (
+            {0: "batch", 2: "past_sequence"} if cache else {0: "batch", 1: "sequence"} | total.get(str(value.name), {})
+        )
         for i, size in enumerate(value.shape or ()):
             if not isinstance(size, int) and i in known:
                 names.setdefault(str(size), known[i])

@@ -25,7 +25,9 @@ def why_not(inputs: Sequence[ir.Value], config: Any, target: Target) -> str | No
     if target.name == "tensorrt":
         return "it runs graphs for onnxruntime's CPU and CUDA providers"
     if any(name.endswith(("_scale", "_zero_point")) for name in names):
-        return "it passes a cache on without scales; calibrate it: qpass.KVCache(config, n, 'int8:static').calibrate(...)"
+        return (
+            "it passes a cache on without scales; calibrate it: qpass.KVCache(config, n, 'int8:static').calibrate(...)"
+        )
     return None
 
 
@@ -36,7 +38,11 @@ def write_genai(folder: Path, model: str, graph: ir.Graph, config: Any, generati
     shape = keys[0].shape
     assert shape is not None
     names = {str(value.name) for value in graph.inputs}
-    cache = {f"{when}_{half}_names": f"{name}.%d.{half}" for when, name in (("past", "past_key_values"),) for half in ("key", "value")}
+    cache = {
+        f"{when}_{half}_names": f"{name}.%d.{half}"
+        for when, name in (("past", "past_key_values"),)
+        for half in ("key", "value")
+    }
     present = {f"present_{half}_names": f"present.%d.{half}" for half in ("key", "value")}
     end = _first_known(generation, text, "eos_token_id")
     begin = _first_known(generation, text, "bos_token_id")

@@ -81,7 +81,10 @@ def _no_int8_zero_before_transpose(node: ir.Node) -> Iterator[str]:
     """onnxruntime #25526: such a graph fails to load."""
     if node.op_type != "DequantizeLinear" or len(node.inputs) < 3 or _dtype(node.inputs[2]) != ir.DataType.INT8:
         return
-    if any(u.op_type == "Transpose" and any(v.op_type == "MatMul" for v in u.outputs[0].consumers()) for u in node.outputs[0].consumers()):
+    if any(
+        u.op_type == "Transpose" and any(v.op_type == "MatMul" for v in u.outputs[0].consumers())
+        for u in node.outputs[0].consumers()
+    ):
         yield "DequantizeLinear with an int8 zero point, Transpose, MatMul fails to load (onnxruntime #25526)"
 
 
@@ -125,9 +128,11 @@ def _four_bit_weights(node: ir.Node) -> Iterator[str]:
     made = ir.DataType(_attribute(node, "output_dtype", 0))
     if node.op_type == "QuantizeLinear" and (made in _FOUR_BITS or any(_dtype(v) in _FOUR_BITS for v in node.outputs)):
         yield "four bits are for weights only"
-    rows = node.inputs[0].shape[0] if node.inputs and node.inputs[0] is not None and node.inputs[0].shape else 0
-    if _data(node) is not None and _dtype(node.inputs[0]) == ir.DataType.INT4 and _attribute(node, "block_size", rows) != 128:
-        yield "four-bit weights have blocks of 128"
+    data = _data(node)
+    if data is not None and _dtype(data) == ir.DataType.INT4 and data.shape is not None:
+        rows = int(data.shape[0])  # type: ignore[arg-type]
+        if _attribute(node, "block_size", rows) != 128:
+            yield "four-bit weights have blocks of 128"
 
 
 _RULES: dict[str, tuple[Rule, ...]] = {

@@ -57,7 +57,9 @@ def load(path: str | Path, provider: str | None = None, exact: bool = False, thr
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
     session = ort.InferenceSession(source, options, providers=[wanted])
     if session.get_providers()[0] != wanted:
-        raise QpassError(f"{path}: {wanted} could not be started, onnxruntime runs {session.get_providers()[0]} instead")
+        raise QpassError(
+            f"{path}: {wanted} could not be started, onnxruntime runs {session.get_providers()[0]} instead"
+        )
     return session
 
 

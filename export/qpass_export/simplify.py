@@ -57,7 +57,13 @@ def _one_row_for_each_sequence(model: ir.Model, target: Target) -> None:
             table = node.inputs[i]
             producer = None if table is None else table.producer()
             shape = None if producer is None or producer.inputs[0] is None else producer.inputs[0].shape
-            if x is None or shape is None or len(shape) != 3 or shape[0] != 1 or (x.shape is not None and x.shape[0] == 1):
+            if (
+                x is None
+                or shape is None
+                or len(shape) != 3
+                or shape[0] != 1
+                or (x.shape is not None and x.shape[0] == 1)
+            ):
                 continue
             build = Build(graph, target)
             whole = build("Concat", build("Shape", x, start=0, end=1), np.array([1, 1]), axis=0)

@@ -37,7 +37,7 @@ def lift_state(captured: Captured, program: ExportedProgram) -> tuple[Captured, 
             last.append(placeholders[spec.arg.name])
     signature.input_specs = [*kept, *(InputSpec(InputKind.USER_INPUT, s.arg, None) for s in states)]
     output = graph.output_node()
-    values = dict(zip((id(s) for s in signature.output_specs), output.args[0], strict=True))  # type: ignore[arg-type]
+    values = dict(zip((id(s) for s in signature.output_specs), output.args[0], strict=True))
     users = [s for s in signature.output_specs if s.kind == OutputKind.USER_OUTPUT]
     by_buffer = {s.target: s for s in signature.output_specs if s.kind == OutputKind.BUFFER_MUTATION}
     ordered = [*users, *(by_buffer[s.target] for s in states)]

@@ -26,9 +26,12 @@ Rule = Callable[[QuantSpec], Refusal | None]
 
 @dataclass(frozen=True)
 class Target:
-    """One runtime. `dtype`: of activations and scales. `contrib`: whether it has onnxruntime's own operators. `linear`,
-    `embedding`, `kv`: the rules of its places. `grouped_query`: attention appends to its cache itself (GroupQueryAttention).
-    `float8_blocks`: it multiplies fp8 weights (MatMulBlockQuantizedFp8Weight). `options`: of an onnxruntime session that runs the file."""
+    """One runtime.
+
+    `dtype`: of activations and scales. `contrib`: whether it has onnxruntime's own operators. `linear`, `embedding`, `kv`: the
+    rules of its places. `grouped_query`: attention appends to its cache itself (GroupQueryAttention). `float8_blocks`: it
+    multiplies fp8 weights (MatMulBlockQuantizedFp8Weight). `options`: of an onnxruntime session that runs the file.
+    """
 
     name: str
     provider: str
@@ -41,7 +44,6 @@ class Target:
     grouped_query: bool = False
     float8_blocks: bool = False
     options: tuple[tuple[str, str], ...] = ()
-    note: str = ""
 
     @property
     def ir_dtype(self) -> ir.DataType:
@@ -77,7 +79,9 @@ def _blocks(spec: QuantSpec, least: int, most: int) -> Refusal | None:
     size = spec.group_size
     if size and not (least <= size <= most and _power_of_two(size)):
         near = min((s for s in (16, 32, 64, 128, 256) if least <= s <= most), key=lambda s: abs(s - size))
-        return Refusal(f"groups of {size}: its kernels have blocks of {least} to {most}, powers of two", _with_group(spec, near))
+        return Refusal(
+            f"groups of {size}: its kernels have blocks of {least} to {most}, powers of two", _with_group(spec, near)
+        )
     return None
 
 
@@ -90,7 +94,9 @@ def _ort_cpu_linear(spec: QuantSpec) -> Refusal | None:
     if spec.format.name in _FP4:
         return Refusal("onnxruntime's CPU provider has no four-bit floats", "nf4")
     if spec.float_zero and spec.format.bits > 4:
-        return Refusal("MatMulNBits has float zero points for four bits only", _with_group(spec, 32).replace("zero=float", "asym"))
+        return Refusal(
+            "MatMulNBits has float zero points for four bits only", _with_group(spec, 32).replace("zero=float", "asym")
+        )
     if spec.format.kind == "uniform" and isinstance(spec.granularity, PerGroup):
         return _blocks(spec, 16, 256)
     if spec.format.name == "nf4" and not _power_of_two(spec.group_size):
@@ -109,7 +115,11 @@ def _ort_cpu_kv(spec: QuantSpec) -> Refusal | None:
         return None if spec.format.name == "int8" else Refusal("static fp8 has no Concat", "int8:static")
     if spec.format.kind == "float8":
         return Refusal("ONNX joins no fp8 tensors (Concat)", "int8")
-    if spec.format.name not in ("int8", "int4") or not isinstance(spec.granularity, PerAxis | PerGroup) or spec.float_zero:
+    if (
+        spec.format.name not in ("int8", "int4")
+        or not isinstance(spec.granularity, PerAxis | PerGroup)
+        or spec.float_zero
+    ):
         return Refusal("tokens need a scale of their own, in int8 or int4", "int4:g32:asym:rotated")
     return None
 
@@ -121,7 +131,9 @@ def _ort_cuda_linear(spec: QuantSpec) -> Refusal | None:
     if spec.format.name in ("mxfp4", "fp4_e2m1", "mxfp8", "fp8_e5m2"):
         return Refusal("its CUDA provider has no kernel for it", "nf4" if spec.format.bits == 4 else "int8")
     if spec.float_zero and spec.format.bits > 4:
-        return Refusal("MatMulNBits has float zero points for four bits only", _with_group(spec, 32).replace("zero=float", "asym"))
+        return Refusal(
+            "MatMulNBits has float zero points for four bits only", _with_group(spec, 32).replace("zero=float", "asym")
+        )
     if spec.format.kind == "uniform":
         return _blocks(spec, 16, 128)
     return None
@@ -172,7 +184,6 @@ TARGETS: dict[str, Target] = {
         Target(
             "ort-cpu", "CPUExecutionProvider", 23, torch.float32, True,
             _ort_cpu_linear, _ort_cpu_embedding, _ort_cpu_kv,
-            note="products with 4 and 8 bits round activations to int8; session.qdq_matmulnbits_accuracy_level=1 keeps them float",
         ),
         Target(
             "ort-cuda", "CUDAExecutionProvider", 21, torch.float16, True,

@@ -101,7 +101,7 @@ def _as_node(name: str) -> Callable[..., Any]:
             inputs.pop()
         count = _outputs(name, attributes.get("spec", ""), inputs)
         node = ir.Node(DOMAIN, name, inputs, ir.convenience.convert_attributes(attributes), num_outputs=count)
-        evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
+        evaluator.default().nodes.append(node)
         return node.outputs[0] if name not in ("quantize", "quantize_input") else list(node.outputs)
 
     return build
@@ -111,7 +111,7 @@ def _stride(tensor: ir.Value, dim: int) -> ir.Value:
     """torch names a length by a stride where that is the first place that it meets it. ONNX tensors are contiguous."""
     shape = ir.node("Shape", [tensor], {"start": dim + 1})
     product = ir.node("ReduceProd", [shape.outputs[0]], {"keepdims": 0})
-    evaluator.default().nodes.extend((shape, product))  # type: ignore[attr-defined]
+    evaluator.default().nodes.extend((shape, product))
     return product.outputs[0]
 
 
@@ -123,14 +123,14 @@ def _search_sorted(ascending: ir.Value, values: ir.Value, *, right: bool = False
     nodes.append(ir.node("LessOrEqual" if right else "Less", [nodes[0].outputs[0], nodes[-1].outputs[0]]))
     nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": int(ir.DataType.INT64)}))
     nodes.append(ir.node("ReduceSum", [nodes[-1].outputs[0], _number(1)], {"keepdims": 0}))
-    evaluator.default().nodes.extend(nodes)  # type: ignore[attr-defined]
+    evaluator.default().nodes.extend(nodes)
     return nodes[-1].outputs[0]
 
 
 def _number(value: int) -> ir.Value:
     """A constant [1] of a graph that is being made."""
     node = ir.node("Constant", [], {"value": ir.tensor([value], dtype=ir.DataType.INT64)})
-    evaluator.default().nodes.append(node)  # type: ignore[attr-defined]
+    evaluator.default().nodes.append(node)
     return node.outputs[0]
 
 
@@ -160,7 +160,9 @@ def _input_names(captured: Captured, program: ExportedProgram) -> list[str]:
 
 def _output_names(captured: Captured, program: ExportedProgram) -> list[str]:
     """Names of the outputs: the caches come last, as they do among the inputs, in as many parts."""
-    kept = [n.removeprefix("past_key_values.") for n in _input_names(captured, program) if n.startswith("past_key_values.")]
+    kept = [
+        n.removeprefix("past_key_values.") for n in _input_names(captured, program) if n.startswith("past_key_values.")
+    ]
     plain = captured.outputs[: len(captured.outputs) - captured.caches]
     return [*plain, *(f"present.{name}" for name in kept)]
 
@@ -173,7 +175,9 @@ def part_name(cache: str, part: str) -> str:
 @contextlib.contextmanager
 def _quiet() -> Any:
     """torch's exporter prints its progress, and warns of what does not concern a user."""
-    loggers: Mapping[str, logging.Logger] = {n: logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")}
+    loggers: Mapping[str, logging.Logger] = {
+        n: logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    }
     levels = {n: logger.level for n, logger in loggers.items()}
     try:
         for logger in loggers.values():

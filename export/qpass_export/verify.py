@@ -57,7 +57,9 @@ def verify(exported: Exported) -> list[Check]:
     wrong = violations(exported.path, exported.target)
     found.append(Check(f"rules of {exported.target}", not wrong, "; ".join(wrong[:3])))
     if exported.hardware != "runs on this machine":
-        found.append(Check("onnxruntime", None, f"{exported.hardware}: this machine has no provider for {exported.target}"))
+        found.append(
+            Check("onnxruntime", None, f"{exported.hardware}: this machine has no provider for {exported.target}")
+        )
         return found
     if exported.target == "ort-cpu":
         left = unfused(exported.path)
@@ -132,7 +134,11 @@ def _written_out(model: ir.Model) -> ir.Model:
     ShapeInferencePass()(model)
     for node in [n for n in model.graph if n.op_type == "Attention"]:
         q, key, value, mask = (*node.inputs, None)[:4]
-        assert q is not None and key is not None and value is not None and q.shape is not None and key.shape is not None
+        assert q is not None
+        assert key is not None
+        assert value is not None
+        assert q.shape is not None
+        assert key.shape is not None
         heads = int(q.shape[1]), int(key.shape[1])  # type: ignore[arg-type]
         if heads[0] != heads[1]:
             build = Build(model.graph, get_target("ort-cpu"))
@@ -237,7 +243,9 @@ def _compare(name: str, make: Callable[[], Runner], calls: Calls, bound: float) 
             out = run(feeds)
             plain = [v for n, v in out.items() if not n.startswith("present.")]
             names.extend(n for n in out if not n.startswith("present."))
-            return {f"first_{i}": v for i, v in enumerate(plain)} | {n: v for n, v in out.items() if n.startswith("present.")}
+            return {f"first_{i}": v for i, v in enumerate(plain)} | {
+                n: v for n, v in out.items() if n.startswith("present.")
+            }
 
         worst = calls.compare(renamed)
     except LeftOut as reason:

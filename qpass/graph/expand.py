@@ -47,9 +47,10 @@ def drop_whole_slices(gm: GraphModule) -> list[str]:
     """Take out slices of a whole axis, which `x[:, None]` leaves in an exported graph; -> their names."""
     dropped = []
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.slice.Tensor):
-        _, _, start, end, step = (*node.args, *(0, 0, None, None, 1)[len(node.args) :])
+        given: list[Any] = [*node.args, *(0, 0, None, None, 1)[len(node.args) :]]
+        start, end, step = given[2:]
         if start in (0, None) and (end is None or end == sys.maxsize) and step == 1:
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(given[0])
             gm.graph.erase_node(node)
             dropped.append(node.name)
     return dropped

@@ -70,7 +70,11 @@ def rewrite_every(graph: Graph) -> list[Edit]:
         if k is None or v is None:
             k, v = whole.k, whole.v
         dtype, columns = value_of(k).dtype, shape_of(v)[3]  # type: ignore[index]
-        if dtype not in _FLOATS or value_of(v).dtype != dtype or _written_between(graph, {whole.k: k, whole.v: v}, node):
+        if (
+            dtype not in _FLOATS
+            or value_of(v).dtype != dtype
+            or _written_between(graph, {whole.k: k, whole.v: v}, node)
+        ):
             continue
         before = set(graph.nodes)
         with graph.inserting_before(node):

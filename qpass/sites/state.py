@@ -274,7 +274,7 @@ def _is_written_through(view: Node) -> bool:
 def _is_size_of_rows(node: Node) -> bool:
     """Whether it is a size along another axis than the last, which every part has too."""
     rank = len(shape_of(source_of(node)) or ()) if node.args else 0
-    return op_name(node) == "sym_size" and len(node.args) == 2 and node.args[1] % rank != rank - 1  # type: ignore[operator]
+    return op_name(node) == "sym_size" and len(node.args) == 2 and int(node.args[1]) % rank != rank - 1  # type: ignore[arg-type]
 
 
 def _adds_axis(node: Node) -> bool:

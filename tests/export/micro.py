@@ -80,7 +80,11 @@ def decode(session: Any, ids: Tensor, prompt: int, mask: Tensor | None = None) -
     cache, start = empty_cache(session, len(ids)), 0
     while start < ids.shape[1]:
         end = prompt if start == 0 else start + 1
-        feeds = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+        feeds = {
+            "input_ids": ids[:, start:end],
+            "attention_mask": mask[:, :end],
+            "position_ids": positions[:, start:end],
+        }
         given = {n: t.numpy() for n, t in feeds.items() if n in takes}
         out = dict(zip(names, session.run(None, given | cache), strict=True))
         cache = {n.replace("present.", "past_key_values."): v for n, v in out.items() if n.startswith("present.")}

@@ -67,7 +67,10 @@ def test_an_encoder(name: str, tmp_path: Path) -> None:
     session = load(tmp_path, exact=True)
     for batch, length in ((2, 9), (1, 9), (3, 14)):
         given = {n: t[:1].repeat(batch, 1)[:, :length] for n, t in inputs.items()}
-        given = {n: torch.nn.functional.pad(t, (0, length - t.shape[1]), value=5 if n == "input_ids" else 1) for n, t in given.items()}
+        given = {
+            n: torch.nn.functional.pad(t, (0, length - t.shape[1]), value=5 if n == "input_ids" else 1)
+            for n, t in given.items()
+        }
         with torch.no_grad(), float_products():
             expected = logits_of(reference(**given)).numpy()
         found = session.run(None, {i.name: given[i.name].numpy() for i in session.get_inputs()})[0]

@@ -69,7 +69,9 @@ def test_an_export_replaces_another_and_a_failed_one_leaves_it(tmp_path: Path, m
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model.onnx", SESSION]
 
 
-def test_many_bytes_lie_beside_the_graph_and_are_written_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_bytes_lie_beside_the_graph_and_are_written_one_tensor_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("qpass_export.export._INLINE", 1000)
     x = torch.randn(2, 3, 96)
     exported = export_onnx(one_linear(), tmp_path, recipe="int8", inputs=x)
@@ -212,7 +214,8 @@ def test_peak_memory_of_a_large_export_is_below_1_3_times_the_file(tmp_path: Pat
         "import sys, resource, torch, qpass\n"
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "from qpass_export import export_onnx\n"
-        "config = LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=6, num_attention_heads=16, vocab_size=32000)\n"
+        "sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=6, num_attention_heads=16, vocab_size=32000)\n"
+        "config = LlamaConfig(**sizes)\n"
         "model = qpass.quantize(LlamaForCausalLM(config).eval(), 'int8', inner='eager')\n"
         "from qpass.memory import return_freed_heap; return_freed_heap()\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"

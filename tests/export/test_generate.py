@@ -62,7 +62,9 @@ def test_onnxruntime_genai_gives_the_tokens_of_qpass(folder: Path) -> None:
 
 
 def test_onnxruntime_genai_keeps_a_cache_of_int8_with_static_scales(tmp_path: Path) -> None:
-    ids = AutoTokenizer.from_pretrained(TINY)((TINY / "calibration.txt").read_text()[:4000], return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(TINY)(
+        (TINY / "calibration.txt").read_text()[:4000], return_tensors="pt"
+    ).input_ids
     cache = qpass.KVCache(_model().config, 128, "int8:static").calibrate(_model(), [ids])
     exported = export_onnx(_model(), tmp_path, recipe="int8", cache=cache)
     assert exported.genai is None
@@ -116,7 +118,9 @@ def test_the_perplexity_in_onnxruntime_is_that_of_qpass(kv: str | None, tmp_path
         theirs = quantized(tokens, use_cache=False).logits
 
     def perplexity(logits: torch.Tensor) -> float:
-        return math.exp(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten()))
+        return math.exp(
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), tokens[:, 1:].flatten())
+        )
 
     # With a cache in int8 the graph reads what it stores; qpass's own cache lets the tokens of a call see floats.
     assert perplexity(ours) == pytest.approx(perplexity(theirs), rel=1e-5 if kv is None else 5e-3)

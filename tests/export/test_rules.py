@@ -45,32 +45,69 @@ def _mm(weight: str, out: str = "y0") -> onnx.NodeProto:
     return helper.make_node("MatMul", ["x", weight], [out])
 
 
+W8 = np.ones((64, 8), np.int8)
+
 BROKEN: dict[str, tuple[str, Nodes, dict[str, np.ndarray], str]] = {
-    "blocks of 8": ("ort-cpu", [_dq("w", "f", axis=0, block_size=8), _mm("f")], {"w": _int4(), "s": _scales(8, 8)}, "blocks of 8"),
-    "blocks of 48": ("ort-cpu", [_dq("w", "f", axis=0, block_size=48), _mm("f")], {"w": _int4(96), "s": _scales(2, 8)}, "blocks of 48"),
-    "two readers": ("ort-cpu", [_dq("w", "f", axis=0, block_size=32), _mm("f"), _mm("f", "y1")],
-                    {"w": _int4(), "s": _scales(2, 8)}, "several MatMuls"),
-    "one constant for two": ("ort-cpu", [_dq("w", "f", axis=0, block_size=32), _dq("w", "g", axis=0, block_size=32), _mm("f"), _mm("g", "y1")],
-                             {"w": _int4(), "s": _scales(2, 8)}, "several DequantizeLinear"),
-    "gather of int4": ("ort-cpu", [helper.make_node("Gather", ["w", "i"], ["g"]), _dq("g", "y0", axis=1, block_size=8)],
-                       {"w": _int4(), "s": _scales(1, 1), "i": np.array([0])}, "Gather of"),
-    "concat of fp8": ("ort-cpu", [helper.make_node("Concat", ["a", "a"], ["c"], axis=0), _dq("c", "y0")],
-                      {"a": np.ones((2, 2), ml_dtypes.float8_e4m3fn), "s": _scales()}, "Concat"),
-    "int8 zero point before a transposed product": ("ort-cpu", [_dq("w", "f", "z"), helper.make_node("Transpose", ["f"], ["t"]), _mm("t")],
-                                                    {"w": np.ones((8, 64), np.int8), "s": _scales(), "z": np.array(1, np.int8)}, "#25526"),
-    "quantized inputs": ("ort-cuda", [helper.make_node("QuantizeLinear", ["x", "s"], ["q"], output_dtype=TensorProto.INT8), _dq("q", "y0")],
-                         {"s": _scales()}, "no kernels"),
-    "an operator of onnxruntime": ("tensorrt", [helper.make_node("QuickGelu", ["x"], ["y0"], domain="com.microsoft")], {}, "own operator"),
-    "a zero point": ("tensorrt", [_dq("w", "f", "z"), _mm("f")],
-                     {"w": np.ones((64, 8), np.int8), "s": _scales(), "z": np.array(3, np.int8)}, "zero points"),
-    "a negative scale": ("tensorrt", [_dq("w", "f"), _mm("f")], {"w": np.ones((64, 8), np.int8), "s": _scales(value=-1)}, "positive"),
-    "a scale that is computed": ("tensorrt", [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0), _dq("w", "f", scale="m"), _mm("f")],
-                                 {"w": np.ones((64, 8), np.int8)}, "constant"),
-    "blocks along the first of three axes": ("tensorrt", [_dq("w", "y0", axis=0, block_size=2)],
-                                             {"w": np.ones((2, 2, 2), np.int8), "s": _scales(1, 2, 2)}, "last axis"),
-    "int4 in blocks of 32": ("tensorrt", [_dq("w", "f", axis=0, block_size=32), _mm("f")], {"w": _int4(), "s": _scales(2, 8)}, "blocks of 128"),
-    "int4 inputs": ("tensorrt", [helper.make_node("QuantizeLinear", ["x", "s"], ["q"], output_dtype=TensorProto.INT4), _dq("q", "y0")],
-                    {"s": _scales()}, "weights only"),
+    "blocks of 8": (
+        "ort-cpu", [_dq("w", "f", axis=0, block_size=8), _mm("f")],
+        {"w": _int4(), "s": _scales(8, 8)}, "blocks of 8",
+    ),
+    "blocks of 48": (
+        "ort-cpu", [_dq("w", "f", axis=0, block_size=48), _mm("f")],
+        {"w": _int4(96), "s": _scales(2, 8)}, "blocks of 48",
+    ),
+    "two readers": (
+        "ort-cpu", [_dq("w", "f", axis=0, block_size=32), _mm("f"), _mm("f", "y1")],
+        {"w": _int4(), "s": _scales(2, 8)}, "several MatMuls",
+    ),
+    "one constant for two": (
+        "ort-cpu", [_dq("w", "f", axis=0, block_size=32), _dq("w", "g", axis=0, block_size=32), _mm("f"), _mm("g", "y1")],
+        {"w": _int4(), "s": _scales(2, 8)}, "several DequantizeLinear",
+    ),
+    "gather of int4": (
+        "ort-cpu", [helper.make_node("Gather", ["w", "i"], ["g"]), _dq("g", "y0", axis=1, block_size=8)],
+        {"w": _int4(), "s": _scales(1, 1), "i": np.array([0])}, "Gather of",
+    ),
+    "concat of fp8": (
+        "ort-cpu", [helper.make_node("Concat", ["a", "a"], ["c"], axis=0), _dq("c", "y0")],
+        {"a": np.ones((2, 2), ml_dtypes.float8_e4m3fn), "s": _scales()}, "Concat",
+    ),
+    "int8 zero point before a transposed product": (
+        "ort-cpu", [_dq("w", "f", "z"), helper.make_node("Transpose", ["f"], ["t"]), _mm("t")],
+        {"w": W8.T, "s": _scales(), "z": np.array(1, np.int8)}, "#25526",
+    ),
+    "quantized inputs": (
+        "ort-cuda", [helper.make_node("QuantizeLinear", ["x", "s"], ["q"], output_dtype=TensorProto.INT8), _dq("q", "y0")],
+        {"s": _scales()}, "no kernels",
+    ),
+    "an operator of onnxruntime": (
+        "tensorrt", [helper.make_node("QuickGelu", ["x"], ["y0"], domain="com.microsoft")],
+        {}, "own operator",
+    ),
+    "a zero point": (
+        "tensorrt", [_dq("w", "f", "z"), _mm("f")],
+        {"w": W8, "s": _scales(), "z": np.array(3, np.int8)}, "zero points",
+    ),
+    "a negative scale": (
+        "tensorrt", [_dq("w", "f"), _mm("f")],
+        {"w": W8, "s": _scales(value=-1)}, "positive",
+    ),
+    "a scale that is computed": (
+        "tensorrt", [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0), _dq("w", "f", scale="m"), _mm("f")],
+        {"w": W8}, "constant",
+    ),
+    "blocks along the first of three axes": (
+        "tensorrt", [_dq("w", "y0", axis=0, block_size=2)],
+        {"w": np.ones((2, 2, 2), np.int8), "s": _scales(1, 2, 2)}, "last axis",
+    ),
+    "int4 in blocks of 32": (
+        "tensorrt", [_dq("w", "f", axis=0, block_size=32), _mm("f")],
+        {"w": _int4(), "s": _scales(2, 8)}, "blocks of 128",
+    ),
+    "int4 inputs": (
+        "tensorrt", [helper.make_node("QuantizeLinear", ["x", "s"], ["q"], output_dtype=TensorProto.INT4), _dq("q", "y0")],
+        {"s": _scales()}, "weights only",
+    ),
 }  # fmt: skip
 
 
@@ -99,7 +136,9 @@ def test_an_export_breaks_no_rule(target: str, spec: str, tmp_path: Path) -> Non
 def test_operators_without_a_cpu_kernel_pass_the_type_inference_of_onnxruntime(spec: str, tmp_path: Path) -> None:
     import onnxruntime as ort
 
-    exported = export_onnx(one_linear(128), tmp_path, "ort-cuda", qpass.Recipe(linear=spec), inputs=torch.randn(2, 3, 128))
+    exported = export_onnx(
+        one_linear(128), tmp_path, "ort-cuda", qpass.Recipe(linear=spec), inputs=torch.randn(2, 3, 128)
+    )
     with pytest.raises(Exception, match="Could not find an implementation for MatMulBlockQuantized"):
         ort.InferenceSession(str(exported.path), providers=["CPUExecutionProvider"])
 
@@ -124,7 +163,7 @@ def test_products_are_fused(spec: str, tmp_path: Path) -> None:
 
 def test_a_product_that_is_not_fused_is_found(tmp_path: Path) -> None:
     nodes = [_dq("w", "f", axis=1, block_size=32), helper.make_node("Transpose", ["f"], ["t"]), _mm("t")]
-    path = _save(nodes, {"w": np.ones((8, 64), np.int8), "s": _scales(8, 2)}, tmp_path / "m.onnx")
+    path = _save(nodes, {"w": W8.T, "s": _scales(8, 2)}, tmp_path / "m.onnx")
     direct = [_dq("w", "f", axis=0, block_size=8), _mm("f")]
     small = _save(direct, {"w": _int4(), "s": _scales(8, 8)}, tmp_path / "n.onnx")
     assert violations(path, "ort-cpu") == [] or unfused(path) is not None

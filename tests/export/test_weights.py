@@ -117,7 +117,9 @@ def test_weights_of_a_quantized_model_are_written_without_floats(tmp_path: Path)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     quantized = qpass.quantize(model, "int4:g32:asym", inputs=x, inner="eager")
     exported = export_onnx(quantized, tmp_path, inputs=x)
-    expected = x.double() @ stored(before["layer.weight"], parse_spec("int4:g32:asym")).T + before["layer.bias"].double()
+    expected = (
+        x.double() @ stored(before["layer.weight"], parse_spec("int4:g32:asym")).T + before["layer.bias"].double()
+    )
     (found,) = load(tmp_path, exact=True).run(None, {"x": x.numpy()})
     np.testing.assert_allclose(found, expected.numpy(), **CLOSE)
     assert type(quantized.layer.weight.data).__name__ == "QTensor" or isinstance(quantized.layer.weight, qpass.QTensor)

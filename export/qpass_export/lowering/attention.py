@@ -20,7 +20,8 @@ QUERY, KEYS, VALUES, MASK, SINKS = 0, 1, 5, 9, 15
 def quantize(b: Build, node: ir.Node) -> list[ir.Value]:
     """qpass::quantize of new keys or values."""
     x = node.inputs[0]
-    assert x is not None and x.shape is not None
+    assert x is not None
+    assert x.shape is not None
     spec = parse_spec(node.attributes["spec"].as_string())
     rows = Rows(spec, len(x.shape), int(x.shape[-1]))  # type: ignore[arg-type]
     if spec.is_identity:
@@ -46,7 +47,8 @@ def attention(b: Build, node: ir.Node, opset: int) -> ir.Value:
     A rotation of keys and values (an orthogonal, symmetric matrix) is not undone: queries are rotated instead, and the result.
     """
     q = node.inputs[QUERY]
-    assert q is not None and q.shape is not None
+    assert q is not None
+    assert q.shape is not None
     k_spec, v_spec = (parse_spec(node.attributes[f"{half}_spec"].as_string()) for half in "kv")
     width, columns = int(q.shape[-1]), node.attributes["v_columns"].as_int()  # type: ignore[arg-type]
     key = _read(b, _parts(node, KEYS), k_spec, width)
@@ -105,7 +107,12 @@ def written_out(
     if causal:
         length = [b("Slice", b("Shape", x), [2], [3]) for x in (q, key)]
         ones = b("Expand", np.array(True), b("Concat", *length, axis=0))
-        scores = b("Where", b("Cast", b("Trilu", b("Cast", ones, to=int(ir.DataType.FLOAT)), upper=0), to=int(ir.DataType.BOOL)), scores, lowest)
+        scores = b(
+            "Where",
+            b("Cast", b("Trilu", b("Cast", ones, to=int(ir.DataType.FLOAT)), upper=0), to=int(ir.DataType.BOOL)),
+            scores,
+            lowest,
+        )
     if mask is not None:
         assert mask.shape is not None
         if five and len(mask.shape) == 4:
@@ -126,5 +133,11 @@ def written_out(
     out = b("MatMul", weights, values)
     if not five:
         return out
-    shape = b("Concat", b("Slice", b("Shape", out), [0], [1]), np.array([total]), b("Slice", b("Shape", out), [3], [5]), axis=0)
+    shape = b(
+        "Concat",
+        b("Slice", b("Shape", out), [0], [1]),
+        np.array([total]),
+        b("Slice", b("Shape", out), [3], [5]),
+        axis=0,
+    )
     return b("Reshape", out, shape)

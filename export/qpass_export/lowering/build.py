@@ -13,7 +13,7 @@ from qpass_export.targets import Target
 
 #: Domain of onnxruntime's own operators.
 CONTRIB = "com.microsoft"
-Input = ir.Value | np.ndarray | float | int | None
+Input = ir.Value | np.ndarray | Sequence[int] | float | int | None
 
 
 class Build:

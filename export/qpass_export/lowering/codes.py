@@ -83,8 +83,8 @@ def codes_of(b: Build, x: ir.Value, scale: ir.Value, zero: ir.Value | None, rows
     """[.., K] -> int8 codes by the scale and zero point of each row or group."""
     low, high = rows.spec.qrange
     kind = float8_type(rows.spec) if rows.spec.format.kind == "float8" else ir.DataType.INT8
-    given = {"output_dtype": int(kind)} if zero is None else {}
-    codes = b("QuantizeLinear", x, scale, zero, axis=-1, block_size=rows.size, **given)
+    told = int(kind) if zero is None else None
+    codes = b("QuantizeLinear", x, scale, zero, axis=-1, block_size=rows.size, output_dtype=told)
     # QuantizeLinear ends at -128 and 127: no value lies beyond its own scale's range by more than a rounding.
     return codes if rows.spec.format.bits == 8 else b("Clip", codes, np.array(low, np.int8), np.array(high, np.int8))
 

@@ -21,7 +21,8 @@ _UINT8 = ir.DataType.UINT8
 def embedding(b: Build, node: ir.Node, shared: bool) -> ir.Value:
     """qpass::embedding. `shared`: a linear reads the same table, blocks of unsigned codes (MatMulNBits)."""
     ids = node.inputs[0]
-    assert ids is not None and ids.shape is not None
+    assert ids is not None
+    assert ids.shape is not None
     w = stored_weight(node, node.attributes["columns"].as_int())
     rank = len(ids.shape) + 1
     fmt = w.spec.format
@@ -99,6 +100,7 @@ def _from_blocks(b: Build, ids: ir.Value, w: StoredWeight, rank: int) -> ir.Valu
     rows = Rows(w.spec, rank, count * blocks.size)
     gathered = b("Reshape", b("Gather", blocks.data, ids, axis=0), rows.shape(count * blocks.size * blocks.bits // 8))
     scales = b("Gather", blocks.scales, ids, axis=0)
+
     def signed(gathered: ir.Value, columns: int) -> ir.Value:
         if blocks.bits == 4:
             return unpack_rows(b, gathered, rank, columns)

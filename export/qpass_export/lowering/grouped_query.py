@@ -1,4 +1,4 @@
-"""Attention that appends to its own cache: onnxruntime's GroupQueryAttention, which reads integers of a cache with static scales."""
+"""Attention that appends to its own cache: onnxruntime's GroupQueryAttention, which reads integers with static scales."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Half:
 
 
 def appended(node: ir.Node) -> tuple[Half, Half] | None:
-    """The halves of the cache that an attention reads, if each is an input joined to new tokens, in float or with static scales."""
+    """The halves of the cache that an attention reads, if each is an input joined to new tokens, as floats or static codes."""
     halves = [_half(node, start, half) for start, half in ((KEYS, "k"), (VALUES, "v"))]
-    same_width = node.inputs[QUERY] is not None and node.inputs[QUERY].shape[-1] == node.attributes["v_columns"].as_int()  # type: ignore[union-attr, index]
+    q = node.inputs[QUERY]
+    same_width = q is not None and q.shape is not None and q.shape[-1] == node.attributes["v_columns"].as_int()
     if halves[0] is None or halves[1] is None or node.attributes["is_causal"].as_int() or not same_width:
         return None
     return halves[0], halves[1]
@@ -39,7 +40,13 @@ def _half(node: ir.Node, start: int, half: str) -> Half | None:
     data, scale = node.inputs[start : start + 2]
     spec = parse_spec(node.attributes[f"{half}_spec"].as_string())
     join = None if data is None else data.producer()
-    if data is None or join is None or join.op_type != "Concat" or len(join.inputs) != 2 or not (spec.is_identity or spec.static):
+    if (
+        data is None
+        or join is None
+        or join.op_type != "Concat"
+        or len(join.inputs) != 2
+        or not (spec.is_identity or spec.static)
+    ):
         return None
     past, new = join.inputs
     if past is None or new is None or not past.is_graph_input():
@@ -61,7 +68,9 @@ def grouped_query(b: Build, node: ir.Node, keys: Half, values: Half) -> tuple[ir
     """qpass::attention -> (its value, all keys, all values). The mask of the model is added to the scores whole, so that every
     row counts all tokens as its own."""
     q = node.inputs[QUERY]
-    assert q is not None and q.shape is not None and keys.new.shape is not None
+    assert q is not None
+    assert q.shape is not None
+    assert keys.new.shape is not None
     heads, shared, width = int(q.shape[1]), int(keys.new.shape[1]), int(q.shape[-1])  # type: ignore[arg-type]
     batch = b("Shape", q, start=0, end=1)
     length = b("Add", b("Shape", keys.past, start=2, end=3), b("Shape", q, start=2, end=3))
@@ -72,7 +81,9 @@ def grouped_query(b: Build, node: ir.Node, keys: Half, values: Half) -> tuple[ir
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         bias = b("Where", mask, 0.0, _MASKED[b.dtype])
     sinks = node.inputs[SINKS] if len(node.inputs) > SINKS else None
-    scales = [None if half.scale is None else b("Cast", half.scale, to=int(ir.DataType.FLOAT)) for half in (keys, values)]
+    scales = [
+        None if half.scale is None else b("Cast", half.scale, to=int(ir.DataType.FLOAT)) for half in (keys, values)
+    ]
     cap = node.attributes["soft_cap"].as_float()
     quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     y, all_keys, all_values = b(

@@ -43,8 +43,10 @@ def product(b: Build, x: ir.Value, w: StoredWeight, shared: bool = False) -> ir.
         return b("MatMul", x, b("Cast", stored, to=int(b.dtype)))
     if fmt.name == "nf4":
         data, scales = bnb_inputs(b, w)
-        sizes = {"K": w.columns, "N": w.rows, "block_size": w.block_size}
-        return b("MatMulBnb4", x, data, scales, domain=CONTRIB, quant_type=_NF4, **sizes)
+        return b(
+            "MatMulBnb4", x, data, scales, domain=CONTRIB,
+            K=w.columns, N=w.rows, block_size=w.block_size, quant_type=_NF4,
+        )  # fmt: skip
     if fmt.name == "nvfp4":
         return _nvfp4(b, x, w)
     if fmt.kind == "float8" and b.target.float8_blocks:
@@ -52,10 +54,12 @@ def product(b: Build, x: ir.Value, w: StoredWeight, shared: bool = False) -> ir.
         return b("MatMulBlockQuantizedFp8Weight", x, data, scales, domain=CONTRIB, block_size=w.block_size)
     if shared or w.spec.float_zero:
         blocks = block_inputs(b, w)
-        sizes = {"K": w.columns, "N": w.rows, "block_size": blocks.size, "bits": blocks.bits, "accuracy_level": _INT8_INPUT}
-        return b("MatMulNBits", x, blocks.data, blocks.scales, blocks.zeros, domain=CONTRIB, **sizes)
-    inputs, attributes = dequantize_inputs(b, w)
-    return b("MatMul", x, b("DequantizeLinear", *inputs, **attributes))
+        return b(
+            "MatMulNBits", x, blocks.data, blocks.scales, blocks.zeros, domain=CONTRIB,
+            K=w.columns, N=w.rows, block_size=blocks.size, bits=blocks.bits, accuracy_level=_INT8_INPUT,
+        )  # fmt: skip
+    inputs, axis, block = dequantize_inputs(b, w)
+    return b("MatMul", x, b("DequantizeLinear", *inputs, axis=axis, block_size=block))
 
 
 def _nvfp4(b: Build, x: ir.Value, w: StoredWeight) -> ir.Value:
@@ -72,7 +76,8 @@ def _nvfp4(b: Build, x: ir.Value, w: StoredWeight) -> ir.Value:
 def experts(b: Build, node: ir.Node) -> ir.Value:
     """qpass::experts: every expert multiplies all rows, and each row takes what its own one gives."""
     x, ids = node.inputs[:2]
-    assert x is not None and ids is not None
+    assert x is not None
+    assert ids is not None
     count = node.attributes["experts"].as_int()
     w = stored_weight(node, _columns(x))
     named = b("Unsqueeze", b("Where", b("Less", ids, np.array(0)), b("Add", ids, np.array(count)), ids), np.array([-1]))
@@ -91,7 +96,8 @@ def integer_linear(b: Build, node: ir.Node) -> ir.Value:
     MatMul, which runtimes join; with one for each token MatMulInteger, since no runtime joins that."""
     codes, scale, zero = node.inputs[:3]
     bias = node.inputs[7] if len(node.inputs) > 7 else None
-    assert codes is not None and scale is not None
+    assert codes is not None
+    assert scale is not None
     w = stored_weight(node, _columns(codes))
     static = scale.is_initializer() or scale.const_value is not None
     if static or zero is not None or w.zero_points() is not None:
@@ -103,7 +109,11 @@ def integer_linear(b: Build, node: ir.Node) -> ir.Value:
             floats = dequantize(b, codes, scale, zero, Rows(activations, _rank(codes), w.columns))
         return _with_bias(b, product(b, floats, w), bias)
     # Both factors as unsigned around 128: products of signed and unsigned saturate on processors without VNNI.
-    unsigned = b("Cast", b("Add", b("Cast", codes, to=int(ir.DataType.INT16)), np.array(128, np.int16)), to=int(ir.DataType.UINT8))
+    unsigned = b(
+        "Cast",
+        b("Add", b("Cast", codes, to=int(ir.DataType.INT16)), np.array(128, np.int16)),
+        to=int(ir.DataType.UINT8),
+    )
     middle = np.array(128, np.uint8)
     name = f"{w.name}.unsigned"
     data = b.constant(name, ir.LazyTensor(
@@ -169,9 +179,9 @@ def _in_floats_of_the_target(b: Build, x: ir.Value) -> ir.Value:
     """Scaled columns come in float32."""
     if x.dtype == b.dtype:
         return x
-    cast = b("Cast", x, to=int(b.dtype))
+    cast: ir.Value = b("Cast", x, to=int(b.dtype))
     cast.shape = x.shape
-    return cast  # type: ignore[no-any-return]
+    return cast
 
 
 def _with_bias(b: Build, y: ir.Value, bias: ir.Value | None) -> ir.Value:

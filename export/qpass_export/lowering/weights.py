@@ -69,11 +69,11 @@ def stored_weight(node: ir.Node, columns: int) -> StoredWeight:
     values = (*node.inputs, None, None, None)[first : first + 4]
     parts = [None if v is None else constant_of(v) for v in values]
     data = values[0]
-    assert data is not None and parts[0] is not None
+    assert data is not None
+    assert parts[0] is not None
     name = str(_initializer(data).name).removesuffix("_data")
-    return StoredWeight(
-        name, parse_spec(node.attributes["spec"].as_string()), Quantized(*parts), len(parts[0]), columns
-    )
+    quantized = Quantized(*parts)  # type: ignore[arg-type]
+    return StoredWeight(name, parse_spec(node.attributes["spec"].as_string()), quantized, len(parts[0]), columns)
 
 
 def _is_data(value: ir.Value) -> bool:
@@ -106,7 +106,9 @@ def _number(value: ir.Value) -> float:
     assert producer is not None
     if producer.op_type == "Constant":
         attribute = next(iter(producer.attributes.values()))
-        return float(np.asarray(attribute.value.numpy() if hasattr(attribute.value, "numpy") else attribute.value).reshape(-1)[0])
+        return float(
+            np.asarray(attribute.value.numpy() if hasattr(attribute.value, "numpy") else attribute.value).reshape(-1)[0]
+        )
     return _number(producer.inputs[0])  # type: ignore[arg-type]
 
 
@@ -120,8 +122,8 @@ def lazy(shape: tuple[int, ...], dtype: ir.DataType, name: str, make: Callable[[
     )
 
 
-def dequantize_inputs(b: Build, w: StoredWeight) -> tuple[list[ir.Value | None], dict[str, int]]:
-    """Data [K, N], scale and zero point of a DequantizeLinear, and its axis and block: what a MatMul multiplies from the right."""
+def dequantize_inputs(b: Build, w: StoredWeight) -> tuple[list[ir.Value | None], int | None, int | None]:
+    """Data [K, N], scale and zero point of a DequantizeLinear, and its axis and block: what a MatMul multiplies by."""
     fmt, wide = w.spec.format, w.container == 8
     if fmt.kind == "float8":
         dtype = float8_type(w.spec)
@@ -146,8 +148,8 @@ def dequantize_inputs(b: Build, w: StoredWeight) -> tuple[list[ir.Value | None],
     if zero is not None:
         made = arranged(zero) if wide else arranged(zero).astype(ml_dtypes.int4)
         inputs.append(b.constant(f"{w.name}.zero_point", ir.Tensor(made, dtype=dtype, name=f"{w.name}.zero_point")))
-    attributes = {} if whole else {"axis": 1} if single else {"axis": 0, "block_size": w.block_size}
-    return inputs, attributes
+    axis = None if whole else 1 if single else 0
+    return inputs, axis, None if whole or single else w.block_size
 
 
 def _bytes(part: Tensor) -> np.ndarray:
@@ -236,12 +238,15 @@ def float8_blocks(b: Build, w: StoredWeight) -> tuple[ir.Value, ir.Value]:
 
 
 def nvfp4_inputs(b: Build, w: StoredWeight, packed: bool) -> list[ir.Value]:
-    """Codes [N, K], E4M3 scales [N, blocks] and the float32 over them. `packed`: both as bytes, as onnxruntime's operator has them."""
+    """Codes [N, K], E4M3 scales [N, blocks] and the float32 over them. `packed`: both as bytes, for onnxruntime's operator."""
     scale, outer = w.parts.scale, w.parts.outer_scale
-    assert scale is not None and outer is not None
+    assert scale is not None
+    assert outer is not None
     raw = _bytes(scale)
     if packed:
-        data: ir.TensorProtocol = lazy((w.rows, w.columns // 2), ir.DataType.UINT8, w.name, lambda: w.parts.data.numpy())
+        data: ir.TensorProtocol = lazy(
+            (w.rows, w.columns // 2), ir.DataType.UINT8, w.name, lambda: w.parts.data.numpy()
+        )
         scales = ir.Tensor(raw, name=f"{w.name}.scale")
     else:
         data = lazy(
