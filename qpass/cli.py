@@ -44,6 +44,17 @@ def _load(model: Path) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(model)
 
 
+def _extension(group: str, name: str) -> Any:
+    """What another package does for the command line: qpass knows it by its entry point only."""
+    found = {e.name: e for e in entry_points(group=group)}
+    if name not in found:
+        raise QpassError(f"format {name}: {nearest(name, {'compressed-tensors', *found})}")
+    try:
+        return found[name].load()
+    except ImportError as error:
+        raise QpassError(f"format {name}: {error.name} is not installed: pip install 'qpass-torch[{name}]'") from None
+
+
 def _quantized(model: Path, recipe: str) -> Any:
     import qpass
 
@@ -93,10 +104,18 @@ def report(model: Model, recipe: RecipeOption = "int8", as_json: Json = False) -
 
 
 @app.command()
-def diff(model: Model, recipe: RecipeOption = "int8", as_json: Json = False) -> None:
-    """The captured graph before and after, repeated blocks folded."""
+def diff(
+    model: Annotated[Path, typer.Argument(help="Folder of a transformers model; or an ONNX file")],
+    other: Annotated[Path | None, typer.Argument(help="The ONNX file that it became")] = None,
+    recipe: RecipeOption = "int8",
+    as_json: Json = False,
+) -> None:
+    """The captured graph before and after, repeated blocks folded; or two ONNX files, float and quantized."""
     import qpass
 
+    if other is not None:
+        _show(_extension("qpass.diffs", "onnx")(model, other), as_json)
+        return
     _show(qpass.diff(_quantized(model, recipe)), as_json)
 
 
@@ -158,14 +177,7 @@ def export(
             raise QpassError("--target, --recipe and --verify are of --format onnx")
         typer.echo(str(qpass.export_compressed_tensors(qpass.load(source, inner="eager"), folder)))
         return
-    found = {e.name: e for e in entry_points(group="qpass.exporters")}
-    if to not in found:
-        raise QpassError(f"--format {to}: {nearest(to, {'compressed-tensors', *found})}")
-    try:
-        run = found[to].load()
-    except ImportError as error:
-        raise QpassError(f"--format {to}: {error.name} is not installed: pip install 'qpass-torch[{to}]'") from None
-    _show(run(source, folder, target, recipe, check), as_json)
+    _show(_extension("qpass.exporters", to)(source, folder, target, recipe, check), as_json)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """ONNX from what qpass quantizes, for onnxruntime and TensorRT. It depends on qpass; qpass never imports it."""
 
+from qpass_export.diff import diff_onnx as diff_onnx
 from qpass_export.export import Exported as Exported
 from qpass_export.export import export_onnx as export_onnx
 from qpass_export.session import load as load

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from qpass.spec import QuantSpec, parse_spec
 from qpass_export.capture import Captured, capture
 from qpass_export.genai import why_not, write_genai
 from qpass_export.lowering.graph import lower
+from qpass_export.provenance import keep_provenance
 from qpass_export.session import write_session
 from qpass_export.simplify import simplify
 from qpass_export.state import lift_state
@@ -130,6 +132,7 @@ def export_onnx(
     lower(graph, goal, {s.name: s.kind for s in sites})
     simplify(graph, goal)
     name_sizes(graph, found)
+    keep_provenance(graph)
     _describe(graph, goal, sites)
     file = _file(Path(path))
     described = model if isinstance(model, nn.Module) else None
@@ -246,7 +249,7 @@ def name_sizes(model: ir.Model, found: Captured) -> None:
 
 
 def _describe(model: ir.Model, target: Target, sites: tuple[ExportedSite, ...]) -> None:
-    model.producer_name, model.producer_version = "qpass", "0.1.0"
+    model.producer_name, model.producer_version = "qpass", version("qpass-torch")
     model.metadata_props["qpass.target"] = target.name
     model.metadata_props["qpass.sites"] = json.dumps([asdict(s) for s in sites])
 

@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qpass.spec import parse_spec
 from qpass_export.lowering import attention, embedding, linear
 from qpass_export.lowering.build import Build
 from qpass_export.lowering.grouped_query import appended, grouped_query
+from qpass_export.provenance import MODULE, SITE, module_of
 from qpass_export.targets import Target
 from qpass_export.translate import DOMAIN
 
-#: Metadata of a node: the site that it computes.
-SITE = "qpass.site"
+#: Operators of a cache.
+_CACHES = ("quantize", "read_cache", "dequantize", "attention")
 
 
 def lower(model: ir.Model, target: Target, kinds: Mapping[str, str]) -> None:
@@ -41,8 +43,7 @@ def lower(model: ir.Model, target: Target, kinds: Mapping[str, str]) -> None:
     }
     for node in nodes:
         name = _data_name(node)
-        site = {SITE: f"{kinds.get(name, 'kv')} {name}"} if name else {}
-        build = Build(graph, target, site)
+        build = Build(graph, target, _provenance(node, name, kinds))
         made = make[node.op_type](build, node)
         new = [made] if isinstance(made, ir.Value) else list(made)
         for before, after in zip(node.outputs, new, strict=True):
@@ -60,7 +61,7 @@ def _append_in_attention(graph: ir.Graph, target: Target) -> None:
         halves = appended(node)
         if halves is None:
             continue
-        build = Build(graph, target, {SITE: "kv"})
+        build = Build(graph, target, _provenance(node, "", {}))
         made = grouped_query(build, node, *halves)
         before = (node.outputs[0], *(half.joined for half in halves))
         for old, new in zip(before, made, strict=True):
@@ -71,6 +72,16 @@ def _append_in_attention(graph: ir.Graph, target: Target) -> None:
             ir.convenience.replace_all_uses_with(old, new)
         graph.insert_before(node, build.nodes)
         graph.remove(node, safe=True)
+
+
+def _provenance(node: ir.Node, name: str, kinds: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of what stands for a node that reads the weight `name`, or a cache."""
+    module = module_of(node)
+    cached = not name and any(
+        k.endswith("spec") and not parse_spec(a.as_string()).is_identity for k, a in node.attributes.items()
+    )
+    kind = kinds.get(name, "linear") if name else "kv" if cached and node.op_type in _CACHES else ""
+    return {MODULE: module} | ({SITE: f"{kind} {name or module}".strip()} if kind else {})
 
 
 def _data_name(node: ir.Node) -> str:
