@@ -21,6 +21,7 @@ import logging
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,9 @@ _RECIPES: dict[str, tuple[str | Recipe, int]] = {
 }
 #: Timed steps of a file's turn; a prefill is long enough to be one.
 _STEPS = 5
-#: A round is quiet if other processes took less than so much of one core; so many times the rounds are tried.
-_QUIET, _PATIENCE = 0.05, 20
+#: A round is quiet if other processes took less than so much of one core; so many times the rounds are tried, and so many seconds
+#: each waits for a quiet one.
+_QUIET, _PATIENCE, _WAIT = 0.05, 5, 60
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,13 @@ def round_of(found: list[File], feeds: dict[str, Any], steps: int) -> dict[str, 
     return taken
 
 
+def taken_by_others(run: Callable[[], Any]) -> tuple[float, Any]:
+    """The share of a core that other processes took during a call, and what it returns."""
+    others, start = seconds_of_others(), time.perf_counter()
+    result = run()
+    return (seconds_of_others() - others) / (time.perf_counter() - start), result
+
+
 def compare(found: list[File], ids: np.ndarray, context: int, rounds: int) -> list[dict[str, Any]]:
     """ids [1, S] at once behind `context` tokens; a row of the table for each file.
 
@@ -117,9 +126,10 @@ def compare(found: list[File], ids: np.ndarray, context: int, rounds: int) -> li
     round_of(found, feeds, steps)
     done: list[tuple[float, dict[str, list[float]]]] = []
     while sum(share <= _QUIET for share, _ in done) < rounds and len(done) < rounds * _PATIENCE:
-        others, start = seconds_of_others(), time.perf_counter()
-        taken = round_of(found, feeds, steps)
-        done.append(((seconds_of_others() - others) / (time.perf_counter() - start), taken))
+        waited = 0
+        while taken_by_others(lambda: time.sleep(1))[0] > _QUIET and waited < _WAIT:
+            waited += 1
+        done.append(taken_by_others(lambda: round_of(found, feeds, steps)))
     chosen = sorted(done, key=lambda d: d[0])[:rounds]
     seconds = {f.name: [s for _, taken in chosen for s in taken[f.name]] for f in found}
     medians = {name: statistics.median(all_of_it) for name, all_of_it in seconds.items()}

@@ -68,6 +68,11 @@ def test_private_names_of_torch_live_in_one_file() -> None:
             assert not private, path
 
 
+def test_the_exporter_is_above_and_unknown_to_qpass() -> None:
+    for path in FILES:
+        assert not {n for n in imports(path) if n.split(".")[0] in ("qpass_export", "onnx", "onnx_ir", "onnxruntime")}, path
+
+
 @pytest.mark.parametrize("heavy", ["transformers", "torchao", "triton", "onnx"])
 def test_heavy_packages_are_imported_by_their_users_only(heavy: str) -> None:
     users = {str(p) for p in FILES if any(n.split(".")[0] == heavy for n in imports(p, top_level_only=True))}

@@ -24,7 +24,9 @@ class Result:
         return self.exported.to_json() | ({"checks": checks} if checks else {})
 
     def __str__(self) -> str:
-        return "\n".join([str(self.exported), *map(str, self.checks)])
+        ran = any(c.passed and c.name.startswith("onnxruntime") for c in self.checks)
+        told = ["ran on hardware" if ran else "rule-checked only"] if self.checks else []
+        return "\n".join([str(self.exported), *map(str, self.checks), *told])
 
 
 def run(source: Path, folder: Path, target: str | None, recipe: str | None, check: bool) -> Result:

@@ -177,6 +177,8 @@ def _open(folder: Path) -> nn.Module:
 def _of_module(
     module: nn.Module, recipe: Recipe | None, target: Target, inputs: Any, cache: Any
 ) -> tuple[Captured, ExportedProgram]:
+    if module.training:
+        raise QpassError(f"export_onnx: {type(module).__name__} is in training mode; call model.eval() first")
     stored = any(isinstance(p, QTensor) for p in module.parameters())
     if stored and recipe is not None:
         raise QpassError("export_onnx: the model is quantized already; recipe= is for float models")

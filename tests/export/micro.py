@@ -51,6 +51,8 @@ class Tied(nn.Module):
         self.head = nn.Linear(columns, rows, bias=False)
         self.head.weight = self.table.weight
 
+        self.eval()
+
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(torch.tanh(self.table(ids)))
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from qpass_export import export_onnx, load
 from qpass_export.rules import unfused, violations
+from qpass_export.verify import openvino_runner
 from transformers.cache_utils import DynamicCache
 
 import qpass
 from qpass.cache import CACHE_ARGUMENT
-from tests.export.micro import decode, float_products
+from tests.export.micro import decode, empty_cache, float_products
 from tests.zoo.configs import build, example_inputs, logits_of
 
 DECODERS = [
@@ -51,6 +52,12 @@ def test_a_decoder_from_prompt_to_32_steps(name: str, tmp_path: Path) -> None:
             expected = reference(ids[:, tokens], **arguments, **{CACHE_ARGUMENT: cache}, use_cache=True).logits.numpy()
             counted = mask[:, tokens].numpy().astype(bool)
             assert np.abs(found - expected)[counted].max() <= CLOSE * np.abs(expected).max()
+    second = openvino_runner(exported.path)
+    prompt = {"input_ids": ids[:, :12], "attention_mask": mask[:, :12], "position_ids": positions[:, :12]}
+    feeds = {n: t.numpy() for n, t in prompt.items() if n in exported.inputs} | empty_cache(session, 2)
+    ours, theirs = session.run(["logits"], feeds)[0], second(feeds)["logits"]
+    counted = mask[:, :12].numpy().astype(bool)
+    assert np.abs(ours - theirs)[counted].max() <= CLOSE * np.abs(ours).max()
     onnx.checker.check_model(str(exported.path), full_check=True)
     assert violations(exported.path, "ort-cpu") == []
     assert unfused(exported.path) == []

@@ -119,11 +119,12 @@ def test_an_exported_program(when: str, tmp_path: Path) -> None:
     ("model", "inputs", "told"),
     [
         (3, None, "takes a module"),
+        (one_linear().train(), torch.zeros(2, 96), "training mode"),
         (one_linear(), None, "pass inputs="),
         (one_linear(), {"x": 3}, "is no tensor"),
         (one_linear(), torch.zeros(2, 3), "torch.export does not take it"),
     ],
-    ids=["no module", "no inputs", "no tensor", "wrong width"],
+    ids=["no module", "training", "no inputs", "no tensor", "wrong width"],
 )
 def test_bad_input_is_named(model: object, inputs: object, told: str, tmp_path: Path) -> None:
     with pytest.raises(qpass.QpassError, match=told):

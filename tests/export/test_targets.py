@@ -64,7 +64,7 @@ def test_a_recipe_is_refused_before_anything_is_done(target: str, recipe: object
             raise AssertionError("captured before the recipe was checked")
 
     with pytest.raises(qpass.QpassError, match=f"{target}.*{told}.*nearest that works"):
-        export_onnx(NeverCalled(), tmp_path / "out", target, recipe, inputs=torch.zeros(2, 2))  # type: ignore[arg-type]
+        export_onnx(NeverCalled().eval(), tmp_path / "out", target, recipe, inputs=torch.zeros(2, 2))  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
