@@ -70,7 +70,9 @@ def test_private_names_of_torch_live_in_one_file() -> None:
 
 def test_the_exporter_is_above_and_unknown_to_qpass() -> None:
     for path in FILES:
-        assert not {n for n in imports(path) if n.split(".")[0] in ("qpass_export", "onnx", "onnx_ir", "onnxruntime")}, path
+        assert not {
+            n for n in imports(path) if n.split(".")[0] in ("qpass_export", "onnx", "onnx_ir", "onnxruntime")
+        }, path
 
 
 @pytest.mark.parametrize("heavy", ["transformers", "torchao", "triton", "onnx"])

@@ -29,6 +29,7 @@ class Captured:
 
     `caches`: how many of the last inputs, and of the last outputs, are keys and values: layer by layer, keys first. `weights`:
     by name, those that the program has in another type, as the model holds them: what is quantized is quantized from these.
+    `state`: the first values of the last inputs, where these are buffers that the program writes to.
     """
 
     program: ExportedProgram
@@ -36,6 +37,7 @@ class Captured:
     outputs: tuple[str, ...]
     caches: int = 0
     weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    state: tuple[Tensor, ...] = field(default=(), repr=False)
     config: Any = field(default=None, repr=False)
 
 
@@ -53,14 +55,15 @@ def capture(model: nn.Module, inputs: Any = None, dtype: torch.dtype = torch.flo
     names = list(arguments)
     returned: list[str] = []
 
+    forward_of_model = model.forward  # the class's, or one that was put on this very model
+
     def forward(arguments: Mapping[str, Tensor], past: Sequence[Tensor]) -> list[Tensor]:
-        call = type(model).forward
         if decoder:
-            out, layers = _call_with_cache(model, arguments, _cache_of(past))
+            out, layers = _call_with_cache(forward_of_model, arguments, _cache_of(past))
             found = {"logits": out.logits}
             kept = [t for layer in layers for t in (layer.keys, layer.values)]
         else:
-            found, kept = _named(call(model, **arguments)), []
+            found, kept = _named(forward_of_model(**arguments)), []
         returned[:] = found
         return [*found.values(), *kept]
 
@@ -73,7 +76,7 @@ def capture(model: nn.Module, inputs: Any = None, dtype: torch.dtype = torch.flo
         (*returned, *(f"present.{key}" for key in keys)),
         len(past),
         weights,
-        config,
+        config=config,
     )
 
 
@@ -81,6 +84,7 @@ def _export(
     model: nn.Module, forward: Any, arguments: dict[str, Tensor], past: list[Tensor], dtype: torch.dtype
 ) -> tuple[ExportedProgram, dict[str, Tensor]]:
     with _plain(model, dtype) as weights, torch.no_grad():
+        own = model.__dict__.get("forward")
         model.__dict__["forward"] = forward
         try:
             shapes = {name: _dynamic(t) for name, t in arguments.items()}, [{0: Dim.AUTO, 2: Dim.AUTO} for _ in past]
@@ -94,6 +98,8 @@ def _export(
             ) from error
         finally:
             del model.__dict__["forward"]
+            if own is not None:
+                model.__dict__["forward"] = own
     return program, {name: weight for name, weight in weights.items() if name in program.state_dict}
 
 
@@ -175,7 +181,7 @@ def _decoder_example(model: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     short = {name: t[:, :SEQUENCE] for name, t in arguments.items()}
-    _, layers = _call_with_cache(model, short, DynamicCache())
+    _, layers = _call_with_cache(model.forward, short, DynamicCache())
     other = [type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer or layer.keys is None]
     if other or not layers:
         raise QpassError(
@@ -186,11 +192,11 @@ def _decoder_example(model: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
     return arguments, [t.new_zeros((BATCH, t.shape[1], PAST, t.shape[3])) for t in halves]
 
 
-def _call_with_cache(model: Any, arguments: Mapping[str, Tensor], cache: Any) -> tuple[Any, list[Any]]:
+def _call_with_cache(forward: Any, arguments: Mapping[str, Tensor], cache: Any) -> tuple[Any, list[Any]]:
     """What the model returns, and the layers of the cache that comes with it."""
     from qpass.cache import CACHE_ARGUMENT
 
-    out = type(model).forward(model, **arguments, **{CACHE_ARGUMENT: cache}, use_cache=True, return_dict=True)
+    out = forward(**arguments, **{CACHE_ARGUMENT: cache}, use_cache=True, return_dict=True)
     return out, getattr(getattr(out, CACHE_ARGUMENT, None), "layers", [])
 
 

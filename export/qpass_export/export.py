@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 import qpass
 from qpass.artifact.save import carry
@@ -52,7 +55,7 @@ class ExportedSite:
 class Exported:
     """What was written. `hardware`: whether the target's provider is on this machine, so that the file can be run here.
     `genai`: why onnxruntime-genai cannot generate from the folder, None if it can. `program`: the torch graph that the file was
-    made of, with the `inputs` of the file in its order.
+    made of, with the `inputs` of the file in its order; `example`: what it was traced on.
     """
 
     path: Path
@@ -63,6 +66,7 @@ class Exported:
     genai: str | None = None
     inputs: tuple[str, ...] = ()
     program: ExportedProgram | None = field(default=None, repr=False, compare=False)
+    example: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -117,6 +121,7 @@ def export_onnx(
     goal, chosen = get_target(target), None if recipe is None else resolve_recipe(recipe)
     if chosen is not None:
         goal.check(_specs_of(chosen))
+    file = _file(Path(path))
     if isinstance(model, str | Path):
         model = _open(Path(model))
     if isinstance(model, nn.Module):
@@ -127,6 +132,7 @@ def export_onnx(
         raise QpassError(f"export_onnx: takes a module, an ExportedProgram or a folder, got {type(model).__name__}")
     sites = _sites(quantized)
     goal.check((s.kind, s.name, parse_spec(s.format)) for s in sites if s.format is not None)
+    traced = tuple(pytree.tree_leaves(quantized.example_inputs))
     found, quantized = lift_state(found, with_whole_attention(quantized))
     graph = translate(found, quantized, goal.opset_for(parse_spec(s.format) for s in sites if s.format is not None))
     lower(graph, goal, {s.name: s.kind for s in sites})
@@ -134,12 +140,12 @@ def export_onnx(
     name_sizes(graph, found)
     keep_provenance(graph)
     _describe(graph, goal, sites)
-    file = _file(Path(path))
     described = model if isinstance(model, nn.Module) else None
     genai = why_not(graph.graph.inputs, found.config, goal)
     nbytes = _write(graph, file, goal, original_module(described) if genai is None else None)
+    example = (*traced, *found.state)
     names = tuple(str(value.name) for value in graph.graph.inputs)
-    return Exported(file, goal.name, sites, nbytes, hardware_of(goal), genai, names, quantized)
+    return Exported(file, goal.name, sites, nbytes, hardware_of(goal), genai, names, quantized, example)
 
 
 def hardware_of(target: Target) -> str:
@@ -169,7 +175,12 @@ def _open(folder: Path) -> nn.Module:
     if (folder / "config.json").is_file():
         from transformers import AutoModelForCausalLM
 
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        try:
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        except (ValueError, OSError) as error:
+            raise QpassError(
+                f"{folder}: no causal language model of transformers; load it yourself and pass the module with inputs=..."
+            ) from error
         return model.eval()
     raise QpassError(f"{folder}: neither an artifact of qpass nor a transformers model")
 
@@ -257,8 +268,12 @@ def _describe(model: ir.Model, target: Target, sites: tuple[ExportedSite, ...]) 
 
 
 def _file(path: Path) -> Path:
-    """`path`, or model.onnx in the folder that it is."""
-    return path if path.suffix == ".onnx" else path / "model.onnx"
+    """`path`, or model.onnx in the folder that it is. Raises `QpassError` for a place that nothing can be written to."""
+    file = path if path.suffix == ".onnx" else path / "model.onnx"
+    there = next(p for p in (file.parent, *file.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK) or file.is_dir():
+        raise QpassError(f"{path}: nothing can be written there; give a folder, or a file that ends in .onnx")
+    return file
 
 
 def _write(model: ir.Model, file: Path, target: Target, described: Any) -> int:

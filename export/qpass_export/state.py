@@ -17,10 +17,7 @@ BEFORE, AFTER = "past.", "present."
 
 
 def lift_state(captured: Captured, program: ExportedProgram) -> tuple[Captured, ExportedProgram]:
-    """`program` without effects: each buffer that it writes to is its last inputs and outputs, in order of the buffers.
-
-    The first value is the buffer's own: `program.state_dict` or `.constants` of the given program.
-    """
+    """`program` without effects: the buffers that it writes to are its last inputs and outputs, in order of the buffers."""
     if not any(writes_to(node) is not None for node in program.graph.nodes):
         return captured, program
     plain = program.run_decompositions({})
@@ -61,4 +58,6 @@ def lift_state(captured: Captured, program: ExportedProgram) -> tuple[Captured, 
     )  # fmt: skip
     inputs = (*captured.inputs, *(f"{BEFORE}{name}" for name in names))
     outputs = (*captured.outputs, *(f"{AFTER}{name}" for name in names))
-    return replace(captured, program=done, inputs=inputs, outputs=outputs), done
+    first = {**plain.state_dict, **plain.constants}
+    state = tuple(first[name] for name in names)
+    return replace(captured, program=done, inputs=inputs, outputs=outputs, state=state), done

@@ -200,5 +200,5 @@ TARGETS: dict[str, Target] = {
 def get_target(name: str) -> Target:
     """The target called `name`; `QpassError` with the nearest name if there is none."""
     if name not in TARGETS:
-        raise QpassError(f"unknown target {name!r}: {nearest(name, TARGETS)}")
+        raise QpassError(f"unknown target {name!r}: {nearest(str(name), TARGETS)}")
     return TARGETS[name]

@@ -58,11 +58,12 @@ def source_name(node: Node) -> str | None:
 @contextmanager
 def as_plain_module(model: torch.nn.Module) -> Iterator[None]:
     """`model` without what `model.compile` set on it."""
-    previous, model._compiled_call_impl = model._compiled_call_impl, None
+    compiled = model.__dict__.pop("_compiled_call_impl", None)
     try:
         yield
     finally:
-        model._compiled_call_impl = previous
+        if compiled is not None:
+            model._compiled_call_impl = compiled
 
 
 def is_of_module(node: Node) -> bool:

@@ -122,6 +122,20 @@ def test_group_query_attention_of_the_file_for_cuda(cache: str, tmp_path: Path) 
         assert np.abs(found.astype(np.float32) - expected[:, tokens]).max() < bound * np.abs(expected).max()
 
 
+def test_a_model_that_sees_later_tokens_has_no_causal_mask_added(tmp_path: Path) -> None:
+    model = build("Gemma3ForCausalLM")
+    model.config.use_bidirectional_attention = True
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        expected, causal = model(ids).logits.numpy(), build("Gemma3ForCausalLM")(ids).logits.numpy()
+    assert np.abs(expected - causal).max() > 0.01 * np.abs(expected).max()
+    export_onnx(model, tmp_path, "ort-cuda")
+    (_, found), *_ = decode(load(tmp_path, provider="CPUExecutionProvider"), ids, 12)
+    assert np.abs(found.astype(np.float32) - expected).max() < 0.01 * np.abs(expected).max()
+
+
 class Keeper(nn.Module):
     """A decoder that keeps its cache itself, in buffers or in plain attributes."""
 

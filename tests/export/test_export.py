@@ -14,6 +14,7 @@ from qpass_export.session import SESSION
 
 import qpass
 from tests.export.micro import decode, float_products, one_linear
+from tests.export.test_cache import Keeper
 from tests.zoo.configs import build
 
 TINY = Path(__file__).parents[2] / "examples" / "tinypy"
@@ -122,14 +123,39 @@ def test_an_exported_program(when: str, tmp_path: Path) -> None:
         (one_linear().train(), torch.zeros(2, 96), "training mode"),
         (one_linear(), None, "pass inputs="),
         (one_linear(), {"x": 3}, "is no tensor"),
+        (Path(__file__).parent, None, "neither an artifact"),
         (one_linear(), torch.zeros(2, 3), "torch.export does not take it"),
     ],
-    ids=["no module", "training", "no inputs", "no tensor", "wrong width"],
+    ids=["no module", "training", "no inputs", "no tensor", "no model there", "wrong width"],
 )
 def test_bad_input_is_named(model: object, inputs: object, told: str, tmp_path: Path) -> None:
     with pytest.raises(qpass.QpassError, match=told):
         export_onnx(model, tmp_path / "out", recipe="int8", inputs=inputs)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "x.onnx"):
+        with pytest.raises(qpass.QpassError, match="nothing can be written there"):
+            export_onnx(one_linear(), place, recipe="int8", inputs=torch.zeros(2, 96))
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["exported", "refused"])
+def test_the_model_is_as_it_was(wrong: bool, tmp_path: Path) -> None:
+    model = build("LlamaForCausalLM")
+    own = model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
+    before = {n: (id(m), dict(m._parameters), dict(m._buffers), set(m.__dict__)) for n, m in model.named_modules()}
+    values = {n: t.clone() for n, t in model.state_dict().items()}
+    if wrong:
+        with pytest.raises(qpass.QpassError):
+            export_onnx(model, tmp_path, recipe="int8:g16", inputs={"nothing": torch.zeros(2, 2)})
+    else:
+        export_onnx(model, tmp_path, "ort-cuda", "int8:g16")
+    after = {n: (id(m), dict(m._parameters), dict(m._buffers), set(m.__dict__)) for n, m in model.named_modules()}
+    assert after == before
+    assert model.forward is own
+    assert all(torch.equal(t, values[n]) for n, t in model.state_dict().items())
 
 
 def test_calibrated_activations_become_constant_scales(tmp_path: Path) -> None:
@@ -198,6 +224,21 @@ class TestVerify:
         onnx.save(model, exported.path)
         failed = {c.name for c in verify(exported) if c.passed is False}
         assert {"onnxruntime, float products", "OpenVINO", "ReferenceEvaluator"} <= failed
+
+    def test_numbers_that_are_none_do_not_pass(self, tmp_path: Path) -> None:
+        exported = export_onnx(build("LlamaForCausalLM"), tmp_path, recipe="int8:g16")
+        model = onnx.load(exported.path)
+        scale = next(i for i in model.graph.initializer if i.name == "model.layers.1.self_attn.o_proj.weight.scale")
+        scale.raw_data = np.full(len(scale.raw_data) // 4, np.nan, np.float32).tobytes()
+        onnx.save(model, exported.path)
+        assert "onnxruntime, float products" in {c.name for c in verify(exported) if c.passed is False}
+
+    def test_a_module_that_keeps_its_cache(self, tmp_path: Path) -> None:
+        inputs = (torch.zeros(1, 3, dtype=torch.long), torch.arange(3))
+        recipe = qpass.Recipe.uniform("int8", kv="int8")
+        checks = verify(export_onnx(Keeper(True).eval(), tmp_path, recipe=recipe, inputs=inputs))
+        assert [str(c) for c in checks if c.passed is False] == []
+        assert {c.name for c in checks if c.passed} >= {"onnxruntime, float products", "ReferenceEvaluator"}
 
     def test_without_the_provider_the_rules_are_what_is_checked(self, tmp_path: Path) -> None:
         exported = export_onnx(one_linear(), tmp_path, "ort-cuda", "int8", inputs=torch.randn(2, 3, 96))

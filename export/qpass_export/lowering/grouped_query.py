@@ -65,8 +65,8 @@ def _scale(spec: QuantSpec, scale: ir.Value | None) -> ir.Value | None:
 
 
 def grouped_query(b: Build, node: ir.Node, keys: Half, values: Half) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """qpass::attention -> (its value, all keys, all values). The mask of the model is added to the scores whole, so that every
-    row counts all tokens as its own."""
+    """qpass::attention -> (its value, all keys, all values). The mask of the model is added to the scores whole: every row counts
+    all tokens as its own, and the operator's own causal mask is off, for some models see what comes later."""
     q = node.inputs[QUERY]
     assert q is not None
     assert q.shape is not None
@@ -90,7 +90,7 @@ def grouped_query(b: Build, node: ir.Node, keys: Half, values: Half) -> tuple[ir
         "GroupQueryAttention",
         *(_flat(b, x, n * width) for x, n in ((q, heads), (keys.new, shared), (values.new, shared))),
         keys.past, values.past, last, total, None, None, None, bias, sinks, *scales,
-        domain=CONTRIB, outputs=3, num_heads=heads, kv_num_heads=shared, softcap=cap or None,
+        domain=CONTRIB, outputs=3, num_heads=heads, kv_num_heads=shared, causal=0, softcap=cap or None,
         scale=node.attributes["scale"].as_float() if "scale" in node.attributes else None,
         **(quantized if keys.scale is not None else {}),
     )  # fmt: skip
