@@ -94,7 +94,8 @@ def _export(
         except Exception as error:
             given = {name: list(t.shape) for name, t in arguments.items()}
             raise QpassError(
-                f"{type(model).__name__}: torch.export does not take it, called with {given}; its own words: {error}"
+                f"{type(model).__name__}: torch.export does not take it, called with {given}; pass other inputs=..., or change "
+                f"what it says: {type(error).__name__}: {error}"
             ) from error
         finally:
             del model.__dict__["forward"]
@@ -218,14 +219,16 @@ def _cache_of(past: Sequence[Tensor]) -> Any:
 
 def _example(model: nn.Module, inputs: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """The arguments by name; those of size 1 along the first dimension twice, so that the batch is dynamic."""
-    if inputs is None:
+    takes = inspect.signature(model.forward).parameters
+    if inputs is None and "input_ids" in takes:
         inputs = getattr(model, "dummy_inputs", None)
     if inputs is None:
         raise QpassError(f"{type(model).__name__}: pass inputs=... (a tensor, a tuple or a dict of its arguments)")
     if not isinstance(inputs, Mapping):
         values = inputs if isinstance(inputs, tuple | list) else (inputs,)
-        _, *names = inspect.signature(type(model).forward).parameters
-        inputs = dict(zip(names, values, strict=False))
+        if len(values) > len(takes):
+            raise QpassError(f"{type(model).__name__}: {len(values)} inputs, but forward takes {', '.join(takes)}")
+        inputs = dict(zip(takes, values, strict=False))
     wrong = [name for name, value in inputs.items() if not isinstance(value, Tensor)]
     if wrong:
         raise QpassError(f"{type(model).__name__}: inputs[{wrong[0]!r}] is no tensor; an ONNX graph takes tensors")

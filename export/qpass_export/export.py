@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import nn
@@ -28,10 +29,10 @@ from qpass.recipe import WEIGHT_KINDS, Recipe, resolve_recipe
 from qpass.registry import FINISHED, captured
 from qpass.spec import QuantSpec, parse_spec
 from qpass_export.capture import Captured, capture
-from qpass_export.genai import why_not, write_genai
+from qpass_export.genai import GENAI, why_not, write_genai
 from qpass_export.lowering.graph import lower
 from qpass_export.provenance import keep_provenance
-from qpass_export.session import write_session
+from qpass_export.session import MODEL, write_session
 from qpass_export.simplify import simplify
 from qpass_export.state import lift_state
 from qpass_export.targets import Target, get_target
@@ -127,14 +128,16 @@ def export_onnx(
     if isinstance(model, nn.Module):
         found, quantized = _of_module(original_module(model), chosen, goal, inputs, cache)
     elif isinstance(model, ExportedProgram):
-        found, quantized = _of_program(model, chosen)
+        found, quantized = _of_program(model, chosen, goal)
     else:
         raise QpassError(f"export_onnx: takes a module, an ExportedProgram or a folder, got {type(model).__name__}")
-    sites = _sites(quantized)
+    stored = _stored_in(quantized)
+    goal.check(stored)
+    sites = _sites(quantized, stored)
     goal.check((s.kind, s.name, parse_spec(s.format)) for s in sites if s.format is not None)
     traced = tuple(pytree.tree_leaves(quantized.example_inputs))
     found, quantized = lift_state(found, with_whole_attention(quantized))
-    graph = translate(found, quantized, goal.opset_for(parse_spec(s.format) for s in sites if s.format is not None))
+    graph = translate(found, quantized, goal.opset_for(spec for _, _, spec in stored))
     lower(graph, goal, {s.name: s.kind for s in sites})
     simplify(graph, goal)
     name_sizes(graph, found)
@@ -173,13 +176,15 @@ def _open(folder: Path) -> nn.Module:
     if (folder / "qpass.json").is_file():
         return qpass.load(folder, inner="eager")
     if (folder / "config.json").is_file():
-        from transformers import AutoModelForCausalLM
+        import transformers
 
+        architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
+        loader = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
         try:
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            model: nn.Module = loader.from_pretrained(folder, dtype="auto")
         except (ValueError, OSError) as error:
             raise QpassError(
-                f"{folder}: no causal language model of transformers; load it yourself and pass the module with inputs=..."
+                f"{folder}: no model of transformers that is known here; load it yourself and pass the module with inputs=..."
             ) from error
         return model.eval()
     raise QpassError(f"{folder}: neither an artifact of qpass nor a transformers model")
@@ -212,6 +217,10 @@ def _of_module(
     found = capture(module, inputs, target.dtype)
     inner = found.program.graph_signature.user_inputs[len(found.inputs) - found.caches :]
     flat = [scale for pair in (cache.scales if cache is not None else ()) if pair is not None for scale in pair]
+    if flat and len(flat) != len(inner):
+        raise QpassError(
+            f"export_onnx: cache has {len(flat) // 2} layers, the model {len(inner) // 2}; is it of its config?"
+        )
     scales = {str(n): scale.float() for n, scale in zip(inner, flat, strict=False)}
     found.program.state_dict.update(found.weights)
     done = quantize_program(found.program, recipe, strict=False, scales=scales)
@@ -221,10 +230,17 @@ def _of_module(
     return found, done
 
 
-def _of_program(program: ExportedProgram, recipe: Recipe | None) -> tuple[Captured, ExportedProgram]:
+def _of_program(program: ExportedProgram, recipe: Recipe | None, target: Target) -> tuple[Captured, ExportedProgram]:
     done = any(op_name(node).startswith("qpass::") for node in program.graph.nodes)
     if done and recipe is not None:
         raise QpassError("export_onnx: the program is quantized already; recipe= is for float programs")
+    values = [node.meta.get("val") for node in program.graph.output_node().all_input_nodes]
+    others = {v.dtype for v in values if isinstance(v, torch.Tensor) and v.is_floating_point() and v.itemsize > 1}
+    if others - {target.dtype}:
+        raise QpassError(
+            f"export_onnx: the program computes in {', '.join(map(str, others))}, {target.name} in {target.dtype}; export the "
+            f"module itself, or model.to({target.dtype}) before torch.export"
+        )
     signature = program.graph_signature
     names = tuple(str(name) for name in signature.user_inputs)
     outputs = tuple(f"output_{i}" if i else "output" for i in range(len(signature.user_outputs)))
@@ -232,10 +248,30 @@ def _of_program(program: ExportedProgram, recipe: Recipe | None) -> tuple[Captur
     return found, program if recipe is None else quantize_program(program, recipe, strict=False)
 
 
-def _sites(program: ExportedProgram) -> tuple[ExportedSite, ...]:
-    """What became of each place, as qpass.report has it."""
+def _stored_in(program: ExportedProgram) -> list[tuple[str, str, QuantSpec]]:
+    """(kind, name, spec) of what the operators of a program read."""
+    named = {s.arg.name: str(s.target) for s in program.graph_signature.input_specs if s.target is not None}
+    found: dict[tuple[str, str, QuantSpec], None] = {}
+    for node in program.graph.nodes:
+        operation = op_name(node).removeprefix("qpass::")
+        if not op_name(node).startswith("qpass::") or operation in ("quantize_input", "round_input", "cache_positions"):
+            continue
+        sources = [n.args[0] if op_name(n) == "slice" else n for n in node.all_input_nodes]  # rows of a weight, too
+        read = [named.get(getattr(n, "name", ""), "") for n in sources]
+        name = next((r.removesuffix("_data") for r in read if r.endswith("_data")), "the cache")
+        weights = {"embedding": "embedding", "linear": "linear", "integer_linear": "linear", "experts": "linear"}
+        kind = weights.get(operation, "kv")
+            operation, "kv"
+        )
+        for spec in (parse_spec(a) for a in node.args if isinstance(a, str)):
+            found[kind, name, spec] = None
+    return list(found)
+
+
+def _sites(program: ExportedProgram, stored: list[tuple[str, str, QuantSpec]]) -> tuple[ExportedSite, ...]:
+    """What became of each place, as qpass.report has it; of a program from a file, what its operators say."""
     if program not in FINISHED:
-        return ()
+        return tuple(ExportedSite(kind, name, str(spec)) for kind, name, spec in stored)
     return tuple(ExportedSite(s.kind, s.name, s.format, s.skipped) for s in FINISHED[program][0].sites)
 
 
@@ -243,6 +279,13 @@ def name_sizes(model: ir.Model, found: Captured) -> None:
     """Give the dynamic sizes the names that a person knows: batch, sequence, past_sequence, total_sequence."""
     names: dict[str, str] = {}
     decoder = found.caches > 0
+
+    def give(symbol: str, name: str, owner: str) -> None:
+        """A second size of the same name bears that of its input too; of a decoder all that are called so are equal."""
+        if symbol not in names:
+            taken = name in names.values() and not decoder
+            names[symbol] = f"{owner}_{name}" if taken else name
+
     total = {"attention_mask": {1: "total_sequence"}} if decoder else {}
     for value in model.graph.inputs:
         cache = str(value.name).startswith("past_key_values.")
@@ -251,10 +294,10 @@ def name_sizes(model: ir.Model, found: Captured) -> None:
         )
         for i, size in enumerate(value.shape or ()):
             if not isinstance(size, int) and i in known:
-                names.setdefault(str(size), known[i])
+                give(str(size), known[i], str(value.name))
     for value in model.graph.outputs:
         if str(value.name).startswith("present.") and value.shape is not None and not isinstance(value.shape[2], int):
-            names.setdefault(str(value.shape[2]), "total_sequence")
+            give(str(value.shape[2]), "total_sequence", str(value.name))
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
     for value in values:
         if value.shape is not None and any(str(d) in names for d in value.shape if not isinstance(d, int)):
@@ -269,7 +312,7 @@ def _describe(model: ir.Model, target: Target, sites: tuple[ExportedSite, ...]) 
 
 def _file(path: Path) -> Path:
     """`path`, or model.onnx in the folder that it is. Raises `QpassError` for a place that nothing can be written to."""
-    file = path if path.suffix == ".onnx" else path / "model.onnx"
+    file = path if path.suffix == ".onnx" else path / MODEL
     there = next(p for p in (file.parent, *file.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK) or file.is_dir():
         raise QpassError(f"{path}: nothing can be written there; give a folder, or a file that ends in .onnx")
@@ -281,7 +324,10 @@ def _write(model: ir.Model, file: Path, target: Target, described: Any) -> int:
     transformers whose tokenizer and configs onnxruntime-genai will look for."""
     unfinished = file.parent / f".{file.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise QpassError(f"{file.parent}: nothing can be written there: {error}") from error
     try:
         weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         data = f"{file.name}.data" if weights > _INLINE else None
@@ -291,7 +337,10 @@ def _write(model: ir.Model, file: Path, target: Target, described: Any) -> int:
             carry(described, unfinished, {})
             generation = getattr(described, "generation_config", None)
             write_genai(unfinished, file.name, model.graph, described.config, generation, target)
+        onnx.checker.check_model(str(unfinished / file.name), full_check=True)
         written = sum(f.stat().st_size for f in unfinished.iterdir() if f.name.startswith(file.name))
+        for stale in (GENAI, f"{file.name}.data"):  # of another export to the same place
+            (file.parent / stale).unlink(missing_ok=True)
         for made in unfinished.iterdir():
             made.replace(file.parent / made.name)
     finally:

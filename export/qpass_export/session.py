@@ -7,19 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from qpass.errors import QpassError
-from qpass_export.targets import Target, get_target
+from qpass_export.targets import Target
 
-#: Beside the model.
-SESSION = "session.json"
+#: The model of a folder, and what lies beside it.
+MODEL, SESSION = "model.onnx", "session.json"
 #: MatMulNBits rounds activations to int8 unless told that they stay float (level 1).
 ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 _FLOAT = "1"
 
 
 def write_session(folder: Path, model: str, target: Target) -> None:
-    """`session.json`: file, target, provider, options of the session."""
+    """File, target, provider and options of the session, beside the model."""
     content = {"model": model, "target": target.name, "provider": target.provider, "options": dict(target.options)}
-    (folder / SESSION).write_text(json.dumps(content, indent=1) + "\n")
+    session_file(folder / model).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def session_file(model: Path) -> Path:
+    """Of model.onnx session.json; of another file a name that begins as its own."""
+    return model.with_name(SESSION if model.name == MODEL else f"{model.stem}.{SESSION}")
 
 
 def load(path: str | Path, provider: str | None = None, exact: bool = False, threads: int | None = None) -> Any:
@@ -32,12 +37,13 @@ def load(path: str | Path, provider: str | None = None, exact: bool = False, thr
         import onnxruntime as ort
     except ImportError:
         raise QpassError("onnxruntime is not installed: pip install 'qpass-torch[ort-cpu]', or [ort-gpu]") from None
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if not (folder / SESSION).is_file():
-        raise QpassError(f"{folder}: no {SESSION} there; qpass_export.load opens what export_onnx has written")
-    content = json.loads((folder / SESSION).read_text())
-    wanted = provider or get_target(content["target"]).provider
+    file = Path(path) / MODEL if Path(path).is_dir() else Path(path)
+    if not session_file(file).is_file():
+        raise QpassError(
+            f"{path}: no {session_file(file).name} there; qpass_export.load opens what export_onnx has written"
+        )
+    content = json.loads(session_file(file).read_text())
+    wanted = provider or content["provider"]
     if wanted not in ort.get_available_providers():
         raise QpassError(
             f"{path}: made for {content['target']}, but this onnxruntime has no {wanted}, only "
@@ -50,7 +56,6 @@ def load(path: str | Path, provider: str | None = None, exact: bool = False, thr
         options.add_session_config_entry(ACCURACY, _FLOAT)
     if threads is not None:
         options.intra_op_num_threads = threads
-    file = folder / content["model"] if path.is_dir() else path
     source: str | bytes = str(file)
     if exact:
         source = _with_float_inputs(file)

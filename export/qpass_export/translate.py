@@ -62,6 +62,8 @@ def translate(captured: Captured, program: ExportedProgram, opset: int) -> ir.Mo
             )
         except Exception as error:
             reason = str(error.__cause__ or error).splitlines()[0]
+            if "grouped_mm" in reason:
+                reason = "experts in float have no form in ONNX: give the recipe a format for their kind (ffn)"
             raise QpassError(f"torch.onnx.export does not take the graph: {reason}") from error
     assert found is not None
     model: ir.Model = found.model

@@ -56,7 +56,9 @@ def test_a_file_name_or_a_folder(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 96)
     assert export_onnx(one_linear(), tmp_path / "a", recipe="int8", inputs=x).path == tmp_path / "a" / "model.onnx"
     assert export_onnx(one_linear(), tmp_path / "b" / "net.onnx", recipe="int8", inputs=x).path.name == "net.onnx"
-    assert sorted(f.name for f in (tmp_path / "b").iterdir()) == ["net.onnx", SESSION]
+    assert sorted(f.name for f in (tmp_path / "b").iterdir()) == ["net.onnx", "net.session.json"]
+    export_onnx(one_linear(), tmp_path / "b" / "other.onnx", "ort-cuda", "int8", inputs=x)
+    assert load(tmp_path / "b" / "net.onnx").get_inputs()[0].name == "x", "each file has its own session"
 
 
 def test_an_export_replaces_another_and_a_failed_one_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +144,56 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["exported", "refused"])
+def test_an_export_leaves_nothing_of_another_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_onnx(build("LlamaForCausalLM"), tmp_path, recipe="int8:g16")
+    assert (tmp_path / "genai_config.json").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("qpass_export.export._INLINE", 1000)
+        export_onnx(one_linear(), tmp_path, recipe="int8", inputs=torch.zeros(2, 96))
+    assert not (tmp_path / "genai_config.json").exists()
+    assert (tmp_path / "model.onnx.data").exists()
+    export_onnx(one_linear(), tmp_path, recipe="int8", inputs=torch.zeros(2, 96))
+    assert not (tmp_path / "model.onnx.data").exists()
+
+
+def test_sizes_of_two_sequences_have_two_names(tmp_path: Path) -> None:
+    class Two(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.left(a) @ self.right(b).mT
+
+    model, a, b = Two().eval(), torch.randn(2, 3, 16), torch.randn(2, 5, 16)
+    export_onnx(model, tmp_path, recipe="int8", inputs=(a, b))
+    session = load(tmp_path, exact=True)
+    assert len({s for i in session.get_inputs() for s in i.shape[1:2]}) == 2
+    for lengths in ((7, 4), (1, 9)):
+        x, y = (torch.randn(2, n, 16) for n in lengths)
+        with float_products():
+            expected = qpass.quantize(Two().eval(), "int8", inputs=(a, b), inner="eager")
+        expected.load_state_dict(qpass.quantize(model, "int8", inputs=(a, b), inner="eager").state_dict())
+        (found,) = session.run(None, {"a": x.numpy(), "b": y.numpy()})
+        np.testing.assert_allclose(found, expected(x, y).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["int8", "mxfp4", "int4:g24"])
+def test_a_program_from_a_file_is_checked_and_told(spec: str, tmp_path: Path) -> None:
+    program = torch.export.export(one_linear(), (torch.randn(2, 96),))
+    torch.export.save(qpass.quantize(program, spec), tmp_path / "p.pt2")
+    loaded = torch.export.load(tmp_path / "p.pt2")
+    if spec == "int8":
+        assert [(s.kind, s.name, s.format) for s in export_onnx(loaded, tmp_path).sites] == [
+            ("linear", "layer.weight", "int8:channel")
+        ]
+    else:
+        with pytest.raises(qpass.QpassError, match="nearest that works"):
+            export_onnx(loaded, tmp_path)
+    with pytest.raises(qpass.QpassError, match="computes in"):
+        export_onnx(program, tmp_path, "ort-cuda", "int8")
+
+
 def test_the_model_is_as_it_was(wrong: bool, tmp_path: Path) -> None:
     model = build("LlamaForCausalLM")
     own = model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)

@@ -101,6 +101,63 @@ def test_a_tied_table_is_stored_once(spec: str, columns: int, tmp_path: Path) ->
     assert len(codes) == 1
 
 
+@pytest.mark.parametrize("spec", ["fp16", "fp8_e4m3", "fp8_e5m2", "mxfp8", "nf4:g32", "int8:g32"])
+def test_a_tied_table_of_any_format_is_read_alike(spec: str, tmp_path: Path) -> None:
+    model, ids = Tied(64, 64), torch.tensor([[0, 7, 49], [7, 7, 1]])
+    export_onnx(model, tmp_path, recipe=spec, inputs=ids)
+    table = stored(model.table.weight, parse_spec(spec))
+    (found,) = load(tmp_path, exact=True).run(None, {"ids": ids.numpy()})
+    np.testing.assert_allclose(found, (torch.tanh(table[ids]) @ table.T).numpy(), **CLOSE)
+
+
+@pytest.mark.parametrize("columns", [96, 95, 40])
+def test_blocks_of_nf4_end_with_the_row(columns: int, tmp_path: Path) -> None:
+    model, x = one_linear(columns), _x(columns)
+    spec = "nf4:g64" if columns > 64 else "nf4:g32"
+    export_onnx(model, tmp_path, recipe=qpass.Recipe(linear=spec), inputs=x)
+    expected = x.double() @ stored(model.layer.weight, parse_spec(spec)).T + model.layer.bias.double()
+    (found,) = load(tmp_path, exact=True).run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, expected.detach().numpy(), **CLOSE)
+
+
+class Halves(torch.nn.Module):
+    """Two linears that are rows of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(64, 96))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        linear = torch.nn.functional.linear
+        return torch.tanh(linear(x, self.weight[:32])) + 2 * linear(x, self.weight[32:])
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4:g32:asym", "nf4:g32", "fp8_e4m3"])
+def test_rows_of_one_weight_are_weights_of_their_own(spec: str, tmp_path: Path) -> None:
+    model, x = Halves().eval(), _x()
+    export_onnx(model, tmp_path, recipe=qpass.Recipe.uniform(spec, embedding=None), inputs=x)
+    with qpass.set_compute("float"):
+        expected = qpass.quantize(model, spec, inputs=x, inner="eager")(x)
+    (found,) = load(tmp_path, exact=True).run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "spec", ["int8@int8", "int8@int8:asym", "int8@int4:asym", "int8@int4:g32", "int8:g32@int8:g32", "int8@fp8_e4m3:g32"]
+)
+@pytest.mark.parametrize("columns", [96, 95], ids=lambda k: f"K{k}")
+def test_activations_that_are_rounded_as_they_come(spec: str, columns: int, tmp_path: Path) -> None:
+    model, x = one_linear(columns), _x(columns)
+    export_onnx(model, tmp_path, recipe=qpass.Recipe(linear=spec), inputs=x)
+    parsed = parse_spec(spec)
+    assert parsed.activations is not None
+    rounded = qpass.numerics.fake_quantize(x, parsed.activations).double()
+    expected = rounded @ stored(model.layer.weight, parsed).T + model.layer.bias.double()
+    (found,) = load(tmp_path, exact=True).run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, expected.detach().numpy(), **CLOSE)
+
+
 def test_products_of_int8_inputs_stay_within_half_a_step_of_each_input(tmp_path: Path) -> None:
     model, x = one_linear(bias=False), _x()
     export_onnx(model, tmp_path, recipe="int8:g32", inputs=x)

@@ -121,6 +121,8 @@ def written_out(
         else:
             mask_of_groups = mask
         boolean = mask.dtype == ir.DataType.BOOL
+        if not boolean and mask.dtype != b.dtype:
+            mask_of_groups = b("Cast", mask_of_groups, to=int(b.dtype))
         scores = b("Where", mask_of_groups, scores, lowest) if boolean else b("Add", scores, mask_of_groups)
     if sinks is None:
         weights = b("Softmax", scores, axis=-1)

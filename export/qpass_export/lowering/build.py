@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class Build:
         if isinstance(x, float):
             x = np.array(x, self.dtype.numpy())
         array = np.asarray(x)
-        content = array.tobytes().hex() if array.nbytes <= 64 else str(len(self.graph.initializers))
+        content = hashlib.sha256(array.tobytes()).hexdigest()[:16]
         name = f"constant_{array.dtype}_{'x'.join(map(str, array.shape))}_{content}"
         if name in self.graph.initializers:
             return self.graph.initializers[name]
@@ -56,4 +57,6 @@ class Build:
         if name not in self.graph.initializers:
             value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)  # type: ignore[arg-type]
             self.graph.register_initializer(value)
-        return self.graph.initializers[name]
+        there = self.graph.initializers[name]
+        assert (there.dtype, there.shape) == (tensor.dtype, tensor.shape), f"{name} stands for two tensors"
+        return there

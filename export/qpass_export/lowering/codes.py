@@ -116,9 +116,11 @@ def unpack(b: Build, packed: ir.Value, rank: int, columns: int) -> ir.Value:
     return b("Sub", b("Cast", flat, to=_INT8), np.array(8, np.int8))
 
 
-def dequantize(b: Build, data: ir.Value, scale: ir.Value, zero: ir.Value | None, rows: Rows) -> ir.Value:
-    """Stored parts of rows [.., K] -> floats; still rotated, if the spec is."""
-    if rows.spec.format.bits == 4:
+def dequantize(
+    b: Build, data: ir.Value, scale: ir.Value, zero: ir.Value | None, rows: Rows, packed: bool = True
+) -> ir.Value:
+    """Stored parts of rows [.., K] -> floats; still rotated, if the spec is. `packed`: four-bit codes come two a byte."""
+    if rows.spec.format.bits == 4 and packed:
         data = unpack(b, data, rows.rank, rows.columns)
         zero = None if zero is None else unpack(b, zero, rows.rank, rows.blocks)
     return b("DequantizeLinear", data, scale, zero, axis=-1, block_size=rows.size)

@@ -93,6 +93,8 @@ def _data_name(node: ir.Node) -> str:
 
 
 def _shared(nodes: Sequence[ir.Node]) -> set[str]:
-    """Tables that embeddings and linears read."""
-    readers = Counter((_data_name(n), n.op_type) for n in nodes if n.op_type in ("embedding", "linear"))
+    """Tables of integers that embeddings and linears read."""
+    both = [n for n in nodes if n.op_type in ("embedding", "linear")]
+    integers = [n for n in both if parse_spec(n.attributes["spec"].as_string()).format.kind == "uniform"]
+    readers = Counter((_data_name(n), n.op_type) for n in integers)
     return {name for name, op_type in readers if op_type == "embedding" and (name, "linear") in readers}

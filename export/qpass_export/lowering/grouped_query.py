@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qpass.spec import QuantSpec, parse_spec
+from qpass.spec import parse_spec
 from qpass_export.lowering.attention import KEYS, MASK, QUERY, SINKS, VALUES
 from qpass_export.lowering.build import CONTRIB, Build
 
@@ -57,11 +57,7 @@ def _half(node: ir.Node, start: int, half: str) -> Half | None:
             return None
         new = made.inputs[0]
     assert new is not None
-    return Half(past, new, data, _scale(spec, scale))
-
-
-def _scale(spec: QuantSpec, scale: ir.Value | None) -> ir.Value | None:
-    return scale if spec.static else None
+    return Half(past, new, data, scale if spec.static else None)
 
 
 def grouped_query(b: Build, node: ir.Node, keys: Half, values: Half) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -80,6 +76,11 @@ def grouped_query(b: Build, node: ir.Node, keys: Half, values: Half) -> tuple[ir
     bias = mask
     if mask is not None and mask.dtype == ir.DataType.BOOL:
         bias = b("Where", mask, 0.0, _MASKED[b.dtype])
+    elif mask is not None and mask.dtype != b.dtype:
+        bias = b("Cast", b("Clip", mask, b("Cast", _MASKED[b.dtype], to=int(mask.dtype))), to=int(b.dtype))  # type: ignore[arg-type]
+    if mask is not None and mask.shape is not None and mask.shape[-2] == 1:  # the same for all queries
+        rows = b("Concat", np.array([1, 1]), b("Shape", q, start=2, end=3), np.array([1]), axis=0)
+        bias = b("Expand", bias, rows)
     sinks = node.inputs[SINKS] if len(node.inputs) > SINKS else None
     scales = [
         None if half.scale is None else b("Cast", half.scale, to=int(ir.DataType.FLOAT)) for half in (keys, values)

@@ -39,13 +39,16 @@ def product(b: Build, x: ir.Value, w: StoredWeight, shared: bool = False) -> ir.
     """x [.., K] -> [.., N]"""
     fmt = w.spec.format
     if fmt.kind == "identity":
-        stored = b.constant(f"{w.name}.cast", ir.tensor(w.parts.data.mT.contiguous(), name=f"{w.name}.cast"))
-        return b("MatMul", x, b("Cast", stored, to=int(b.dtype)))
+        stored = b.constant(f"{w.name}.cast", ir.tensor(w.parts.data, name=f"{w.name}.cast"))
+        return b("MatMul", x, b("Transpose", b("Cast", stored, to=int(b.dtype)), perm=[1, 0]))
     if fmt.name == "nf4":
         data, scales = bnb_inputs(b, w)
+        width = w.blocks * w.block_size
+        if width != w.columns:
+            x = b("Pad", x, np.array([0] * (2 * _rank(x) - 1) + [width - w.columns]))
         return b(
             "MatMulBnb4", x, data, scales, domain=CONTRIB,
-            K=w.columns, N=w.rows, block_size=w.block_size, quant_type=_NF4,
+            K=width, N=w.rows, block_size=w.block_size, quant_type=_NF4,
         )  # fmt: skip
     if fmt.name == "nvfp4":
         return _nvfp4(b, x, w)
@@ -106,7 +109,7 @@ def integer_linear(b: Build, node: ir.Node) -> ir.Value:
         else:
             activations = w.spec.activations
             assert activations is not None
-            floats = dequantize(b, codes, scale, zero, Rows(activations, _rank(codes), w.columns))
+            floats = dequantize(b, codes, scale, zero, Rows(activations, _rank(codes), w.columns), packed=False)
         return _with_bias(b, product(b, floats, w), bias)
     # Both factors as unsigned around 128: products of signed and unsigned saturate on processors without VNNI.
     unsigned = b(
@@ -150,7 +153,7 @@ def round_input(b: Build, node: ir.Node) -> ir.Value:
         return _dequantized(b, _static_codes(b, x, scale, zero, spec), scale, zero)
     rows = Rows(spec, _rank(x), _columns(x))
     made, made_zero = dynamic_qparams(b, x, rows)
-    return dequantize(b, codes_of(b, x, made, made_zero, rows), made, made_zero, rows)
+    return dequantize(b, codes_of(b, x, made, made_zero, rows), made, made_zero, rows, packed=False)
 
 
 def _static_codes(b: Build, x: ir.Value, scale: ir.Value, zero: ir.Value | None, spec: QuantSpec) -> ir.Value:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from qpass.errors import QpassError
 from qpass.granularity import PerTensor
@@ -18,6 +19,9 @@ from qpass.packing import pack, unpack
 from qpass.spec import QuantSpec, parse_spec
 from qpass_export.lowering.build import Build
 from qpass_export.lowering.codes import float8_type
+
+#: The code of 0.0 in the table of NF4.
+_NF4_ZERO = 7
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def stored_weight(node: ir.Node, columns: int) -> StoredWeight:
     data = values[0]
     assert data is not None
     assert parts[0] is not None
-    name = str(_initializer(data).name).removesuffix("_data")
+    name = str(_initializer(data).name).removesuffix("_data") + _rows(data)
     quantized = Quantized(*parts)  # type: ignore[arg-type]
     return StoredWeight(name, parse_spec(node.attributes["spec"].as_string()), quantized, len(parts[0]), columns)
 
@@ -84,6 +88,15 @@ def _initializer(value: ir.Value) -> ir.Value:
     """The initializer that `value` is, or is rows of."""
     producer = value.producer()
     return _initializer(producer.inputs[0]) if producer is not None and producer.op_type == "Slice" else value  # type: ignore[arg-type]
+
+
+def _rows(value: ir.Value) -> str:
+    """What a slice of rows adds to the name of a weight: two parts of one are two weights in the file."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "Slice":
+        return ""
+    start, end = (int(_number(v)) for v in producer.inputs[1:3])  # type: ignore[arg-type]
+    return f"[{start}:{end}]"
 
 
 def constant_of(value: ir.Value) -> Tensor:
@@ -186,7 +199,7 @@ def block_inputs(b: Build, w: StoredWeight) -> Blocks:
         return (codes.to(torch.int16) + half).to(torch.uint8)
 
     def data() -> np.ndarray:
-        codes = torch.nn.functional.pad(unsigned(w.codes()), (0, count * size - w.columns), value=half)
+        codes = pad(unsigned(w.codes()), (0, count * size - w.columns), value=half)
         return (pack(codes, bits) if bits == 4 else codes).reshape(w.rows, count, -1).numpy()
 
     shape = (w.rows, count, size * bits // 8)
@@ -215,15 +228,17 @@ def _block_of(columns: int) -> int:
 
 
 def bnb_inputs(b: Build, w: StoredWeight) -> tuple[ir.Value, ir.Value]:
-    """Codes and scales of MatMulBnb4, flat; the first of two codes lies in the high half of a byte."""
+    """Codes and scales of MatMulBnb4, flat; the first of two codes lies in the high half of a byte. The operator counts blocks
+    through all rows: the last block of a row is filled with zeros."""
+    width = w.blocks * w.block_size
 
     def data() -> np.ndarray:
-        codes = unpack(w.parts.data, 4, w.columns)
+        codes = pad(unpack(w.parts.data, 4, w.columns), (0, width - w.columns), value=_NF4_ZERO)
         return (codes[:, 0::2] << 4 | codes[:, 1::2]).reshape(-1).numpy()
 
     flat = w.scales().contiguous().reshape(-1).numpy().astype(b.dtype.numpy())
     return (
-        b.constant(f"{w.name}.bnb", lazy((w.rows * w.columns // 2,), ir.DataType.UINT8, w.name, data)),
+        b.constant(f"{w.name}.bnb", lazy((w.rows * width // 2,), ir.DataType.UINT8, w.name, data)),
         b.constant(f"{w.name}.scale_flat", ir.Tensor(flat, name=f"{w.name}.scale_flat")),
     )
 
