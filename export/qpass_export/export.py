@@ -261,8 +261,6 @@ def _stored_in(program: ExportedProgram) -> list[tuple[str, str, QuantSpec]]:
         name = next((r.removesuffix("_data") for r in read if r.endswith("_data")), "the cache")
         weights = {"embedding": "embedding", "linear": "linear", "integer_linear": "linear", "experts": "linear"}
         kind = weights.get(operation, "kv")
-            operation, "kv"
-        )
         for spec in (parse_spec(a) for a in node.args if isinstance(a, str)):
             found[kind, name, spec] = None
     return list(found)

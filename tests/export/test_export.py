@@ -143,7 +143,6 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
             export_onnx(one_linear(), place, recipe="int8", inputs=torch.zeros(2, 96))
 
 
-@pytest.mark.parametrize("wrong", [False, True], ids=["exported", "refused"])
 def test_an_export_leaves_nothing_of_another_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_onnx(build("LlamaForCausalLM"), tmp_path, recipe="int8:g16")
     assert (tmp_path / "genai_config.json").exists()
@@ -194,6 +193,7 @@ def test_a_program_from_a_file_is_checked_and_told(spec: str, tmp_path: Path) ->
         export_onnx(program, tmp_path, "ort-cuda", "int8")
 
 
+@pytest.mark.parametrize("wrong", [False, True], ids=["exported", "refused"])
 def test_the_model_is_as_it_was(wrong: bool, tmp_path: Path) -> None:
     model = build("LlamaForCausalLM")
     own = model.forward = lambda *args, **kwargs: type(model).forward(model, *args, **kwargs)
