@@ -136,8 +136,8 @@ def export_onnx(
     sites = _sites(quantized, stored)
     goal.check((s.kind, s.name, parse_spec(s.format)) for s in sites if s.format is not None)
     traced = tuple(pytree.tree_leaves(quantized.example_inputs))
-    found, quantized = lift_state(found, with_whole_attention(quantized))
-    graph = translate(found, quantized, goal.opset_for(spec for _, _, spec in stored))
+    found, prepared = lift_state(found, with_whole_attention(quantized))
+    graph = translate(found, prepared, goal.opset_for(spec for _, _, spec in stored))
     lower(graph, goal, {s.name: s.kind for s in sites})
     simplify(graph, goal)
     name_sizes(graph, found)
@@ -146,9 +146,10 @@ def export_onnx(
     described = model if isinstance(model, nn.Module) else None
     genai = why_not(graph.graph.inputs, found.config, goal)
     nbytes = _write(graph, file, goal, original_module(described) if genai is None else None)
+    reference = prepared if found.state else quantized  # as it was before attention was read, if nothing was lifted
     example = (*traced, *found.state)
     names = tuple(str(value.name) for value in graph.graph.inputs)
-    return Exported(file, goal.name, sites, nbytes, hardware_of(goal), genai, names, quantized, example)
+    return Exported(file, goal.name, sites, nbytes, hardware_of(goal), genai, names, reference, example)
 
 
 def hardware_of(target: Target) -> str:
