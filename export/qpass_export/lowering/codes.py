@@ -84,7 +84,7 @@ def codes_of(b: Build, x: ir.Value, scale: ir.Value, zero: ir.Value | None, rows
     low, high = rows.spec.qrange
     kind = float8_type(rows.spec) if rows.spec.format.kind == "float8" else ir.DataType.INT8
     told = int(kind) if zero is None else None
-    codes = b("QuantizeLinear", x, scale, zero, axis=-1, block_size=rows.size, output_dtype=told)
+    codes = _blockwise(b, "QuantizeLinear", x, scale, zero, rows, output_dtype=told)
     # QuantizeLinear ends at -128 and 127: no value lies beyond its own scale's range by more than a rounding.
     return codes if rows.spec.format.bits == 8 else b("Clip", codes, np.array(low, np.int8), np.array(high, np.int8))
 
@@ -123,4 +123,25 @@ def dequantize(
     if rows.spec.format.bits == 4 and packed:
         data = unpack(b, data, rows.rank, rows.columns)
         zero = None if zero is None else unpack(b, zero, rows.rank, rows.blocks)
-    return b("DequantizeLinear", data, scale, zero, axis=-1, block_size=rows.size)
+    return _blockwise(b, "DequantizeLinear", data, scale, zero, rows)
+
+
+def _blockwise(
+    b: Build,
+    op_type: str,
+    x: ir.Value,
+    scale: ir.Value,
+    zero: ir.Value | None,
+    rows: Rows,
+    output_dtype: int | None = None,
+) -> ir.Value:
+    """(De)QuantizeLinear with a scale for each block of a row: as rows of one block each and a scale for each row, which
+    onnxruntime does five times as fast as its blocks; as blocks where the last of a row is short."""
+    if rows.columns % rows.size:
+        y: ir.Value = b(op_type, x, scale, zero, axis=-1, block_size=rows.size, output_dtype=output_dtype)
+        return y
+    flat, each = b("Reshape", x, np.array([-1, rows.size])), np.array([-1])
+    offset = None if zero is None else b("Reshape", zero, each)
+    y = b(op_type, flat, b("Reshape", scale, each), offset, axis=0, output_dtype=output_dtype)
+    done: ir.Value = b("Reshape", y, b("Shape", x))
+    return done
