@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import statistics
 import tempfile
 import time
@@ -42,6 +43,7 @@ from onnx_files import (
     untie,
 )
 from qpass_export import export_onnx, load
+from qpass_export.session import SESSION
 
 from qpass.recipe import Recipe, resolve_recipe
 
@@ -85,7 +87,9 @@ def files(model_folder: Path, folder: Path, threads: int) -> list[File]:
     for bits in (8, 4):
         for untied in (True, False) if tied else (False,):
             name = f"onnxruntime int{bits}" + (", tied as exported" if tied and not untied else "")
-            path = source.with_name(f"{bits}-{untied}.onnx")  # beside the options of `source`, which load() reads
+            path = folder / f"{bits}-{untied}" / source.name
+            path.parent.mkdir()
+            shutil.copy(source.with_name(SESSION), path.parent)  # the options of `source`, which load() reads
             quantized_by_onnxruntime(source, path, bits, untied)
             add(name, path)
     for i, (name, (recipe, bits)) in enumerate(_RECIPES.items()):
