@@ -181,8 +181,11 @@ def _decoder_example(model: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
     arguments = {name: given[name].to(device) for name in _DECODER_INPUTS if name in takes}
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    short = {name: t[:, :SEQUENCE] for name, t in arguments.items()}
-    _, layers = _call_with_cache(model.forward, short, DynamicCache())
+    # Without its head, whose weight would be copied: a product copies a weight of no memory.
+    body = getattr(model, "base_model", model)
+    known = inspect.signature(body.forward).parameters
+    short = {name: t[:, :SEQUENCE] for name, t in arguments.items() if name in known}
+    _, layers = _call_with_cache(body.forward, short, DynamicCache())
     other = [type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer or layer.keys is None]
     if other or not layers:
         raise QpassError(

@@ -40,6 +40,8 @@ from qpass_export.translate import translate, with_whole_attention
 
 #: Weights of more bytes lie in a file of their own beside the graph; protobuf ends at 2 GB.
 _INLINE = 64 << 20
+#: Of tensors that were made and are not written yet.
+_IN_FLIGHT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,7 @@ def _write(model: ir.Model, file: Path, target: Target, described: Any) -> int:
     try:
         weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
         data = f"{file.name}.data" if weights > _INLINE else None
-        ir.save(model, unfinished / file.name, external_data=data)
+        ir.save(model, unfinished / file.name, external_data=data, max_workers=1, max_in_flight_bytes=_IN_FLIGHT)
         write_session(unfinished, file.name, target)
         if described is not None:
             carry(described, unfinished, {})
