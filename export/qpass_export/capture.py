@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from qpass.errors import QpassError
-from qpass.graph.torch_private import as_plain_module
+from qpass.graph.torch_private import as_plain_module, shapes_only
 from qpass.qstate import QState
 from qpass.qtensor import QTensor
 
@@ -181,11 +181,12 @@ def _decoder_example(model: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
     arguments = {name: given[name].to(device) for name in _DECODER_INPUTS if name in takes}
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    # Without its head, whose weight would be copied: a product copies a weight of no memory.
-    body = getattr(model, "base_model", model)
-    known = inspect.signature(body.forward).parameters
-    short = {name: t[:, :SEQUENCE] for name, t in arguments.items() if name in known}
-    _, layers = _call_with_cache(body.forward, short, DynamicCache())
+    ids = {"input_ids": arguments["input_ids"]}
+    try:
+        with shapes_only():  # a real product copies a weight of no memory
+            _, layers = _call_with_cache(model.forward, ids, DynamicCache())
+    except RuntimeError:  # torch knows no shapes for some operations on float32, of experts for one
+        _, layers = _call_with_cache(model.forward, ids, DynamicCache())
     other = [type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer or layer.keys is None]
     if other or not layers:
         raise QpassError(
@@ -193,7 +194,7 @@ def _decoder_example(model: Any) -> tuple[dict[str, Tensor], list[Tensor]]:
             f"{', '.join(sorted(set(other))) or 'no cache'}; pass inputs={{'input_ids': ids}} to export it without a cache"
         )
     halves = [t for layer in layers for t in (layer.keys, layer.values)]
-    return arguments, [t.new_zeros((BATCH, t.shape[1], PAST, t.shape[3])) for t in halves]
+    return arguments, [torch.zeros((BATCH, t.shape[1], PAST, t.shape[3]), dtype=t.dtype, device=device) for t in halves]
 
 
 def _call_with_cache(forward: Any, arguments: Mapping[str, Tensor], cache: Any) -> tuple[Any, list[Any]]:

@@ -18,6 +18,7 @@ from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.external_utils import wrap_inline
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary
@@ -302,3 +303,8 @@ def original_module(compiled: Any) -> Any:
 def drop_input_guards(program: ExportedProgram) -> None:
     """Forget what torch.export found about sizes of arguments: the checks name arguments that are lists of parts now."""
     program._guards_code = []
+
+
+def shapes_only() -> AbstractContextManager[Any]:
+    """Within it operations give tensors without values, whatever they are given."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
