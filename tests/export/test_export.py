@@ -310,6 +310,8 @@ def test_peak_memory_of_a_large_export_is_below_1_3_times_the_file(tmp_path: Pat
         "from qpass_export import export_onnx\n"
         "sizes = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=6, num_attention_heads=16, vocab_size=32000)\n"
         "config = LlamaConfig(**sizes)\n"
+        "small = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)\n"
+        f"export_onnx(LlamaForCausalLM(small).eval(), {str(tmp_path / 'small')!r}, recipe='int8')  # what torch.onnx imports\n"
         "model = qpass.quantize(LlamaForCausalLM(config).eval(), 'int8', inner='eager')\n"
         "from qpass.memory import return_freed_heap; return_freed_heap()\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
