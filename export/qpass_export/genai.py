@@ -38,11 +38,7 @@ def write_genai(folder: Path, model: str, graph: ir.Graph, config: Any, generati
     shape = keys[0].shape
     assert shape is not None
     names = {str(value.name) for value in graph.inputs}
-    cache = {
-        f"{when}_{half}_names": f"{name}.%d.{half}"
-        for when, name in (("past", "past_key_values"),)
-        for half in ("key", "value")
-    }
+    cache = {f"past_{half}_names": f"past_key_values.%d.{half}" for half in ("key", "value")}
     present = {f"present_{half}_names": f"present.%d.{half}" for half in ("key", "value")}
     end = _first_known(generation, text, "eos_token_id")
     begin = _first_known(generation, text, "bos_token_id")

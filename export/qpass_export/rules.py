@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from qpass_export.targets import get_target
+from qpass_export.targets import CPU_BLOCKS, CUDA_BLOCKS, get_target
 
 _FOUR_BITS = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.FLOAT4E2M1}
 _FLOAT8 = {ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2}
@@ -136,8 +136,8 @@ def _four_bit_weights(node: ir.Node) -> Iterator[str]:
 
 
 _RULES: dict[str, tuple[Rule, ...]] = {
-    "ort-cpu": (_legal_types, _one_reader, _blocks(16, 256), _no_int8_zero_before_transpose),
-    "ort-cuda": (_legal_types, _one_reader, _blocks(16, 128), _no_quantized_inputs),
+    "ort-cpu": (_legal_types, _one_reader, _blocks(*CPU_BLOCKS), _no_int8_zero_before_transpose),
+    "ort-cuda": (_legal_types, _one_reader, _blocks(*CUDA_BLOCKS), _no_quantized_inputs),
     "tensorrt": (_legal_types, _only_onnx, _zero_points, _scales, _last_axes, _four_bit_weights),
 }
 

@@ -67,6 +67,9 @@ class Target:
                     )
 
 
+#: Smallest and largest block that onnxruntime's kernels for MatMulNBits have.
+CPU_BLOCKS, CUDA_BLOCKS = (16, 256), (16, 128)
+
 _FP4 = {"fp4_e2m1", "mxfp4", "nvfp4"}
 
 
@@ -98,7 +101,7 @@ def _ort_cpu_linear(spec: QuantSpec) -> Refusal | None:
             "MatMulNBits has float zero points for four bits only", _with_group(spec, 32).replace("zero=float", "asym")
         )
     if spec.format.kind == "uniform" and isinstance(spec.granularity, PerGroup):
-        return _blocks(spec, 16, 256)
+        return _blocks(spec, *CPU_BLOCKS)
     if spec.format.name == "nf4" and not _power_of_two(spec.group_size):
         return Refusal(f"groups of {spec.group_size}: MatMulBnb4 has blocks of powers of two", "nf4:g64")
     return None
@@ -135,7 +138,7 @@ def _ort_cuda_linear(spec: QuantSpec) -> Refusal | None:
             "MatMulNBits has float zero points for four bits only", _with_group(spec, 32).replace("zero=float", "asym")
         )
     if spec.format.kind == "uniform":
-        return _blocks(spec, 16, 128)
+        return _blocks(spec, *CUDA_BLOCKS)
     return None
 
 

@@ -162,9 +162,5 @@ def test_products_are_fused(spec: str, tmp_path: Path) -> None:
 
 
 def test_a_product_that_is_not_fused_is_found(tmp_path: Path) -> None:
-    nodes = [_dq("w", "f", axis=1, block_size=32), helper.make_node("Transpose", ["f"], ["t"]), _mm("t")]
-    path = _save(nodes, {"w": W8.T, "s": _scales(8, 2)}, tmp_path / "m.onnx")
-    direct = [_dq("w", "f", axis=0, block_size=8), _mm("f")]
-    small = _save(direct, {"w": _int4(), "s": _scales(8, 8)}, tmp_path / "n.onnx")
-    assert violations(path, "ort-cpu") == [] or unfused(path) is not None
-    assert unfused(small)
+    nodes = [_dq("w", "f", axis=0, block_size=8), _mm("f")]
+    assert unfused(_save(nodes, {"w": _int4(), "s": _scales(8, 8)}, tmp_path / "m.onnx"))

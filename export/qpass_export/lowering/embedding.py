@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 
 from qpass.granularity import PerGroup
-from qpass.packing import unpack
+from qpass.packing import pack, packed_length
 from qpass_export.lowering.build import Build
 from qpass_export.lowering.codes import Rows
 from qpass_export.lowering.codes import unpack as unpack_rows
@@ -72,13 +72,9 @@ def _table(b: Build, w: StoredWeight, part: str, array: np.ndarray) -> ir.Value:
 def _packed(b: Build, w: StoredWeight) -> ir.Value:
     """Two codes a byte: ONNX has no Gather of four-bit types."""
 
-    def data() -> np.ndarray:
-        codes = (w.codes() + 8).to(torch.uint8)
-        codes = torch.nn.functional.pad(codes, (0, w.columns % 2))
-        return (codes[:, 0::2] | codes[:, 1::2] << 4).numpy()
-
-    shape = (w.rows, -(-w.columns // 2))
-    return b.constant(f"{w.name}.packed", lazy(shape, _UINT8, w.name, data))
+    shape = (w.rows, packed_length(w.columns, 4))
+    make = lambda: pack((w.codes() + 8).to(torch.uint8), 4).numpy()  # noqa: E731  evaluated when it is written
+    return b.constant(f"{w.name}.packed", lazy(shape, _UINT8, w.name, make))
 
 
 def _from_float8(b: Build, ids: ir.Value, w: StoredWeight, rank: int) -> ir.Value:
@@ -119,11 +115,7 @@ def _from_codebook(b: Build, ids: ir.Value, w: StoredWeight, rank: int) -> ir.Va
     """Indices into the table of values, two a byte."""
     book = np.array(w.spec.format.codebook, b.dtype.numpy())
 
-    def data() -> np.ndarray:
-        codes = torch.nn.functional.pad(unpack(w.parts.data, 4, w.columns), (0, w.columns % 2))
-        return (codes[:, 0::2] | codes[:, 1::2] << 4).numpy()
-
-    table = b.constant(f"{w.name}.packed", lazy((w.rows, -(-w.columns // 2)), _UINT8, w.name, data))
+    table = b.constant(f"{w.name}.packed", ir.tensor(w.parts.data, name=f"{w.name}.packed"))
     signed = unpack_rows(b, b("Gather", table, ids, axis=0), rank, w.columns)
     indices = b("Cast", b("Add", signed, np.array(8, np.int8)), to=int(ir.DataType.INT32))
     rows = Rows(w.spec, rank, w.columns)
