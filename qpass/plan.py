@@ -6,7 +6,6 @@ quantized there, so their bytes are those that quantizing gives.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +16,16 @@ from torch import Tensor, nn
 
 from qpass.backend import QPass
 from qpass.errors import QpassError
-from qpass.graph.whole import trace_whole
+from qpass.graph.whole import WholeGraph, trace_whole
 from qpass.numerics import Quantized
 from qpass.printing import printed
 from qpass.recipe import Recipe, SpecLike, kv_specs
 from qpass.sites.group import WeightGroup, each_once, group_weights
+from qpass.skeleton import call_inputs, on_meta, read_config
 from qpass.spec import QuantSpec
 from qpass.weights import as_rows, concat_rows
 
+RecipeLike = str | Path | Recipe | Mapping[str, Any]
 #: Tokens of the traced call.
 _TOKENS = 8
 
@@ -32,7 +33,7 @@ _TOKENS = 8
 @dataclass(frozen=True)
 class MemoryRow:
     """The tensors of one kind in one format. `float_bytes`: in the dtype of the model; `nominal_bytes`: bits a number;
-    `bytes`: with scales, zero points and padding."""
+    `bytes`: with scales, zero points and padding; `step_bytes`: those of them that a decode step reads."""
 
     kind: str
     format: str
@@ -40,6 +41,7 @@ class MemoryRow:
     float_bytes: int
     nominal_bytes: int
     bytes: int
+    step_bytes: int
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,58 @@ class MemoryPlan:
         return printed(self)
 
 
-@torch.no_grad()
+class Planner:
+    """A model traced once, to be planned under several recipes. The arguments are those of `plan_memory`."""
+
+    def __init__(
+        self,
+        config: Any,
+        context: int = 0,
+        batch: int = 1,
+        dtype: torch.dtype | None = None,
+        inputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if context < 0 or batch < 1:
+            raise QpassError(f"qpass.plan_memory: context={context}, batch={batch}: at least 0 tokens and 1 sequence")
+        self.context, self.batch, self.inputs = context, batch, inputs
+        self.model = config if isinstance(config, nn.Module) else on_meta(read_config(config), dtype)
+        given = call_inputs(self.model, 1, _TOKENS, inputs)
+        self._whole = trace_whole(self.model, (), {**given, "use_cache": False})
+        if self._whole is None:
+            raise QpassError(
+                f"qpass.plan_memory: {type(self.model).__name__} cannot be traced on {sorted(given)}; "
+                "give inputs=..., the arguments of a call"
+            )
+
+    @torch.no_grad()
+    def plan(self, recipe: RecipeLike = "int8", kv: SpecLike = None) -> MemoryPlan:
+        """The bytes under a recipe. `kv`: the format of the cache, if the recipe gives none."""
+        backend = QPass(recipe)
+        halves = backend.recipe.kv_specs or kv_specs(None, None, kv, "qpass.plan_memory")
+        assert self._whole is not None
+        rows = _weights(self.model, self._whole, backend, self.batch)
+        notes: list[str] = []
+        if backend.recipe.bits is not None:
+            notes.append(
+                f"with data the weights get {backend.recipe.bits} bits on average; the table is of the formats before that"
+            )
+        if self.context:
+            try:
+                rows.append(self.cache(halves))
+            except QpassError as error:
+                notes.append(f"no cache in it: {error}")
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return MemoryPlan(tuple(rows), parameters, self.context, self.batch, tuple(notes))
+
+    @torch.no_grad()
+    def cache(self, halves: tuple[QuantSpec | None, QuantSpec | None]) -> MemoryRow:
+        """The KV cache with these formats of K and V; None for a float one. Raises `QpassError` for a model without one."""
+        return _cache(self.model, halves, self.context, call_inputs(self.model, self.batch, self.context, self.inputs))
+
+
 def plan_memory(
     config: Any,
-    recipe: str | Path | Recipe | Mapping[str, Any] = "int8",
+    recipe: RecipeLike = "int8",
     *,
     context: int = 0,
     batch: int = 1,
@@ -106,111 +156,47 @@ def plan_memory(
 ) -> MemoryPlan:
     """Bytes of every kind of site under `recipe`, in float, nominal and with scales. Nothing is loaded.
 
-    `config`: a transformers config, a config.json or its folder, a mapping of its fields, or a module (on the meta device
-    or not). `context`, `batch`: tokens that the KV cache has room for in each of so many sequences. `kv`: the format of the
-    cache, if the recipe gives none. `dtype`: of float weights and cache, unless given the config's, or bfloat16.
-    `inputs`: arguments of a call, for a model that takes more or other than token ids.
+    `config`: a transformers config, a config.json or its folder, a mapping of its fields, a name in `qpass.skeleton.SIZES`
+    ("70b"), or a module (on the meta device or not). `context`, `batch`: tokens that the KV cache has room for in each of so
+    many sequences. `kv`: the format of the cache, if the recipe gives none. `dtype`: of float weights and cache, unless given
+    the config's, or bfloat16. `inputs`: arguments of a call, for a model that takes more or other than token ids.
     Not in it: activations. Raises `QpassError` for a config that transformers has no model for, or that cannot be traced.
     """
-    if context < 0 or batch < 1:
-        raise QpassError(f"qpass.plan_memory: context={context}, batch={batch}: at least 0 tokens and 1 sequence")
-    model = config if isinstance(config, nn.Module) else _on_meta(_read_config(config), dtype)
-    backend = QPass(recipe)
-    halves = backend.recipe.kv_specs or kv_specs(None, None, kv, "qpass.plan_memory")
-    rows = _weights(model, backend, _inputs(model, 1, _TOKENS, inputs))
-    notes: list[str] = []
-    if backend.recipe.bits is not None:
-        notes.append(
-            f"with data the weights get {backend.recipe.bits} bits on average; the table is of the formats before that"
-        )
-    if context:
-        try:
-            rows.append(_cache(model, halves, context, _inputs(model, batch, context, inputs)))
-        except QpassError as error:
-            notes.append(f"no cache in it: {error}")
-    return MemoryPlan(tuple(rows), sum(p.numel() for p in model.parameters()), context, batch, tuple(notes))
+    return Planner(config, context, batch, dtype, inputs).plan(recipe, kv)
 
 
 def _sum(kind: str, format: str, rows: Iterable[MemoryRow]) -> MemoryRow:
-    columns = ("tensors", "float_bytes", "nominal_bytes", "bytes")
+    columns = ("tensors", "float_bytes", "nominal_bytes", "bytes", "step_bytes")
     members = list(rows)
     return MemoryRow(kind, format, *(sum(getattr(row, c) for row in members) for c in columns))
 
 
-def _read_config(config: Any) -> Any:
-    from transformers import AutoConfig
-
-    if not isinstance(config, str | Path | Mapping):
-        return config
-    if isinstance(config, Mapping):
-        fields = dict(config)
-    else:
-        path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
-        if not path.is_file():
-            raise QpassError(f"qpass.plan_memory: {path} does not exist; give a config.json, its folder, or a config")
-        fields = json.loads(path.read_text())
-    kind = fields.pop("model_type", None)
-    if kind is None:
-        raise QpassError(
-            "qpass.plan_memory: the config names no model_type, so there is no telling which model it is of"
-        )
-    try:
-        return AutoConfig.for_model(kind, **fields)
-    except ValueError as error:
-        raise QpassError(f"qpass.plan_memory: this version of transformers has no {kind!r}: {error}") from None
-
-
-def _on_meta(config: Any, dtype: torch.dtype | None) -> nn.Module:
-    """The model of a config without weights: with a head for language if there is such a class, else as a bare model."""
-    import transformers as t
-
-    dtype = dtype or getattr(config, "dtype", None) or torch.bfloat16
-    named = [getattr(t, name) for name in getattr(config, "architectures", None) or () if hasattr(t, name)]
-    heads = (
-        (t.AutoModelForSeq2SeqLM,) if config.is_encoder_decoder else (t.AutoModelForCausalLM, t.AutoModelForMaskedLM)
-    )
-    autos = [auto for auto in (*heads, t.AutoModel) if type(config) in auto._model_mapping]
-    with torch.device("meta"):
-        if named:
-            model: nn.Module = named[0]._from_config(config, dtype=dtype)
-        elif autos:
-            model = autos[0].from_config(config, dtype=dtype)
-        else:
-            raise QpassError(f"qpass.plan_memory: transformers has no model for a {type(config).__name__}")
-    return model.eval()
-
-
-def _inputs(model: nn.Module, batch: int, tokens: int, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of a call on the device of the model."""
-    device = next(model.parameters()).device
-    if given is not None:
-        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()}
-    ids = torch.zeros((batch, tokens), dtype=torch.long, device=device)
-    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return {"input_ids": ids, "decoder_input_ids": ids[:, :1]} if two else {"input_ids": ids}
-
-
-def _weights(model: nn.Module, backend: QPass, inputs: Mapping[str, Any]) -> list[MemoryRow]:
-    whole = trace_whole(model, (), {**inputs, "use_cache": False})
-    if whole is None:
-        raise QpassError(
-            f"qpass.plan_memory: {type(model).__name__} cannot be traced on {sorted(inputs)}; "
-            "give inputs=..., the arguments of a call"
-        )
+def _weights(model: nn.Module, whole: WholeGraph, backend: QPass, batch: int) -> list[MemoryRow]:
     plan = backend.plan_parameters(whole.graph, whole.parameters, whole.names)
     by_name = {node.name: p for node, p in whole.parameters.items()}
     groups = [(g, [by_name[name] for name in g.weights]) for g, _ in group_weights(plan, whole.parameters)]
-    kinds = {m.weight.name: m.site.kind for m in plan.matches if m.weight is not None}
+    sites = {m.weight.name: m.site for m in plan.matches if m.weight is not None}
     taken: set[int] = set()
-    rows = [_row(kinds[g.weights[0]], g, params) for g, params in each_once(groups, taken, key=id)]
+    rows = []
+    for group, params in each_once(groups, taken, key=id):
+        site = sites[group.weights[0]]
+        read = 0.0 if site.roles == ("embedding",) else _share_of_experts(model, params[0], batch)
+        rows.append(_row(site.kind, group, params, read))
     others = [p.nbytes for p in model.parameters() if id(p) not in taken]
     if others:
-        rows.append(MemoryRow("other", "float", len(others), *[sum(others)] * 3))
+        rows.append(MemoryRow("other", "float", len(others), *[sum(others)] * 4))
     keys = dict.fromkeys((row.kind, row.format) for row in rows)
     return [_sum(*key, [row for row in rows if (row.kind, row.format) == key]) for key in keys]
 
 
-def _row(kind: str, group: WeightGroup, params: Sequence[Tensor]) -> MemoryRow:
+def _share_of_experts(model: nn.Module, weight: Tensor, batch: int) -> float:
+    """The share of a weight that a step of `batch` tokens reads: of experts those that are chosen, if evenly."""
+    experts = weight.shape[0] if weight.dim() == 3 else 1
+    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 1
+    return 1.0 if experts <= chosen else 1 - (1 - chosen / experts) ** batch
+
+
+def _row(kind: str, group: WeightGroup, params: Sequence[Tensor], read: float) -> MemoryRow:
     like = [as_rows(torch.empty_like(p, device="meta"), t) for p, t in zip(params, group.transposed, strict=True)]
     stored = []
     for rows in like:
@@ -220,7 +206,7 @@ def _row(kind: str, group: WeightGroup, params: Sequence[Tensor]) -> MemoryRow:
         stored.append(Quantized(*slots))
     parts = stored[0] if len(stored) == 1 else concat_rows(stored, [len(rows) for rows in like])
     plain, nominal = sum(p.nbytes for p in params), sum(p.numel() * group.spec.format.bits // 8 for p in params)
-    return MemoryRow(kind, str(group.spec), len(params), plain, nominal, parts.nbytes)
+    return MemoryRow(kind, str(group.spec), len(params), plain, nominal, parts.nbytes, round(parts.nbytes * read))
 
 
 def _cache(
@@ -251,4 +237,4 @@ def _cache(
     nominal = plain if in_float else sum(half.elements * half.bits // 8 for half in kept)
     stored = plain if in_float else sum(layer.nbytes for layer in layers if isinstance(layer, Stored))
     text = "float" if in_float else str(k) if k == v else f"k={k}, v={v}"
-    return MemoryRow("kv", text, len(kept), plain, nominal, stored)
+    return MemoryRow("kv", text, len(kept), plain, nominal, stored, stored)
