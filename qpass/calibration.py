@@ -31,6 +31,7 @@ from qpass.module_state import OwnState
 from qpass.passes import parameter_nodes
 from qpass.replay import BUDGET, Key, Program, Run, tokens_of
 from qpass.sites.core import Plan
+from qpass.texts import check_text, tokenized
 from qpass.weights import memory_of
 
 #: Token ids [B, S], or the arguments of a call by name.
@@ -39,8 +40,6 @@ Batch = Tensor | Mapping[str, Any]
 Data = Iterable[Any] | Tensor | np.ndarray | str | Path
 #: Of a text: tokens of a window, windows that are used, and of token ids: rows of a batch.
 WINDOW, WINDOWS, ROWS = 1024, 32, 4
-#: What separates the documents of a text file.
-_END = "<|endoftext|>"
 
 
 def batches_of(data: Data, model: nn.Module) -> Iterable[Batch]:
@@ -74,11 +73,8 @@ def _windows(files: Sequence[str | Path], model: nn.Module) -> list[Tensor]:
     from transformers import AutoTokenizer
 
     name = getattr(getattr(model, "config", None), "name_or_path", "")
-    texts = []
     for file in files:
-        if not Path(file).is_file():
-            raise QpassError(f"calibration: {file} is no file; give a text file, token ids, or batches")
-        texts += Path(file).read_text().split(f"{_END}\n")
+        check_text(file)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -86,9 +82,7 @@ def _windows(files: Sequence[str | Path], model: nn.Module) -> list[Tensor]:
             f"calibration: no tokenizer beside the model ({name or 'it has no name_or_path'}); give token ids"
         ) from error
     most = min(WINDOW, getattr(model.config, "max_position_embeddings", None) or WINDOW)
-    rows = [
-        tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0] for text in texts if text.strip()
-    ]
+    rows = [row for file in files for row in tokenized(file, tokenizer)]
     windows = [row[i : i + most] for row in rows for i in range(0, len(row) - most + 1, most)]
     if not windows:
         raise QpassError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,8 @@ CALIBRATED: dict[str, Recipe] = {
 
 
 def resolve_recipe(recipe: str | Path | Recipe | Mapping[str, Any], calibrated: bool = False) -> Recipe:
-    """A Recipe from what a user gives: a preset name, one spec for every weight, a mapping, a YAML file, or a Recipe.
+    """A Recipe from what a user gives: a preset name, one spec for every weight, a mapping, a YAML file, or a Recipe. A name or
+    spec may be followed by changes: "int4+kv=int8", "int8+vocab=int4:g32+ffn=float".
 
     `calibrated`: there are data. Raises `QpassError` with the nearest name for what is none of these.
     """
@@ -182,16 +183,37 @@ def resolve_recipe(recipe: str | Path | Recipe | Mapping[str, Any], calibrated: 
     if isinstance(recipe, Mapping):
         return _from_mapping(recipe, "recipe")
     text = str(recipe)
-    if text in PRESETS:
-        return CALIBRATED.get(text, PRESETS[text]) if calibrated else PRESETS[text]
     if text.endswith((".yaml", ".yml")):
         if not Path(text).is_file():
             raise QpassError(f"recipe file {text} does not exist")
         return Recipe.from_yaml(text)
+    name, *changes = text.split("+")
+    return _changed(_named(name, calibrated), changes)
+
+
+def _named(text: str, calibrated: bool) -> Recipe:
+    if text in PRESETS:
+        return CALIBRATED.get(text, PRESETS[text]) if calibrated else PRESETS[text]
     name = text.partition("@")[0].split(":")[0]
     if name not in FORMATS:
         raise QpassError(f"unknown recipe {text!r}: {nearest(name, {*PRESETS, *FORMATS})}")
     return Recipe.uniform(text)
+
+
+def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """With "<site>=<spec>" for each change; "float" for none."""
+    known = (*WEIGHT_KINDS, "kv", "k", "v")
+    sites: dict[str, SpecLike] = {}
+    for change in changes:
+        site, _, spec = change.partition("=")
+        if site not in known or not spec:
+            raise QpassError(
+                f"recipe: {change!r} is no change; write +<site>=<spec>, as in int4+kv=int8. {nearest(site, known)}"
+            )
+        sites[site] = None if spec == "float" else spec
+    if "kv" in sites:
+        sites = {"k": None, "v": None} | sites
+    return replace(recipe, **sites)
 
 
 def _from_mapping(content: Mapping[str, Any], where: str) -> Recipe:

@@ -67,7 +67,7 @@ def quantize_checkpoint(
     try:
         unfinished.begin(
             {
-                "source": _identity(source),
+                "source": identity_of(source),
                 "recipe": json.dumps(backend.recipe.to_dict(), sort_keys=True),
                 "calibration": data,
                 "versions": f"qpass {version('qpass-torch')}, torch {torch.__version__}",
@@ -244,7 +244,7 @@ def _mapped(source: Path) -> nn.Module:
     return whole
 
 
-def _identity(source: Path) -> str:
+def identity_of(source: Path) -> str:
     """Changes when the checkpoint does: names, sizes and times of its files, their headers, its config."""
     digest = hashlib.sha256((source / "config.json").read_bytes())
     for path in sorted((*source.glob("*.safetensors"), *source.glob("*.bin"))):

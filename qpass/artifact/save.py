@@ -162,12 +162,25 @@ def write_safetensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Tensors one by one, with no copy of them all (safetensors.torch.save_file wants one of what shares memory); -> SHA-256 of
-    each. The format: length of the header, 8 bytes; the header, JSON; the tensors (github.com/huggingface/safetensors)."""
+    each."""
+    return stream_safetensors(tensors, tensors.__getitem__, path, metadata)
+
+
+def stream_safetensors(
+    described: Mapping[str, Tensor],
+    tensor_of: Callable[[str], Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """`write_safetensors` of tensors that are made when their turn comes; `described`: type and shape of each, on any device.
+
+    The format: length of the header, 8 bytes; the header, JSON; the tensors (github.com/huggingface/safetensors).
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so each is aligned
+    order = sorted(described, key=lambda name: (-described[name].dtype.itemsize, name))  # so each is aligned
     for name in order:
-        tensor = tensors[name]
+        tensor = described[name]
         if tensor.dtype not in _DTYPES:
             raise QpassError(f"qpass.save: {name} is {tensor.dtype}, which safetensors does not hold")
         header[name] = {
@@ -182,7 +195,7 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            content = bytes_of(tensors[name])
+            content = bytes_of(tensor_of(name))
             hashes[name] = hashlib.sha256(content).hexdigest()
             file.write(content)
     return hashes
