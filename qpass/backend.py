@@ -22,7 +22,7 @@ import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.calibration import Recording, Seen
 from qpass.calling import Arguments, Lookup, run_as_inference
 from qpass.decisions import Decisions
-from qpass.errors import QpassError, nearest
+from qpass.errors import Breach, QpassError, nearest
 from qpass.graph.expand import expand
 from qpass.graph.torch_private import (
     captured_code,
@@ -358,9 +358,7 @@ class QPass:
         unexpected = [s for s in plan.skipped if not s.expected]
         if self.strict and unexpected:
             lines = "\n".join(f"  {s.site.kind} {s.site.name}: {s.reason}" for s in unexpected)
-            raise QpassError(
-                f"{unexpected[0].site.name}: stays in float ({len(unexpected)} sites, strict=True)\n{lines}"
-            )
+            raise Breach(f"{unexpected[0].site.name}: stays in float ({len(unexpected)} sites, strict=True)\n{lines}")
         names = [s.name for s in (*plan.specs, *(skip.site for skip in plan.skipped))]
         for glob, _ in self.recipe.overrides:
             if not fragment and not any(fnmatchcase(name, glob) for name in names):

@@ -57,7 +57,7 @@ class Comparison:
         best = self.frontier
         for row in self.rows:
             table.add_row(*_cells(row), "*" if row in best else "")
-        lines = [f"{self.model}, {self.data}", table]
+        lines: list[Any] = [f"{self.model}, {self.data}", table]
         if best:
             lines.append("* none of the others is smaller and loses less; KL with its 95 % interval over the windows")
         return Group(*lines, *_plot(self.rows, best))

@@ -1,4 +1,4 @@
-"""The one exception that qpass raises for input it cannot work with."""
+"""What qpass raises for input that it cannot work with, and for limits that do not hold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class QpassError(Exception):
     """Something in the input cannot be quantized as asked; the first line says what, where and what to do."""
+
+
+class Breach(QpassError):
+    """A limit that was set does not hold: all is well formed, and the answer is no."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -51,8 +51,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one recipe gave. `bytes`: of all weights as stored; `cache_bytes`: of the KV cache, a token, None where not timed; `peak_rss`: of the
-    process until it had quantized and decoded, in bytes; rates in tokens a second, None where not timed; `seconds`: of all."""
+    """What one recipe gave. `bytes`: of all weights as stored; `peak_rss`: bytes of the process until it had quantized and decoded;
+    `cache_bytes`: of the KV cache, a token; rates in tokens a second; None where not timed; `seconds`: of all of it."""
 
     recipe: str
     bytes: int

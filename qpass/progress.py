@@ -1,37 +1,69 @@
-"""A progress bar for work that takes longer than a moment, on stderr, in terminals and notebooks alike."""
+"""Progress of work that takes longer than a moment: on stderr, in terminals and notebooks; anywhere else it is quiet."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 T = TypeVar("T")
-#: Seconds before a bar is shown: short work stays quiet.
+#: Seconds before anything is shown: short work stays quiet.
 PATIENCE = 1.0
 
 
 def track(items: Iterable[T], label: str) -> Iterator[T]:
-    """Yield `items`; after a second, show how far it is. In a log file (no terminal) one line at the end says how long."""
-    from rich.console import Console
-    from rich.progress import Progress
+    """Yield `items`; after a moment show how many are done, how many a second, and the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     total = len(items) if isinstance(items, Sized) else None
-    start = time.monotonic()
-    console = Console(file=sys.stderr)
-    bar = Progress(console=console, transient=True)
-    task, shown = bar.add_task(label, total=total), False
-    try:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    bar = Progress(TextColumn("{task.description}"), *columns, console=_console(), transient=True)
+    task = bar.add_task(label, total=total, rate="")
+    with _after_a_moment(bar.start, bar.stop):
         for item in items:
             yield item
             bar.advance(task)
-            if not shown and time.monotonic() - start > PATIENCE and (console.is_terminal or console.is_jupyter):
-                bar.start()
-                shown = True
+            speed = bar.tasks[0].speed
+            bar.update(task, rate="" if not speed else f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+@contextmanager
+def working(label: str) -> Iterator[None]:
+    """Say, after a moment, that something is going on whose end is not known."""
+    status = _console().status(label)
+    with _after_a_moment(status.start, status.stop):
+        yield
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(file=sys.stderr)
+
+
+@contextmanager
+def _after_a_moment(start: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
+    """Start a display once PATIENCE is over, if the work still goes on then and somebody looks; stop it at the end."""
+    console = _console()
+    if not (console.is_terminal or console.is_jupyter):
+        yield
+        return
+    lock, over = threading.Lock(), False
+
+    def show() -> None:
+        with lock:
+            if not over:
+                start()
+
+    timer = threading.Timer(PATIENCE, show)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
     finally:
-        if shown:
-            bar.stop()
-    seconds = time.monotonic() - start
-    if seconds > PATIENCE and not shown:
-        print(f"{label}: done in {seconds:.1f} s", file=sys.stderr)
+        timer.cancel()
+        with lock:
+            over = True
+        stop()

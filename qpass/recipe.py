@@ -203,7 +203,7 @@ def _named(text: str, calibrated: bool) -> Recipe:
 def _changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     """With "<site>=<spec>" for each change; "float" for none."""
     known = (*WEIGHT_KINDS, "kv", "k", "v")
-    sites: dict[str, SpecLike] = {}
+    sites: dict[str, Any] = {}
     for change in changes:
         site, _, spec = change.partition("=")
         if site not in known or not spec:

@@ -39,20 +39,18 @@ def read_config(config: Any) -> Any:
     fields.pop("quantization_config", None)  # of an artifact: the plan is of its float model
     kind = fields.pop("model_type", None)
     if kind is None:
-        raise QpassError(
-            "qpass.plan_memory: the config names no model_type, so there is no telling which model it is of"
-        )
+        raise QpassError("the config names no model_type, so there is no telling which model it is of")
     try:
         return AutoConfig.for_model(kind, **fields)
     except ValueError as error:
-        raise QpassError(f"qpass.plan_memory: this version of transformers has no {kind!r}: {error}") from None
+        raise QpassError(f"this version of transformers has no {kind!r}: {error}") from None
 
 
 def _from_file(given: Path) -> dict[str, Any]:
     path = given / "config.json" if given.is_dir() else given
     if not path.is_file():
         hint = f"give a config.json, its folder, or a size. {nearest(str(given), SIZES)}"
-        raise QpassError(f"qpass.plan_memory: {path} does not exist; {hint}")
+        raise QpassError(f"{path} does not exist; {hint}")
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:
@@ -78,7 +76,7 @@ def on_meta(config: Any, dtype: torch.dtype | None) -> nn.Module:
         elif autos:
             model = autos[0].from_config(config, dtype=dtype)
         else:
-            raise QpassError(f"qpass.plan_memory: transformers has no model for a {type(config).__name__}")
+            raise QpassError(f"transformers has no model for a {type(config).__name__}")
     return model.eval()
 
 

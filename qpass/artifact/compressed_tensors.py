@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class Written:
 
     quantized: dict[str, str]
     floats: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return asdict(self)
 
     def __str__(self) -> str:
         lines = [f"{len(self.quantized)} linears quantized"]

@@ -1,0 +1,4 @@
+"""The command `qpass`."""
+
+from qpass.cli import look, make, measure, write  # noqa: F401  they add their commands
+from qpass.cli.app import main as main

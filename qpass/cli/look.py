@@ -1,0 +1,139 @@
+"""Commands that look: at what a model would take, at recipes and machines, at sites and graphs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qpass.cli.app import Json, Page, RecipeOption, Source, app, show, write_page
+from qpass.cli.extensions import extension
+from qpass.errors import Breach, QpassError
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="config.json, folder of a model, or a size: 8b, 70b, 70b-gqa")],
+    recipe: Annotated[str, typer.Option(help="Preset, spec or YAML file, perhaps with changes: int4+kv=int8")] = "int8",
+    context: Annotated[int, typer.Option(help="Tokens that the KV cache has room for", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Sequences", min=1)] = 1,
+    kv: Annotated[str | None, typer.Option(help="Format of the KV cache, if the recipe gives none")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Say whether it fits: 80GB, 24GiB")] = None,
+    device: Annotated[
+        list[str] | None, typer.Option(help="Devices of the decode floor, by name; all that are known")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the float model: float32, bfloat16, float16")] = None,
+    as_json: Json = False,
+) -> None:
+    """Bytes of every kind of site, whether it fits, what a smaller format saves, how fast a step can be. Nothing is loaded."""
+    import torch
+
+    from qpass.outlook import named_devices, outlook, parse_bytes
+    from qpass.plan import Planner
+    from qpass.progress import working
+
+    memory = None if gpu_memory is None else parse_bytes(gpu_memory)
+    devices = named_devices(device or ())
+    floats = getattr(torch, dtype, None) if dtype else None
+    if dtype and not (isinstance(floats, torch.dtype) and floats.is_floating_point):
+        raise QpassError(f"--dtype {dtype}: no float type of torch; write float32, bfloat16 or float16")
+    with working("tracing the model without weights"):
+        found = outlook(Planner(model, context, batch, floats), recipe, kv, memory, devices)
+    show(found, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine offers, what qpass uses of it, and why."""
+    import qpass
+
+    show(qpass.doctor(), as_json)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """Each preset, and what it is with calibration data: formats of the sites, stored bits per element in rows of 4096."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from qpass.recipe import CALIBRATED, PRESETS, WEIGHT_KINDS
+
+    rows = PRESETS | {f"{name}, with data": recipe for name, recipe in CALIBRATED.items()}
+    if as_json:
+        print(json.dumps({name: recipe.to_dict() for name, recipe in rows.items()}, indent=1))
+        return
+    table = Table("preset", box=None)
+    for kind in (*WEIGHT_KINDS, "kv", "bits given out"):
+        table.add_column(kind, overflow="fold")
+    for name, recipe in rows.items():
+        specs = [getattr(recipe, kind) for kind in (*WEIGHT_KINDS, "k")]
+        cells = ("float" if s is None else f"{s} ({s.effective_bits(4096):.2f})" for s in specs)
+        table.add_row(name, *cells, "" if recipe.bits is None else f"{recipe.bits} on average")
+    Console().print(table)
+
+
+@app.command()
+def report(model: Source, recipe: RecipeOption = None, output: Page = None, as_json: Json = False) -> None:
+    """Every site of a model: format, bytes, SQNR, ranges seen in calibration, or why it stays in float."""
+    import qpass
+
+    found = qpass.report(_captured(model, recipe))
+    if output is not None:
+        write_page(found, output)
+    else:
+        show(found, as_json)
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a model or an artifact, or an ONNX file")],
+    b: Annotated[Path | None, typer.Argument(metavar="[B]", help="Another, that A is compared with")] = None,
+    recipe: RecipeOption = None,
+    output: Page = None,
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit with 1 if they differ, 0 if not, as git does")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Graphs side by side: of A before and after quantizing, of two models or artifacts, or of two ONNX files.
+
+    A alone, or a float model A with --recipe: before and after. A and B: what B computes against what A does.
+    """
+    import qpass
+
+    if b is None:
+        found = qpass.diff(_captured(a, recipe))
+    elif a.suffix == ".onnx" or b.suffix == ".onnx":
+        if recipe is not None:
+            raise QpassError("--recipe is of models, not of ONNX files")
+        found = extension("qpass.diffs", "onnx")(a, b)
+    else:
+        found = qpass.diff(*(_side(side, recipe) for side in (a, b)))
+    if output is not None:
+        write_page(found, output)
+    else:
+        show(found, as_json)
+    if exit_code and not found.same:
+        raise Breach(f"{a} and {b or recipe or 'int8'}: the graphs differ")
+
+
+def _captured(source: Path, recipe: str | None) -> Any:
+    """The model quantized, after a call: reports and diffs are of graphs that were really captured."""
+    from qpass.folders import load_quantized
+    from qpass.progress import working
+
+    model = load_quantized(source, recipe)
+    with working("capturing the graph"):
+        model(**model.dummy_inputs)
+    return model
+
+
+def _side(source: Path, recipe: str | None) -> Any:
+    """An artifact, or a float model; quantized if there is a recipe."""
+    from qpass.folders import is_artifact, load_float
+
+    if is_artifact(source) or recipe is not None:
+        return _captured(source, None if is_artifact(source) else recipe)
+    return load_float(source)
