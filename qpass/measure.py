@@ -51,8 +51,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one recipe gave. `bytes`: of all weights as stored; `peak_rss`: bytes of the process until it had quantized and decoded;
-    `cache_bytes`: of the KV cache, a token; rates in tokens a second; None where not timed; `seconds`: of all of it."""
+    """What one recipe gave. `bytes`: of all weights as stored; `peak_rss`: bytes of the process until it had quantized and
+    decoded; `cache_bytes`: of the KV cache, a token; rates in tokens a second, None where not timed; `seconds`: of all of it."""
 
     recipe: str
     bytes: int
@@ -97,7 +97,7 @@ def measure(job: Job) -> Measured:
         model = load_quantized(Path(job.model), job.recipe, calibration=calibration, inner=job.inner)
     speed = measure_speed(model, recipe, job.context, job.steps) if job.steps else None
     rate = generate_rate(model, batches[0][:, : job.context], job.steps) if job.steps else None
-    peak = _peak_rss()
+    peak = peak_rss()
     if job.inner == "inductor":  # graphs of whole windows: their speed is not asked for
         model._compiled_call_impl = None
         if recipe is not None:
@@ -110,7 +110,7 @@ def measure(job: Job) -> Measured:
     return Measured(job.recipe, weight_bytes(model), peak, found, time.perf_counter() - start, *timed)
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
     """Bytes; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -99,18 +99,23 @@ class Outlook:
     def __rich__(self) -> Any:
         from rich.console import Group
 
-        rungs = [(f"{r.what} in {r.format}", _gigabytes(r.nominal_bytes), _gigabytes(r.bytes)) for r in self.ladder]
+        unit, size = self.plan.unit
+
+        def told(count: float) -> str:
+            return f"{count / size:,.1f}"
+
+        rungs = [(f"{r.what} in {r.format}", told(r.nominal_bytes), told(r.bytes)) for r in self.ladder]
         floors = [
             (f.device, f"{f.memory / 1e9:,.0f}", "yes" if f.fits else f"on {f.devices}", f"{f.step_seconds * 1e3:,.2f}",
              f"{f.tokens_per_second:,.0f}")
             for f in self.floors
         ]  # fmt: skip
         savings = [
-            f"{s.what} in {s.format} instead: {_gigabytes(s.saved_bytes)} GB less, {_gigabytes(s.total_bytes)} GB together"
+            f"{s.what} in {s.format} instead: {told(s.saved_bytes)} {unit} less, {told(s.total_bytes)} {unit} together"
             for s in self.savings
         ]
         tables = (
-            _table(("all in one format", "nominal GB", "with scales GB"), rungs),
+            _table(("all in one format", f"nominal {unit}", f"with scales {unit}"), rungs),
             _table(("decode floor", "GB each", "fits", "ms a step", "tokens/s"), floors),
         )
         of = f"what a step of batch {self.plan.batch} reads, over the bandwidth of the devices that hold it: none is faster"
@@ -150,9 +155,10 @@ def outlook(
     kv: SpecLike = None,
     memory: float | None = None,
     devices: Sequence[Device] = DEVICES,
+    calibrated: bool = False,
 ) -> Outlook:
-    """Plan `recipe` and what lies around it. `memory`: bytes of one device."""
-    plan = planner.plan(recipe, kv)
+    """Plan `recipe` and what lies around it. `memory`: bytes of one device. `calibrated`: as with calibration data."""
+    plan = planner.plan(recipe, kv, calibrated)
     ladder = [_rung(planner.plan(format), format) for format in LADDER]
     cached = any(row.kind == "kv" for row in plan.rows)
     if cached:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from qpass.backend import QPass
 from qpass.errors import QpassError
-from qpass.graph.whole import WholeGraph, trace_whole
+from qpass.graph.whole import trace_whole
 from qpass.numerics import Quantized
 from qpass.printing import printed
-from qpass.recipe import Recipe, SpecLike, kv_specs
+from qpass.recipe import Recipe, SpecLike, kv_specs, resolve_recipe
+from qpass.sensitivity import takes_bits
+from qpass.sites.core import Site
 from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.skeleton import call_inputs, on_meta, read_config
 from qpass.spec import QuantSpec
@@ -69,6 +71,11 @@ class MemoryPlan:
         """Weights and cache."""
         return _sum("total", "", self.rows)
 
+    @property
+    def unit(self) -> tuple[str, float]:
+        """What its numbers are told in, and the bytes of that."""
+        return ("GB", 1e9) if self.total.float_bytes >= 10e9 else ("MB", 1e6)
+
     def to_json(self) -> dict[str, Any]:
         """The fields, with the sums, as plain data."""
         return asdict(self) | {name: asdict(getattr(self, name)) for name in ("weights", "cache", "total")}
@@ -77,14 +84,16 @@ class MemoryPlan:
         from rich.console import Group
         from rich.table import Table
 
-        table = Table("kind", "format", "tensors", "float GB", "nominal GB", "with scales GB", box=None, pad_edge=False)
+        unit, size = self.unit
+        columns = (f"{name} {unit}" for name in ("float", "nominal", "with scales"))
+        table = Table("kind", "format", "tensors", *columns, box=None, pad_edge=False)
         for column in table.columns[2:]:
             column.justify = "right"
         sums = [self.weights, *([self.cache] if self.context else []), self.total]
         for i, row in enumerate((*self.rows, *sums)):
-            gigabytes = (f"{b / 1e9:,.3f}" for b in (row.float_bytes, row.nominal_bytes, row.bytes))
+            numbers = (f"{b / size:,.3f}" for b in (row.float_bytes, row.nominal_bytes, row.bytes))
             table.add_row(
-                row.kind, row.format, f"{row.tensors:,}", *gigabytes, style="bold" if i >= len(self.rows) else ""
+                row.kind, row.format, f"{row.tensors:,}", *numbers, style="bold" if i >= len(self.rows) else ""
             )
         what = f"{self.parameters:,} parameters"
         if self.context:
@@ -119,16 +128,15 @@ class Planner:
             )
 
     @torch.no_grad()
-    def plan(self, recipe: RecipeLike = "int8", kv: SpecLike = None) -> MemoryPlan:
-        """The bytes under a recipe. `kv`: the format of the cache, if the recipe gives none."""
-        backend = QPass(recipe)
-        halves = backend.recipe.kv_specs or kv_specs(None, None, kv, "qpass.plan_memory")
-        assert self._whole is not None
-        rows = _weights(self.model, self._whole, backend, self.batch)
+    def plan(self, recipe: RecipeLike = "int8", kv: SpecLike = None, calibrated: bool = False) -> MemoryPlan:
+        """The bytes under a recipe. `kv`: the format of the cache, if the recipe gives none. `calibrated`: there will be data."""
+        chosen = resolve_recipe(recipe, calibrated)
+        halves = chosen.kv_specs or kv_specs(None, None, kv, "qpass.plan_memory")
+        rows = self._rows(chosen)
         notes: list[str] = []
-        if backend.recipe.bits is not None:
+        if chosen.bits is not None:
             notes.append(
-                f"with data the weights get {backend.recipe.bits} bits on average; the table is of the formats before that"
+                f"{chosen.bits} bits a weight on average; calibration decides which get more and which get fewer"
             )
         if self.context:
             try:
@@ -137,6 +145,34 @@ class Planner:
                 notes.append(f"no cache in it: {error}")
         parameters = sum(p.numel() for p in self.model.parameters())
         return MemoryPlan(tuple(rows), parameters, self.context, self.batch, tuple(notes))
+
+    def groups(self, recipe: Recipe) -> list[tuple[Site, WeightGroup, list[Tensor]]]:
+        """What will be quantized together: the site of its first weight, the group, its Parameters; tied ones once."""
+        assert self._whole is not None
+        plan = QPass(recipe).plan_parameters(self._whole.graph, self._whole.parameters, self._whole.names)
+        by_name = {node.name: p for node, p in self._whole.parameters.items()}
+        found = [(g, [by_name[name] for name in g.weights]) for g, _ in group_weights(plan, self._whole.parameters)]
+        sites = {m.weight.name: m.site for m in plan.matches if m.weight is not None}
+        return [(sites[group.weights[0]], group, params) for group, params in each_once(found, set(), key=id)]
+
+    def _rows(self, recipe: Recipe) -> list[MemoryRow]:
+        groups = self.groups(recipe)
+        rows = [_row(site, group, params, recipe, self._share_read(site, params[0])) for site, group, params in groups]
+        taken = {id(p) for _, _, params in groups for p in params}
+        others = [p.nbytes for p in self.model.parameters() if id(p) not in taken]
+        if others:
+            rows.append(MemoryRow("other", "float", len(others), *[sum(others)] * 4))
+        keys = dict.fromkeys((row.kind, row.format) for row in rows)
+        return [_sum(*key, [row for row in rows if (row.kind, row.format) == key]) for key in keys]
+
+    def _share_read(self, site: Site, weight: Tensor) -> float:
+        """The share of a weight that a step reads: of a table that is only looked up next to nothing, of experts those that are
+        chosen, if evenly."""
+        experts = weight.shape[0] if weight.dim() == 3 else 1
+        chosen = getattr(getattr(self.model, "config", None), "num_experts_per_tok", None) or 1
+        if site.roles == ("embedding",):
+            return 0.0
+        return 1.0 if experts <= chosen else 1 - (1 - chosen / experts) ** self.batch
 
     @torch.no_grad()
     def cache(self, halves: tuple[QuantSpec | None, QuantSpec | None]) -> MemoryRow:
@@ -153,6 +189,7 @@ def plan_memory(
     kv: SpecLike = None,
     dtype: torch.dtype | None = None,
     inputs: Mapping[str, Any] | None = None,
+    calibrated: bool = False,
 ) -> MemoryPlan:
     """Bytes of every kind of site under `recipe`, in float, nominal and with scales. Nothing is loaded.
 
@@ -162,7 +199,7 @@ def plan_memory(
     the config's, or bfloat16. `inputs`: arguments of a call, for a model that takes more or other than token ids.
     Not in it: activations. Raises `QpassError` for a config that transformers has no model for, or that cannot be traced.
     """
-    return Planner(config, context, batch, dtype, inputs).plan(recipe, kv)
+    return Planner(config, context, batch, dtype, inputs).plan(recipe, kv, calibrated)
 
 
 def _sum(kind: str, format: str, rows: Iterable[MemoryRow]) -> MemoryRow:
@@ -171,42 +208,27 @@ def _sum(kind: str, format: str, rows: Iterable[MemoryRow]) -> MemoryRow:
     return MemoryRow(kind, format, *(sum(getattr(row, c) for row in members) for c in columns))
 
 
-def _weights(model: nn.Module, whole: WholeGraph, backend: QPass, batch: int) -> list[MemoryRow]:
-    plan = backend.plan_parameters(whole.graph, whole.parameters, whole.names)
-    by_name = {node.name: p for node, p in whole.parameters.items()}
-    groups = [(g, [by_name[name] for name in g.weights]) for g, _ in group_weights(plan, whole.parameters)]
-    sites = {m.weight.name: m.site for m in plan.matches if m.weight is not None}
-    taken: set[int] = set()
-    rows = []
-    for group, params in each_once(groups, taken, key=id):
-        site = sites[group.weights[0]]
-        read = 0.0 if site.roles == ("embedding",) else _share_of_experts(model, params[0], batch)
-        rows.append(_row(site.kind, group, params, read))
-    others = [p.nbytes for p in model.parameters() if id(p) not in taken]
-    if others:
-        rows.append(MemoryRow("other", "float", len(others), *[sum(others)] * 4))
-    keys = dict.fromkeys((row.kind, row.format) for row in rows)
-    return [_sum(*key, [row for row in rows if (row.kind, row.format) == key]) for key in keys]
-
-
-def _share_of_experts(model: nn.Module, weight: Tensor, batch: int) -> float:
-    """The share of a weight that a step of `batch` tokens reads: of experts those that are chosen, if evenly."""
-    experts = weight.shape[0] if weight.dim() == 3 else 1
-    chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None) or 1
-    return 1.0 if experts <= chosen else 1 - (1 - chosen / experts) ** batch
-
-
-def _row(kind: str, group: WeightGroup, params: Sequence[Tensor], read: float) -> MemoryRow:
+def _row(site: Site, group: WeightGroup, params: Sequence[Tensor], recipe: Recipe, read: float) -> MemoryRow:
+    plain, count = sum(p.nbytes for p in params), sum(p.numel() for p in params)
+    if recipe.bits is not None and takes_bits(group.spec, site.name, recipe, group_columns(group, params)):
+        stored = round(count * recipe.bits / 8)
+        text = f"{recipe.bits} bits"
+        return MemoryRow(site.kind, text, len(params), plain, stored, stored, round(stored * read))
     like = [as_rows(torch.empty_like(p, device="meta"), t) for p, t in zip(params, group.transposed, strict=True)]
-    stored = []
+    kept = []
     for rows in like:
         slots: list[Any] = [None] * 4
         for slot, part in zip(group.spec.stored_parts, torch.ops.qpass.quantize(rows, str(group.spec)), strict=True):
             slots[slot] = part
-        stored.append(Quantized(*slots))
-    parts = stored[0] if len(stored) == 1 else concat_rows(stored, [len(rows) for rows in like])
-    plain, nominal = sum(p.nbytes for p in params), sum(p.numel() * group.spec.format.bits // 8 for p in params)
-    return MemoryRow(kind, str(group.spec), len(params), plain, nominal, parts.nbytes, round(parts.nbytes * read))
+        kept.append(Quantized(*slots))
+    parts = kept[0] if len(kept) == 1 else concat_rows(kept, [len(rows) for rows in like])
+    nominal = count * group.spec.format.bits // 8
+    return MemoryRow(site.kind, str(group.spec), len(params), plain, nominal, parts.nbytes, round(parts.nbytes * read))
+
+
+def group_columns(group: WeightGroup, params: Sequence[Tensor]) -> int:
+    """K of the weights [N, K] of a group."""
+    return int(params[0].shape[-2 if group.transposed[0] else -1])
 
 
 def _cache(

@@ -25,6 +25,7 @@ from qpass.graph.calls import LinearCall
 from qpass.graph.vocabulary import value_of
 from qpass.numerics import block_sums, fake_quantize
 from qpass.progress import track
+from qpass.recipe import Recipe
 from qpass.replay import Program, Run
 from qpass.sites.core import Match
 from qpass.sites.group import group_weights
@@ -215,6 +216,12 @@ def give_out(
     }
 
 
+def takes_bits(spec: QuantSpec | None, name: str, recipe: Recipe, columns: int) -> bool:
+    """Whether bits are given out to a weight: not if the recipe names it, and only to integers in rows of a group or more."""
+    named = any(fnmatchcase(name, glob) for glob, _ in recipe.overrides)
+    return spec is not None and not named and spec.format.kind == "uniform" and columns >= GROUP
+
+
 def with_bits(
     runs: Sequence[Run], bits: float, decisions: Decisions, known: Mapping[str, str] | None = None
 ) -> dict[str, str]:
@@ -237,10 +244,9 @@ def with_bits(
 
     def like(known: Sensitivity) -> QuantSpec | None:
         decision = decided(known.weight)
-        named = any(fnmatchcase(decision.site.name, glob) for glob, _ in decisions.recipe.overrides)
         seen = known.fisher is not None or known.looked_up is not None
-        kept = decision.spec is None or decision.spec.format.kind != "uniform" or known.columns < GROUP
-        return None if named or kept or not seen else decision.spec
+        takes = takes_bits(decision.spec, decision.site.name, decisions.recipe, known.columns)
+        return decision.spec if takes and seen else None
 
     names = {memory_of(w): decided(w).site.name for run in runs for w in run.weights.values() if decisions.of(w)}
     if known is None:

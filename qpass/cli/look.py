@@ -25,6 +25,7 @@ def plan(
         list[str] | None, typer.Option(help="Devices of the decode floor, by name; all that are known")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the float model: float32, bfloat16, float16")] = None,
+    calibrated: Annotated[bool, typer.Option("--calibrated", help="What the preset is with calibration data")] = False,
     as_json: Json = False,
 ) -> None:
     """Bytes of every kind of site, whether it fits, what a smaller format saves, how fast a step can be. Nothing is loaded."""
@@ -40,7 +41,7 @@ def plan(
     if dtype and not (isinstance(floats, torch.dtype) and floats.is_floating_point):
         raise QpassError(f"--dtype {dtype}: no float type of torch; write float32, bfloat16 or float16")
     with working("tracing the model without weights"):
-        found = outlook(Planner(model, context, batch, floats), recipe, kv, memory, devices)
+        found = outlook(Planner(model, context, batch, floats), recipe, kv, memory, devices, calibrated)
     show(found, as_json)
 
 
