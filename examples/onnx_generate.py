@@ -1,6 +1,6 @@
 """Generate from a folder that `qpass export --format onnx` wrote: onnxruntime, numpy and tokenizers, no torch.
 
-qpass export examples/tinypy out --format onnx --recipe int8
+qpass export examples/tinypy out --format onnx --target ort-cpu --recipe int8     # from a float model; --recipe int4, nf4, ...
 python examples/onnx_generate.py out "def load(path):" --new 40
 """
 

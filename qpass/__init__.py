@@ -19,6 +19,7 @@ from qpass.artifact.load import load as load
 from qpass.artifact.load import verify as verify
 from qpass.artifact.save import save as save
 from qpass.backend import QPass as QPass
+from qpass.blame import blame as blame
 from qpass.compute import set_compute as set_compute
 from qpass.doctor import doctor as doctor
 from qpass.errors import QpassError as QpassError

@@ -11,16 +11,17 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from qpass.algorithms.rounding import check_data_free, needs_data
-from qpass.backend import QPass
+from qpass.backend import BACKENDS, QPass
 from qpass.calibration import Data, NothingLeft, batches_of, record
 from qpass.decisions import Decision
-from qpass.diff import Diff, diff_graphs
+from qpass.diff import Diff
 from qpass.errors import QpassError
 from qpass.exported import quantize_program
 from qpass.finish import finish
+from qpass.graph.expand import expand
 from qpass.graph.torch_private import (
     as_plain_module,
     backend_of,
@@ -37,8 +38,8 @@ from qpass.progress import track
 from qpass.qtensor import QTensor
 from qpass.ready import check_ready
 from qpass.recipe import Recipe
-from qpass.registry import FINISHED, captured, captures_of
 from qpass.replay import places_of, quantize_in_order
+from qpass.seeing import Side, diff_of, diff_of_two, side_in_float, side_of
 from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.store import Kept, fuse, quantize_group
 from qpass.weights import as_rows, check_weight, memory_of
@@ -170,16 +171,40 @@ def _as_decided(group: WeightGroup, params: list[Tensor], backend: QPass) -> lis
     return singles
 
 
-def diff(x: Any) -> Diff:
+def diff(x: Any, other: Any = None) -> Diff:
     """The captured graphs of a model (or of torch.compile's result, or of a QPass), before against after.
 
-    Raises `QpassError` if nothing was captured yet.
+    With `other`, the graphs of `x` as they are now against those of `other`: models, programs of torch.export, backends. A
+    module that qpass has not seen is captured in float, by one short run. Raises `QpassError` if nothing was captured yet.
     """
-    if isinstance(x, ExportedProgram) and x in FINISHED:
-        found: Diff = FINISHED[x][1]
-        return found
-    captures = captures_of(x, captured(x, "qpass.diff"))
-    return Diff(tuple(diff_graphs(capture.before, capture.after) for capture in captures))
+    return diff_of(x) if other is None else diff_of_two(_side(x), _side(other))
+
+
+def _side(x: Any) -> Side:
+    model = original_module(x)
+    unseen = isinstance(model, nn.Module) and not any(
+        isinstance(p, QTensor) or any(b.decisions.of(p) is not None for b in BACKENDS) for p in model.parameters()
+    )
+    return side_in_float(model, _captured_in_float(model)) if unseen else side_of(x)
+
+
+def _captured_in_float(model: nn.Module) -> list[Graph]:
+    graphs: list[Graph] = []
+    own = OwnState(model)
+
+    def capture(captured: GraphModule, args: Sequence[Any]) -> Any:
+        gm = copy_captured(captured)
+        expand(gm)
+        graphs.append(gm.graph)
+        own.see(gm.graph, args, [])
+        return captured.forward
+
+    try:
+        with torch.no_grad(), as_plain_module(model):
+            _call(torch.compile(model, backend=capture, dynamic=False, **isolated()), model, None)
+    finally:
+        own.undo()
+    return graphs
 
 
 def _is_done(model: nn.Module, backend: QPass) -> bool:

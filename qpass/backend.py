@@ -357,8 +357,10 @@ class QPass:
     def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:
         unexpected = [s for s in plan.skipped if not s.expected]
         if self.strict and unexpected:
-            lines = "\n".join(f"  {s.site.kind} {s.site.name}: {s.reason}" for s in unexpected)
-            raise Breach(f"{unexpected[0].site.name}: stays in float ({len(unexpected)} sites, strict=True)\n{lines}")
+            first = unexpected[0]
+            others = "".join(f"\n  {s.site.kind} {s.site.name}: {s.reason}" for s in unexpected[1:])
+            more = f"; so do {len(unexpected) - 1} more" if others else ""
+            raise Breach(f"{first.site.name}: stays in float, {first.reason}{more} (strict=True){others}")
         names = [s.name for s in (*plan.specs, *(skip.site for skip in plan.skipped))]
         for glob, _ in self.recipe.overrides:
             if not fragment and not any(fnmatchcase(name, glob) for name in names):

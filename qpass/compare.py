@@ -59,7 +59,7 @@ class Comparison:
             table.add_row(*_cells(row), "*" if row in best else "")
         lines: list[Any] = [f"{self.model}, {self.data}", table]
         if best:
-            lines.append("* none of the others is smaller and loses less; KL with its 95 % interval over the windows")
+            lines.append("* none of the others is smaller and loses less; +- is the 95 % interval of the KL over the windows")
         return Group(*lines, *_plot(self.rows, best))
 
     def __str__(self) -> str:
@@ -90,7 +90,6 @@ _COLUMNS = (
 
 def _cells(row: Measured) -> list[str]:
     found = row.evaluation
-    low, high = found.kl_interval
     rates = (row.tokens_per_second, row.generate_per_second, row.prompt_per_second)
     return [
         row.recipe,
@@ -98,7 +97,7 @@ def _cells(row: Measured) -> list[str]:
         "" if row.cache_bytes is None else f"{row.cache_bytes:,.0f}",
         f"{row.peak_rss / 1e6:,.0f}",
         f"{found.kl:.5f}",
-        f"{low:.5f} .. {high:.5f}" if len(found.window_kls) > 1 else "",
+        f"{found.kl_interval[1] - found.kl:.5f}" if len(found.window_kls) > 1 else "",
         f"{found.perplexity:.3f}",
         f"{found.top1:.4f}",
         *("" if rate is None else f"{rate:,.1f}" for rate in rates),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from qpass.graph.provenance import stand_for
 from qpass.graph.torch_private import mark_static_input
 from qpass.graph.vocabulary import op_name
 from qpass.numerics import PART_NAMES
@@ -69,13 +70,13 @@ class Convert:
         graph = graph_module.graph
         groups = group_weights(plan, self.parameters)
         first = next(n for n in graph.nodes if n.op != "placeholder")
-        stacks = {n.name: n.meta.get("nn_module_stack") for n in self.parameters}
+        weights = {n.name: n for n in self.parameters}
         inputs: dict[WeightGroup, list[Node | None]] = {}
         with graph.inserting_before(first):
             for group in dict.fromkeys(group for group, _ in groups):
                 parts = enumerate(self.fake_parts(group))
                 inputs[group] = [
-                    None if t is None else _placeholder(graph, GraphInput(group, i), t, stacks) for i, t in parts
+                    None if t is None else _placeholder(graph, GraphInput(group, i), t, weights) for i, t in parts
                 ]
         edits: list[Edit] = []
         for group, matches in groups:
@@ -119,10 +120,11 @@ def run_passes(graph_module: GraphModule, plan: Plan, passes: Sequence[Pass]) ->
     return PassResult(graph_module, plan, tuple(edits))
 
 
-def _placeholder(graph: Graph, source: GraphInput, fake: Tensor, stacks: Mapping[str, object]) -> Node:
+def _placeholder(graph: Graph, source: GraphInput, fake: Tensor, weights: Mapping[str, Node]) -> Node:
     part, first = GROUP_PARTS[source.part], source.group.weights[0]
     node = graph.placeholder(f"q_{first}_{part}")
-    node.meta = {"example_value": fake, INPUT: source, "nn_module_stack": stacks[first], "label": part}
+    node.meta = {"example_value": fake, INPUT: source, "label": part}
+    stand_for([node], [weights[name] for name in source.group.weights])
     mark_static_input(node)
     return node
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -61,6 +62,7 @@ class Report:
     resident_float: int
     resident_quantized: int
     notes: tuple[str, ...] = ()
+    title: str = "qpass"
 
     @property
     def bytes_before(self) -> int:
@@ -82,6 +84,17 @@ class Report:
             "resident_quantized": self.resident_quantized,
             "notes": list(self.notes),
         }
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One page that needs nothing else, to look at in a browser. Written to `path`, if given, whole or not at all."""
+        from qpass.html.page import page
+
+        return page("report", self.title, {"title": self.title} | self.to_json(), path)
+
+    def _repr_html_(self) -> str:
+        from qpass.html.page import in_notebook
+
+        return in_notebook(self.to_html())
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -151,10 +164,10 @@ def report(x: Any) -> Report:
     if isinstance(x, ExportedProgram):
         raise QpassError("qpass.report: this program is not what qpass.quantize returned (a loaded one has no report)")
     backend = captured(x, "qpass.report")
-    found = report_on(_parameters(x, backend), backend, captures_of(x, backend))
+    found = report_on(parameters_of(x, backend), backend, captures_of(x, backend))
     if any(row.skipped and "eagerly" in row.skipped for row in found.sites) and has_hooks(original_module(x)):
         found = replace(found, notes=(*found.notes, _HOOKS))
-    return found
+    return found if isinstance(x, QPass) else replace(found, title=type(original_module(x)).__name__)
 
 
 def report_on(params: list[tuple[str, Tensor]], backend: QPass, captures: Sequence[Capture]) -> Report:
@@ -167,7 +180,7 @@ def report_on(params: list[tuple[str, Tensor]], backend: QPass, captures: Sequen
     return Report(tuple(rows), float_bytes, sum(stored), tuple(_notes(backend, params, bool(stored))))
 
 
-def _parameters(x: Any, backend: QPass) -> list[tuple[str, Tensor]]:
+def parameters_of(x: Any, backend: QPass) -> list[tuple[str, Tensor]]:
     """(name, Parameter) of the model; of a backend alone, of all it has seen."""
     model = original_module(x)
     if hasattr(model, "named_parameters"):

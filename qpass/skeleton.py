@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from qpass.errors import QpassError, nearest
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 #: Sizes by name. "70b" has as many key heads as query heads, as large models had before grouped attention: the cache of
 #: 100,000 tokens takes 262 GB in 16 bits. "70b-gqa" and "8b" are the shapes of Llama 3 (Grattafiori et al. 2024, table 3).
 SIZES: dict[str, dict[str, Any]] = {
@@ -57,7 +59,21 @@ def _from_file(given: Path) -> dict[str, Any]:
         raise QpassError(f"{path}: no JSON: {error}") from None
     if not isinstance(fields, dict):
         raise QpassError(f"{path}: a config is a JSON object, not a {type(fields).__name__}")
+    if fields.get("dtype", fields.get("torch_dtype")) is None and given.is_dir():
+        fields["dtype"] = _dtype_of_weights(given)
     return fields
+
+
+def _dtype_of_weights(folder: Path) -> torch.dtype | None:
+    """The type of the largest tensor in the first file of weights; None if there is none."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118  it is no mapping
+            largest = max(slices, key=lambda s: math.prod(s.get_shape()))
+            return _DTYPES.get(largest.get_dtype())
+    return None
 
 
 def on_meta(config: Any, dtype: torch.dtype | None) -> nn.Module:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import qpass
 from qpass.cli import app
+from qpass.errors import QpassError
 from qpass.recipe import PRESETS, WEIGHT_KINDS, resolve_recipe
 from qpass.spec import parse_spec
 
@@ -49,3 +50,26 @@ def test_the_command_prints_them() -> None:
     out = CliRunner().invoke(app, ["recipes", "--json"])
     assert json.loads(out.stdout)["int8"]["ffn"] == "int8:channel"
     assert "int4:g32:asym" in CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "200"}).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("int4+kv=int8", {"ffn": "int4:g32:asym", "vocab": "int8:g32", "k": "int8:channel", "v": "int8:channel"}),
+        ("int8+vocab=int4:g32+ffn=float", {"vocab": "int4:g32", "ffn": None, "qkv": "int8:channel", "k": None}),
+        (
+            "w8a8+k=int8+v=int4:g32:asym",
+            {"k": "int8:channel", "v": "int4:g32:asym", "qkv": "int8:channel@int8:channel"},
+        ),
+        ("int4:g64+qkv=int8", {"qkv": "int8:channel", "ffn": "int4:g64"}),
+    ],
+)
+def test_a_name_with_changes(text: str, wanted: dict[str, str | None]) -> None:
+    found = resolve_recipe(text).to_dict()
+    assert {site: found.get(site) for site in wanted} == wanted
+
+
+@pytest.mark.parametrize("text", ["int4+kvv=int8", "int4+kv", "int4+=int8", "int4+kv=int99", "int4+"])
+def test_a_change_that_is_none(text: str) -> None:
+    with pytest.raises(QpassError):
+        resolve_recipe(text)

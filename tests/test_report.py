@@ -1,19 +1,19 @@
-"""report, diff and evaluate: what they say is what is there."""
+"""report and evaluate: what they say is what is there."""
 
 from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import qpass
-from qpass.diff import diff_graphs
 from qpass.errors import QpassError
-from qpass.registry import captured
-from tests.models import BLOCKS, FAMILIES, build, dequantized_copy, hf, logits_of, tokens
+from qpass.html.page import as_script_data
+from tests.models import FAMILIES, build, dequantized_copy, hf, logits_of, tokens
 
 
 def compiled(family: str, recipe: Any = "int8") -> Any:
@@ -75,21 +75,8 @@ def test_a_tied_table_takes_the_more_accurate_format_and_says_so() -> None:
     assert any("tied" in note for note in report.notes)
 
 
-# --- diff -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_diff_agrees_with_what_the_passes_say_they_did(family: str) -> None:
-    for capture in captured(compiled(family), "test").captures:
-        nodes = diff_graphs(capture.before, capture.after).nodes
-        removed = {name for edit in capture.edits for name in edit.removed}
-        added = {name for edit in capture.edits for name in edit.added}
-        assert removed == {n.name for n in nodes if n.status == "removed"}
-        assert added == {n.name for n in nodes if n.status == "added"}
-
-
 def test_eighty_layers_stay_readable() -> None:
-    """Report and diff of 80 layers are as long as those of 8, and still name every kind; nothing is left out of the sums."""
+    """The report on 80 layers is as long as that on 8, and still names every kind; nothing is left out of the sums."""
     lengths = []
     for layers in (8, 80):
         model = hf("LlamaForCausalLM", num_key_value_heads=2, num_hidden_layers=layers).eval()
@@ -97,12 +84,11 @@ def test_eighty_layers_stay_readable() -> None:
         with torch.no_grad():
             fast(tokens())
         found = qpass.report(fast)
-        text, difference = str(found), str(qpass.diff(fast))
+        text = str(found)
         assert f"model.layers.*.mlp.up_proj.weight x {layers}" in text
         assert sum(len(sites) for _, sites in found.folded()) == len(found.sites) == 8 * layers + 2  # with its cache
-        lengths.append((len(text.splitlines()), len(difference.splitlines())))
+        lengths.append(len(text.splitlines()))
     assert lengths[0] == lengths[1]
-    assert max(lengths[1]) < 100
 
 
 def test_few_layers_are_shown_one_by_one() -> None:
@@ -110,27 +96,13 @@ def test_few_layers_are_shown_one_by_one() -> None:
     assert "model.layers.1.mlp.up_proj.weight" in str(qpass.report(fast))
 
 
-def test_diff_folds_repeated_blocks() -> None:
-    diff = qpass.diff(compiled("llama"))
-    (graph,) = diff.graphs
-    blocks = {pattern: count for pattern, count, _ in graph.blocks()}
-    assert blocks["model.layers.*.self_attn.q_proj"] == BLOCKS
-    assert f"x{BLOCKS}" in str(diff)
-    data = json.loads(json.dumps(diff.to_json()))["graphs"][0]
-    assert data["removed"] == graph.count("removed") > 0
-    assert len(data["nodes"]) == data["removed"] + data["added"] + data["kept"]
-
-
-def test_report_and_diff_belong_to_the_model_asked_about() -> None:
-    backend = qpass.QPass(inner="eager")
-    models = [build("llama"), build("nanogpt")]
-    for model in models:
-        torch.compile(model, backend=backend)(tokens())
-    for model in models:
-        assert len(qpass.diff(model).graphs) == 1
-        names = {r.name for r in qpass.report(model).sites if r.kind != "kv"}
-        assert names == {n for n, p in model.named_parameters() if p.dim() == 2}
-        assert any(r.kind == "kv" for r in qpass.report(model).sites) == (model is models[0])
+def test_the_page_holds_what_the_json_says(tmp_path: Path) -> None:
+    report = qpass.report(compiled("llama"))
+    text = report.to_html(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == text
+    assert "<title>LlamaForCausalLM</title>" in text
+    assert as_script_data(report.to_json()["sites"]) in text
+    assert "srcdoc" in report._repr_html_()
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def quantize_checkpoint(
         )
         quantize_module(model, backend, calibration=batches, kept=unfinished)
         done = save(model, target, calibration=data)
-        shutil.rmtree(unfinished.folder)
+        shutil.rmtree(unfinished.folder)  # with the lock held: nobody else begins in it
     finally:
         unfinished.leave()
     return done
@@ -103,17 +103,17 @@ class Unfinished(Kept):
         if self.folder.is_dir() and any(self.folder.iterdir()) and not path.is_file():
             raise QpassError(f"{self.folder}: holds something else than an unfinished artifact; move it away")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
+        lock = (self.folder / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.close()
             raise QpassError(
                 f"{self.folder}: another process is at work on it; wait for it, or give another target"
             ) from None
+        self._lock = lock
         before: Any = None
-        if (
-            any(self.folder.glob("*.safetensors")) or (self.folder / _BITS).is_file()
-        ):  # otherwise there is nothing to lose
+        if self._made_something():
             try:
                 before = json.loads(path.read_text())
             except ValueError:
@@ -128,9 +128,14 @@ class Unfinished(Kept):
                 )
 
     def leave(self) -> None:
-        """Let others work on it."""
+        """Let others work on it; a folder in which nothing was made goes."""
         if self._lock is not None:
+            if not self._made_something():
+                shutil.rmtree(self.folder, ignore_errors=True)
             self._lock.close()
+
+    def _made_something(self) -> bool:
+        return any(self.folder.glob("*.safetensors")) or (self.folder / _BITS).is_file()
 
     def bits(self) -> dict[str, str] | None:
         path = self.folder / _BITS

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qpass.cli.app import Json, Page, RecipeOption, Source, app, show, write_page
+from qpass.cli.base import Json, Page, RecipeOption, Source, app, check_page, deliver, show
 from qpass.cli.extensions import extension
 from qpass.errors import Breach, QpassError
+from qpass.recipe import WEIGHT_KINDS, Recipe
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """Recipes by name, as a table of sites."""
+
+    rows: dict[str, Recipe]
+
+    def to_json(self) -> dict[str, Any]:
+        """Name -> what `Recipe.from_yaml` reads."""
+        return {name: recipe.to_dict() for name, recipe in self.rows.items()}
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("preset", box=None)
+        for kind in (*WEIGHT_KINDS, "kv", "bits given out"):
+            table.add_column(kind, overflow="fold")
+        for name, recipe in self.rows.items():
+            specs = [getattr(recipe, kind) for kind in (*WEIGHT_KINDS, "k")]
+            cells = ("float" if s is None else f"{s} ({s.effective_bits(4096):.2f})" for s in specs)
+            table.add_row(name, *cells, "" if recipe.bits is None else f"{recipe.bits} on average")
+        return table
 
 
 @app.command()
@@ -56,23 +80,9 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """Each preset, and what it is with calibration data: formats of the sites, stored bits per element in rows of 4096."""
-    from rich.console import Console
-    from rich.table import Table
+    from qpass.recipe import CALIBRATED, PRESETS
 
-    from qpass.recipe import CALIBRATED, PRESETS, WEIGHT_KINDS
-
-    rows = PRESETS | {f"{name}, with data": recipe for name, recipe in CALIBRATED.items()}
-    if as_json:
-        print(json.dumps({name: recipe.to_dict() for name, recipe in rows.items()}, indent=1))
-        return
-    table = Table("preset", box=None)
-    for kind in (*WEIGHT_KINDS, "kv", "bits given out"):
-        table.add_column(kind, overflow="fold")
-    for name, recipe in rows.items():
-        specs = [getattr(recipe, kind) for kind in (*WEIGHT_KINDS, "k")]
-        cells = ("float" if s is None else f"{s} ({s.effective_bits(4096):.2f})" for s in specs)
-        table.add_row(name, *cells, "" if recipe.bits is None else f"{recipe.bits} on average")
-    Console().print(table)
+    show(Recipes(PRESETS | {f"{name}, with data": recipe for name, recipe in CALIBRATED.items()}), as_json)
 
 
 @app.command()
@@ -80,11 +90,9 @@ def report(model: Source, recipe: RecipeOption = None, output: Page = None, as_j
     """Every site of a model: format, bytes, SQNR, ranges seen in calibration, or why it stays in float."""
     import qpass
 
+    check_page(output)
     found = qpass.report(_captured(model, recipe))
-    if output is not None:
-        write_page(found, output)
-    else:
-        show(found, as_json)
+    deliver(found, output, as_json)
 
 
 @app.command()
@@ -104,6 +112,7 @@ def diff(
     """
     import qpass
 
+    check_page(output)
     if b is None:
         found = qpass.diff(_captured(a, recipe))
     elif a.suffix == ".onnx" or b.suffix == ".onnx":
@@ -112,10 +121,7 @@ def diff(
         found = extension("qpass.diffs", "onnx")(a, b)
     else:
         found = qpass.diff(*(_side(side, recipe) for side in (a, b)))
-    if output is not None:
-        write_page(found, output)
-    else:
-        show(found, as_json)
+    deliver(found, output, as_json)
     if exit_code and not found.same:
         raise Breach(f"{a} and {b or recipe or 'int8'}: the graphs differ")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qpass.cli.app import Calibration, Json, Model, RecipeOption, app, show
+from qpass.cli.base import Calibration, Json, Model, RecipeOption, app, show
 from qpass.cli.extensions import extension
 from qpass.errors import QpassError
 

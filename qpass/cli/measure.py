@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qpass.cli.app import (
+from qpass.cli.base import (
     Calibration,
     Data,
     Inner,
@@ -20,9 +20,10 @@ from qpass.cli.app import (
     Window,
     Windows,
     app,
+    check_page,
+    deliver,
     show,
     split,
-    write_page,
 )
 from qpass.errors import Breach, QpassError
 
@@ -82,12 +83,10 @@ def compare(
     """Recipes side by side: bytes, peak memory, KL with its interval, perplexity, top-1, speed. A killed run goes on."""
     from qpass.compare import compare as run
 
+    check_page(output)
     found = run(model, split(recipes), data, calibration=calibration, reference=reference, folder=folder, window=window,
                 windows=windows, inner=inner, context=context, steps=steps)  # fmt: skip
-    if output is not None:
-        write_page(found, output)
-    else:
-        show(found, as_json)
+    deliver(found, output, as_json)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qpass.cli.app import Calibration, Inner, Json, RecipeOption, Source, app
+from qpass.cli.base import Calibration, Inner, Json, RecipeOption, Source, app
 from qpass.errors import QpassError
 
 

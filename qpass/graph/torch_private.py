@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary as WeakIdKeyDictionary
 
-from qpass.errors import QpassError
+from qpass.errors import Breach, QpassError
 
 #: Leaves a region of torch.autocast that a graph entered.
 exit_autocast = torch.amp.autocast_mode._exit_autocast
@@ -36,6 +36,10 @@ class CaptureError(QpassError, ShortenTraceback):
         ShortenTraceback.__init__(self, message, first_useful_frame=None)
 
 
+class CaptureBreach(CaptureError, Breach):
+    """A Breach inside of a capture."""
+
+
 @contextmanager
 def errors_through_dynamo() -> Iterator[None]:
     """QpassErrors raised inside reach the caller of the compiled model as they are."""
@@ -44,7 +48,7 @@ def errors_through_dynamo() -> Iterator[None]:
     except CaptureError:
         raise
     except QpassError as error:
-        raise CaptureError(str(error)) from None
+        raise (CaptureBreach if isinstance(error, Breach) else CaptureError)(str(error)) from None
 
 
 def source_name(node: Node) -> str | None:

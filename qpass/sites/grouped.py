@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from qpass.graph.attention import read_whole
 from qpass.graph.flow import memory_behind
+from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import CASTS, SDPA, argument, op_name, shape_of, source_of, value_of, writes_to
 from qpass.sites.core import Edit
 from qpass.sites.kv import as_one
@@ -49,14 +50,15 @@ def _rewrite(graph: Graph, node: Node) -> Edit | None:
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-    removed = [node.name]
+    removed = [node]
     for operand, kept in ((key, k), (value, v)):
         while operand is not kept and not operand.users:
-            removed.append(operand.name)
+            removed.append(operand)
             parent = source_of(operand)
             graph.erase_node(operand)
             operand = parent
-    return Edit("share_key_heads", "", tuple(removed), (new.name,))
+    stand_for([new], removed)
+    return Edit("share_key_heads", "", tuple(n.name for n in removed), (new.name,))
 
 
 def rewrite_every(graph: Graph) -> list[Edit]:
@@ -82,15 +84,16 @@ def rewrite_every(graph: Graph) -> list[Edit]:
             new = as_one(graph, whole, (k, *none, _FLOATS[dtype]), (v, *none, columns, _FLOATS[dtype]), None)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
-        added = tuple(n.name for n in graph.nodes if n not in before)
+        added = [n for n in graph.nodes if n not in before]
         removed, dead = [], [node]
         while dead:  # the scores, and copies for the query heads, if nothing else reads them
             n = dead.pop()
             if not n.users and n.op == "call_function":
                 dead += n.all_input_nodes
-                removed.append(n.name)
+                removed.append(n)
                 graph.erase_node(n)
-        edits.append(Edit("attention_as_one", "", tuple(removed), added))
+        stand_for(added, removed)
+        edits.append(Edit("attention_as_one", "", tuple(n.name for n in removed), tuple(n.name for n in added)))
     return edits
 
 

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from qpass.graph.attention import Attention, read_whole
 from qpass.graph.calls import AttentionCall, is_float_tensor
 from qpass.graph.flow import Flow, memory_behind, rearranged
+from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import CASTS, CATS, op_name, shape_of, source_of, value_of
 from qpass.sites.core import Edit, Match, Site, Skip, current
 
@@ -158,16 +159,17 @@ def rewrite(graph: Graph, match: Match) -> Edit:
         out = as_one(graph, whole, (*k, call.specs[0]), (*v, call.v.columns, call.specs[1]), heads, floats)
     out.meta = dict(node.meta)
     node.replace_all_uses_with(out)
-    added = tuple(n.name for n in graph.nodes if n not in before)
+    added = [n for n in graph.nodes if n not in before]
     removed, dead = [], [node]
     while dead:  # back to what is stored; a node read by something else stays
         n = dead.pop()
         if n.users or (n.op != "call_function" and n.op != "call_method") or n is current(whole.q):
             continue
         dead += n.all_input_nodes if n not in (call.k.node, call.v.node) else []
-        removed.append(n.name)
+        removed.append(n)
         graph.erase_node(n)
-    return Edit("convert", match.site.name, tuple(removed), added)
+    stand_for(added, removed)
+    return Edit("convert", match.site.name, tuple(n.name for n in removed), tuple(n.name for n in added))
 
 
 _aten = torch.ops.aten

@@ -20,6 +20,7 @@ from torch.fx import Graph, Node
 from qpass.errors import QpassError
 from qpass.graph.attention import read_whole
 from qpass.graph.flow import Flow
+from qpass.graph.provenance import stand_for
 from qpass.graph.rows import ALONG, WHOLE, WRITES, keeps_rows
 from qpass.graph.vocabulary import CASTS, CATS, SHAPES, argument, op_name, shape_of, source_of, value_of, writes_to
 from qpass.sites.core import Edit, Site, Skip
@@ -132,11 +133,15 @@ class Rewriter:
     def run(self) -> list[Edit]:
         """Rewrite all; -> one edit for each state. Raises `QpassError` for a write that does not reach what is stored."""
         removed: list[Node] = []
+        for state in self.states:
+            stand_for(state.parts, [state.node])
         for node in list(self.graph.nodes):
+            known = len(self.added)
             if node.op == "output":
                 node.args = (self._returned(node.args[0]),)
             elif any(n in self.of for n in node.all_input_nodes) and self._transfer(node):
                 removed.append(node)
+            stand_for(self.added[known:], [node])
         for node in reversed([*[s.node for s in self.states], *removed]):
             assert not node.users, node.users
             self.graph.erase_node(node)

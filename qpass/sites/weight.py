@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from qpass.graph.calls import EmbeddingCall, LinearCall, Route
+from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import set_value, shape_of, value_of
 from qpass.ops.activations import multiplies_integers
 from qpass.sites.core import REPLACED, Edit, Match, current
@@ -54,11 +55,11 @@ def rewrite(graph: Graph, group: WeightGroup, matches: Sequence[Match], inputs: 
             outputs = [_experts(insert, call, call.route, group, stored)]
         else:
             outputs = _linears(insert, group, matches, stored)
-    for node in insert.nodes:  # where they belong, for whoever reads the graph
-        node.meta.setdefault("nn_module_stack", call.node.meta.get("nn_module_stack"))
     edits = []
-    for i, (match, output) in enumerate(zip(matches, outputs, strict=True)):
+    for match, output in zip(matches, outputs, strict=True):
         output.meta = dict(match.node.meta)
+    stand_for(insert.nodes, [match.node for match in matches])
+    for i, (match, output) in enumerate(zip(matches, outputs, strict=True)):
         added = [n for n in insert.nodes if n not in outputs[1:]] if i == 0 else [output]
         edits.append(_replace(graph, match, added, output))
     return edits

@@ -51,6 +51,22 @@ def test_what_is_in_both_is_kept(files: tuple[Path, Path]) -> None:
     assert graph.count("added") + graph.count("kept") == len(onnx.load(after).graph.node)
 
 
+def test_linears_that_were_fused_are_one_group(files: tuple[Path, Path]) -> None:
+    diff = diff_onnx(*files)
+    (graph,) = diff.graphs
+    for group in graph.groups():
+        assert group.before, group.after
+        assert group.after, group.before
+    group = next(g for g in graph.groups() if "model.layers.1.self_attn.q_proj" in g.modules)
+    assert {n.module for n in group.before} == {f"model.layers.1.self_attn.{name}_proj" for name in "qkv"}
+    assert any(n.op == "Split" for n in group.after)
+    (site,) = (s for s in diff.sites if s.name == "model.layers.1.self_attn.q_proj.weight")
+    assert site.before is not None
+    assert site.after is not None
+    assert site.before.nbytes == 4 * (64 * 64 + 2 * 64 * 64)
+    assert site.after.format == "int8"
+
+
 def test_the_command(files: tuple[Path, Path]) -> None:
     before, after = map(str, files)
     shown = CliRunner().invoke(app, ["diff", before, after], catch_exceptions=False).stdout

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from qpass.errors import Breach, QpassError
+from qpass.printing import printed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,19 +60,32 @@ def show(result: Any, as_json: bool) -> None:
     """Print a result on stdout: its `to_json()`, or what rich makes of it."""
     from rich.console import Console
 
+    console = Console()
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
+    elif not hasattr(result, "__rich__"):
+        print(result)
+    elif console.is_terminal:
+        console.print(result.__rich__(), highlight=False, markup=False, soft_wrap=True)
+    else:  # a file or a pipe is as wide as its lines
+        print(printed(result))
+
+
+def check_page(output: Path | None) -> None:
+    """Raises `QpassError`, before anything is done, for a name that is none of a page, or that cannot be written."""
+    if output is None:
         return
-    printable = result.__rich__() if hasattr(result, "__rich__") else str(result)
-    Console().print(printable, highlight=False, markup=False, soft_wrap=True)
-
-
-def write_page(result: Any, output: Path) -> None:
-    """`to_html` into a file. Raises `QpassError` for a name that is none of a page, or cannot be written."""
     if output.suffix.lower() not in (".html", ".htm"):
         raise QpassError(f"{output}: -o writes a page; give a name that ends in .html (or --json for data)")
     if not output.absolute().parent.is_dir():
         raise QpassError(f"{output}: there is no folder {output.absolute().parent}")
+
+
+def deliver(result: Any, output: Path | None, as_json: bool) -> None:
+    """A page into a file, or what `show` does."""
+    if output is None:
+        show(result, as_json)
+        return
     result.to_html(output)
     typer.echo(f"{output}: {output.stat().st_size:,} bytes", err=True)
 
@@ -109,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _ended(error: Exception) -> tuple[int, str]:
     """Exit status and the line that says why."""
     if isinstance(error, QpassError):
-        return 1 if isinstance(error, Breach) else 2, f"qpass: {error}"
+        return 1 if isinstance(error, Breach) else 2, f"qpass: {str(error).splitlines()[0]}"
     if hasattr(error, "format_message"):  # typer's own, of arguments
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "qpass"

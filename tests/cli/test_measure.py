@@ -1,0 +1,141 @@
+"""eval, compare, blame, bench: what is printed is what the library says, and limits end in exit statuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qpass
+from qpass.compare import compare
+from qpass.texts import read_windows
+from tests.cli.conftest import DATA, SHORT, TINYPY, Command
+
+COMPARED = ("--inner", "eager", "--context", "16", "--steps", "4", *SHORT)
+
+
+def float_model() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(TINYPY, dtype=torch.float32).eval()
+
+
+def test_eval_says_what_evaluate_says(command: Command) -> None:
+    ended = command("eval", TINYPY, "--data", DATA, "--recipe", "int3:g32", "--json", *SHORT)
+    windows = read_windows(DATA, AutoTokenizer.from_pretrained(TINYPY), 64, 2)
+    model = qpass.quantize(float_model(), "int3:g32", inner="eager")
+    wanted = qpass.evaluate(model, float_model(), windows)
+    assert ended.status == 0
+    assert json.loads(ended.out)["kl"] == pytest.approx(wanted.kl, rel=1e-4)
+    assert json.loads(ended.out)["tokens"] == wanted.tokens == 2 * 63
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "says"),
+    [
+        (("--max-kl", "1", "--min-top1", ".5"), 0, ""),
+        (("--max-kl", "1e-6"), 1, "is above 1e-06"),
+        (("--min-top1", "0.9999"), 1, "is below 0.9999"),
+        (("--max-kl", "1e-6", "--min-top1", "0.9999"), 1, "; top-1"),
+    ],
+    ids=["within", "KL", "top-1", "both"],
+)
+def test_a_limit_that_does_not_hold_ends_with_1(
+    limits: tuple[str, ...], status: int, says: str, artifact: Path, command: Command
+) -> None:
+    ended = command("eval", artifact, "--reference", TINYPY, "--data", DATA, *SHORT, *limits)
+    assert (ended.status, says in ended.err) == (status, True)
+    assert "KL" in ended.out, "the numbers are printed whatever comes of them"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "status", "says"),
+    [("int8", 0, ""), ("int8+kv=int2", 1, "stays in float")],
+    ids=["all quantized", "a cache that the call has not"],
+)
+def test_strict_ends_with_1_where_a_site_stays_in_float(recipe: str, status: int, says: str, command: Command) -> None:
+    ended = command("eval", TINYPY, "--data", DATA, "--recipe", recipe, "--strict", *SHORT)
+    assert (ended.status, says in ended.err) == (status, True)
+    assert len(ended.err.splitlines()) <= 1
+
+
+def test_kept_logits_stand_for_the_float_model(command: Command, tmp_path: Path, artifact: Path) -> None:
+    kept = tmp_path / "logits.safetensors"
+    first = command("eval", TINYPY, "--data", DATA, "--reference", kept, "--json", *SHORT)
+    assert kept.stat().st_size > 2 * 64 * 4096 * 4
+    again = command("eval", TINYPY, "--data", DATA, "--reference", kept, "--json", *SHORT)
+    without = command("eval", TINYPY, "--data", DATA, "--json", *SHORT)
+    assert json.loads(first.out)["kl"] == json.loads(again.out)["kl"] == pytest.approx(json.loads(without.out)["kl"])
+    assert command("eval", artifact, "--data", DATA, "--reference", kept, *SHORT).status == 0
+    other = command("eval", TINYPY, "--data", DATA, "--reference", kept, "--window", "32", "--windows", "2")
+    assert other.status == 2
+    assert "other windows" in other.err
+
+
+def test_compare_has_a_row_for_each_recipe_and_the_float_model(command: Command, tmp_path: Path) -> None:
+    ended = command(
+        "compare", TINYPY, "--data", DATA, "--recipes", "int8,int3:g32", "--folder", tmp_path, "--json", *COMPARED
+    )
+    found = json.loads(ended.out)
+    assert [row["recipe"] for row in found["rows"]] == ["float", "int8", "int3:g32"]
+    floats, int8, int3 = found["rows"]
+    assert floats["evaluation"]["kl"] == 0 < int8["evaluation"]["kl"] < int3["evaluation"]["kl"]
+    assert floats["bytes"] == sum(p.nbytes for p in float_model().parameters()) > int8["bytes"] > int3["bytes"]
+    assert found["frontier"] == ["int8", "int3:g32"]
+    assert all(row["peak_rss"] > 100e6 and row["tokens_per_second"] > 0 for row in found["rows"])
+    assert all(row["kl_low"] <= row["evaluation"]["kl"] <= row["kl_high"] for row in found["rows"])
+    table = command(
+        "compare", TINYPY, "--data", DATA, "--recipes", "int8,int3:g32", "--folder", tmp_path, *COMPARED
+    ).out
+    assert "A int8  B int3:g32" in table
+    assert not list(tmp_path.glob("*.safetensors")), "the float model's logits are gone"
+
+
+@pytest.mark.long
+def test_compare_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """What was measured before is not measured again."""
+    arguments = [
+        "compare",
+        str(TINYPY),
+        "--data",
+        DATA,
+        "--recipes",
+        "int8,nf4,int4",
+        "--folder",
+        str(tmp_path),
+        *COMPARED,
+    ]
+    code = f"from qpass.cli import main; main({arguments!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("*.json"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    found = compare(TINYPY, ["int8", "nf4", "int4"], DATA, folder=tmp_path, inner="eager", context=16, steps=4, window=64,
+                    windows=2)  # fmt: skip
+    assert len(found.rows) == 4
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_a_recipe_that_fails_is_named_and_the_others_are_kept(command: Command, tmp_path: Path) -> None:
+    ended = command("compare", TINYPY, "--data", DATA, "--recipes", "int8,int8:g512", "--folder", tmp_path, *COMPARED)
+    assert ended.status == 2
+    assert "int8:g512:" in ended.err
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_bench_times_the_float_model_and_each_recipe(command: Command, artifact: Path) -> None:
+    short = ("--context", "16", "--steps", "4", "--inner", "eager")
+    ended = command("bench", TINYPY, "--recipes", "int8,int4+kv=int8", "--json", *short)
+    rows = {row["recipe"]: row for row in json.loads(ended.out)["rows"]}
+    assert list(rows) == ["float", "int8", "int4+kv=int8"]
+    assert rows["float"]["weight_bytes"] > rows["int8"]["weight_bytes"] > rows["int4+kv=int8"]["weight_bytes"]
+    assert rows["int8"]["cache_bytes"] > 3 * rows["int4+kv=int8"]["cache_bytes"]
+    assert "times artifact" in command("bench", artifact, *short).out
