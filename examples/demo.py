@@ -16,7 +16,7 @@ from rich.panel import Panel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpass
-from qpass.compare import compare
+from qpass.measuring.compare import compare
 
 MODEL = Path(__file__).parent / "tinypy"
 #: Formats by round to nearest, the preset, and the preset with a quantized cache. tinypy forgives what ruins larger models.

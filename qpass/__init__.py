@@ -19,19 +19,19 @@ from qpass.artifact.load import load as load
 from qpass.artifact.load import verify as verify
 from qpass.artifact.save import save as save
 from qpass.backend import QPass as QPass
-from qpass.blame import blame as blame
 from qpass.compute import set_compute as set_compute
 from qpass.doctor import doctor as doctor
 from qpass.errors import QpassError as QpassError
-from qpass.evaluate import evaluate as evaluate
 from qpass.hf import config_class, register
-from qpass.plan import MemoryPlan as MemoryPlan
-from qpass.plan import plan_memory as plan_memory
+from qpass.measuring.blame import blame as blame
+from qpass.measuring.evaluate import evaluate as evaluate
+from qpass.planning.memory import MemoryPlan as MemoryPlan
+from qpass.planning.memory import plan_memory as plan_memory
 from qpass.qtensor import QTensor as QTensor
 from qpass.recipe import PRESETS as PRESETS
 from qpass.recipe import Recipe as Recipe
 from qpass.registry import dynamo_backend
-from qpass.report import report as report
+from qpass.seeing.report import report as report
 from qpass.spec import QuantSpec as QuantSpec
 
 

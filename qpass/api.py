@@ -17,7 +17,6 @@ from qpass.algorithms.rounding import check_data_free, needs_data
 from qpass.backend import BACKENDS, QPass
 from qpass.calibration import Data, NothingLeft, batches_of, record
 from qpass.decisions import Decision
-from qpass.diff import Diff
 from qpass.errors import QpassError
 from qpass.exported import quantize_program
 from qpass.finish import finish
@@ -39,7 +38,8 @@ from qpass.qtensor import QTensor
 from qpass.ready import check_ready
 from qpass.recipe import Recipe
 from qpass.replay import places_of, quantize_in_order
-from qpass.seeing import Side, diff_of, diff_of_two, side_in_float, side_of
+from qpass.seeing.diff import Diff
+from qpass.seeing.sides import Side, diff_of, diff_of_two, side_in_float, side_of
 from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.store import Kept, fuse, quantize_group
 from qpass.weights import as_rows, check_weight, memory_of

@@ -16,7 +16,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from qpass.backend import Capture, QPass
 from qpass.calibration import Data
-from qpass.diff import Diff, diff_graphs
 from qpass.errors import QpassError
 from qpass.exported_calibration import calibrate_program
 from qpass.exported_state import HeldCaches, hold_quantized, quantized_examples, with_lists
@@ -26,7 +25,8 @@ from qpass.graph.vocabulary import op_name
 from qpass.passes import GROUP_PARTS, INPUT, Convert, GraphInput, clean, run_passes
 from qpass.recipe import Recipe
 from qpass.registry import FINISHED
-from qpass.report import report_on
+from qpass.seeing.diff import Diff, diff_graphs
+from qpass.seeing.report import report_on
 from qpass.sites.core import Edit
 from qpass.sites.group import WeightGroup
 from qpass.store import Parts

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from qpass.errors import QpassError
-from qpass.evaluate import Evaluation, evaluate
+from qpass.measuring.evaluate import Evaluation, evaluate
 from qpass.registry import captured, captures_of
 
 

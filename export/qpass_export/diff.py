@@ -9,8 +9,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qpass.diff import Diff, GraphDiff, NodeChange, SiteDetail, SiteSide
 from qpass.errors import QpassError
+from qpass.seeing.diff import Diff, GraphDiff, NodeChange, SiteDetail, SiteSide
 from qpass_export.provenance import SITE, module_of
 
 #: Attributes that say how a node quantizes.

@@ -55,8 +55,8 @@ def plan(
     """Bytes of every kind of site, whether it fits, what a smaller format saves, how fast a step can be. Nothing is loaded."""
     import torch
 
-    from qpass.outlook import named_devices, outlook, parse_bytes
-    from qpass.plan import Planner
+    from qpass.planning.memory import Planner
+    from qpass.planning.outlook import named_devices, outlook, parse_bytes
     from qpass.progress import working
 
     memory = None if gpu_memory is None else parse_bytes(gpu_memory)

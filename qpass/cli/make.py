@@ -53,7 +53,7 @@ def quantize(
     if like is not None and recipe is not None:
         raise QpassError("--like takes the formats of an artifact: leave --recipe out")
     if dry_run:
-        from qpass.dry_run import estimate
+        from qpass.planning.dry_run import estimate
 
         show(estimate(source, target, recipe or "int8", calibration=calibration, like=like), as_json)
         return

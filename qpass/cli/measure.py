@@ -81,7 +81,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Recipes side by side: bytes, peak memory, KL with its interval, perplexity, top-1, speed. A killed run goes on."""
-    from qpass.compare import compare as run
+    from qpass.measuring.compare import compare as run
 
     check_page(output)
     found = run(model, split(recipes), data, calibration=calibration, reference=reference, folder=folder, window=window,
@@ -104,7 +104,7 @@ def blame(
     """Sites by the KL that is recovered when each is restored to float, and the recipe line that fixes the worst."""
     import qpass
     from qpass.folders import is_artifact, load_float, load_quantized
-    from qpass.measure import windows_of
+    from qpass.measuring.job import windows_of
 
     if is_artifact(source) and reference is None:
         raise QpassError(
@@ -125,8 +125,8 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time prompts and decode steps at batch 1: of the float model, compiled, and of each recipe, one after the other."""
-    from qpass.bench import bench as run
     from qpass.folders import is_artifact
+    from qpass.measuring.bench import bench as run
 
     if is_artifact(source) and recipes is not None:
         raise QpassError(f"{source}: an artifact has its recipe already; leave --recipes out")
@@ -137,8 +137,8 @@ def _reference(source: Path, data: Path, given: Path | None, window: int, window
     """The windows, and what gives float logits for them."""
     from qpass.artifact.checkpoint import identity_of
     from qpass.folders import is_artifact, load_float
-    from qpass.kept_logits import KeptLogits, keep_logits
-    from qpass.measure import windows_of
+    from qpass.measuring.job import windows_of
+    from qpass.measuring.kept_logits import KeptLogits, keep_logits
 
     if is_artifact(source) and given is None:
         raise QpassError(

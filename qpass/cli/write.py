@@ -35,8 +35,8 @@ def generate(
     from qpass.folders import is_artifact, load_float, load_quantized, load_tokenizer, recipe_of
     from qpass.generate import generate as tokens_of
     from qpass.generate import pieces
-    from qpass.measure import FLOAT
-    from qpass.speed import weight_bytes
+    from qpass.measuring.job import FLOAT
+    from qpass.measuring.speed import weight_bytes
 
     if prompt is None and sys.stdin.isatty():
         raise QpassError("no prompt; give one, or pipe it in")

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpass
-from qpass.compare import compare
+from qpass.measuring.compare import compare
 from qpass.texts import read_windows
 from tests.cli.conftest import DATA, SHORT, TINYPY, Command
 

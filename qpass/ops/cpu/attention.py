@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from qpass.ops import reference
 from qpass.ops.cpu.library import c_functions, remember
-from qpass.ops.cpu.matrix import DTYPES, CpuSpec, Frame, FrameStruct, Matrix, contiguous, cpu_spec, fits
+from qpass.ops.cpu.matrix import DTYPES, CpuSpec, Frame, FrameStruct, Matrix, contiguous, cpu_spec, fits, has_kernels
 
 #: From this many queries a head on, attention over keys and values that are floats is torch's own.
 _MANY_QUERIES = 8
@@ -86,20 +86,23 @@ def attention(
     keys, values = (k_data, k_scale, k_zero_point, k_outer_scale), (v_data, v_scale, v_zero_point, v_outer_scale)
     floats, capped = (k_first, v_first, k_last, v_last), soft_cap or sinks is not None
     if not capped and not is_causal and _whole_chunk(q, k_data.shape[2], mask, k_last, start):
-        seen = None if mask is None else mask[..., : k_last.shape[2]]  # type: ignore[union-attr]
-        return F.scaled_dot_product_attention(
-            q, k_last.to(q.dtype), v_last.to(q.dtype), attn_mask=seen, scale=scale, enable_gqa=True  # type: ignore[union-attr]
-        ).contiguous()  # fmt: skip
+        assert k_last is not None
+        assert v_last is not None
+        count = min(k_last.shape[2], k_data.shape[2])  # the window of floats may be longer than the cache
+        k, v = k_last[:, :, :count].to(q.dtype), v_last[:, :, :count].to(q.dtype)
+        seen = None if mask is None else mask[..., :count]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).contiguous()
     floats_alone = k_spec == v_spec == _FLOATS.get(q.dtype) and k_first is None and k_last is None and not capped
     if floats_alone and q.shape[2] >= _MANY_QUERIES:
         return F.scaled_dot_product_attention(
             q, k_data, v_data, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=True
         ).contiguous()
-    k_known, v_known = cpu_spec(k_spec), cpu_spec(v_spec)
-    if not _serves(q, keys, k_known, values, v_columns, v_known):
+    readable = has_kernels(k_spec) and has_kernels(v_spec)
+    if not readable or not _serves(q, keys, cpu_spec(k_spec), values, v_columns, cpu_spec(v_spec)):
         return reference.attention(
             q, *keys, k_spec, *values, v_columns, v_spec, mask, is_causal, scale, *floats, start, soft_cap, sinks
         )
+    k_known, v_known = cpu_spec(k_spec), cpu_spec(v_spec)
     y = q.new_empty((*q.shape[:-1], v_columns))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     fp32 = [None if x is None else x.float().contiguous() for x in floats]

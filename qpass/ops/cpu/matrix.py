@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qpass.formats import Format
 from qpass.granularity import PerTokens
 from qpass.packing import packed_length
 from qpass.rotation import rotation
@@ -18,6 +19,8 @@ from qpass.spec import QuantSpec, parse_spec
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "fp8_e4m3": 3, "mxfp8": 3, "fp8_e5m2": 4, "int8": 5}
 _CODES, _CODEBOOK = 6, 7
+#: Bits of packed integers that kernels unpack, and values of a codebook.
+_WIDTHS, _VALUES = (2, 3, 4, 5, 6), 16
 _SCALES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
@@ -27,8 +30,8 @@ class SpecStruct(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("kind", "bits", "group", "tokens", "scale", "zero_point", "ceil")),
         ("unit", ctypes.c_float),
-        ("codebook", ctypes.c_float * 16),
-        ("integers", ctypes.c_int8 * 16),
+        ("codebook", ctypes.c_float * _VALUES),
+        ("integers", ctypes.c_int8 * _VALUES),
     ]
 
 
@@ -46,13 +49,25 @@ class CpuSpec:
         return columns if self.struct.tokens else -(-columns // g) if g else 1
 
 
+def _unit(fmt: Format) -> float:
+    """What the values of a codebook are multiples of, for int8 products: nf4 is rounded to 127ths; E2M1 has halves."""
+    return 1.0 if not fmt.codebook else 0.5 if fmt.qmax == 6 else 1 / 127
+
+
+@cache
+def has_kernels(text: str) -> bool:
+    """Whether kernels read codes of this format; a row that is added to the table may have any width."""
+    fmt = parse_spec(text).format
+    if fmt.codebook:
+        return fmt.bits == 4 and len(fmt.codebook) == _VALUES and max(map(abs, fmt.codebook)) <= 127 * _unit(fmt)
+    return fmt.name in _KINDS or (fmt.kind == "uniform" and fmt.bits in _WIDTHS)
+
+
 @cache
 def cpu_spec(text: str) -> CpuSpec:
     spec = parse_spec(text)
     fmt = spec.format
-    book, unit = fmt.codebook or (), 1.0
-    if book:  # nf4 is rounded to 127ths; twice the numbers of E2M1 are integers
-        unit = 0.5 if fmt.qmax == 6 else 1 / 127
+    book, unit = fmt.codebook or (), _unit(fmt)
     if spec.granularity is None:
         scale = 0
     elif spec.double_quantized:
@@ -68,8 +83,8 @@ def cpu_spec(text: str) -> CpuSpec:
         spec.has_zero_point + spec.float_zero,
         spec.scale_rounding != "floor",
         unit,
-        (ctypes.c_float * 16)(*book),
-        (ctypes.c_int8 * 16)(*(round(v / unit) for v in book)),
+        (ctypes.c_float * _VALUES)(*book),
+        (ctypes.c_int8 * _VALUES)(*(round(v / unit) for v in book)),
     )
     return CpuSpec(spec, struct, ctypes.addressof(struct))
 
@@ -99,6 +114,8 @@ def _layout(text: str, k: int) -> tuple[int, int, tuple[torch.dtype, ...], tuple
 def fits(parts: tuple[Tensor | None, ...], k: int, text: str) -> bool:
     """Whether the stored parts are what the spec says of k columns: a kernel believes it. The reference sees to the rest."""
     data, scale, zero, outer = parts
+    if not has_kernels(text):
+        return False
     width, blocks, data_types, scale_types = _layout(text, k)
     if data is None or data.dtype not in data_types or data.shape[-1] != width:
         return False

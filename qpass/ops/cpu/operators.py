@@ -165,8 +165,7 @@ _WRITTEN = frozenset({"int8", "int4", "int2", "fp8_e4m3", "fp8_e5m2"})
 
 def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
     """[.., K] -> the parts that the spec has, to the bit those of the reference, but for the last bit of a rotation."""
-    library, known = c_functions(), cpu_spec(spec)
-    s, k = known.spec, x.shape[-1]
+    library, s, k = c_functions(), parse_spec(spec), x.shape[-1]
     served = s.format.name in _WRITTEN and not s.double_quantized and str(s.granularity) != "tensor"
     heads = x.shape[-3] if x.dim() > 2 else 1
     if s.static:
@@ -178,7 +177,7 @@ def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[T
     slots: list[Tensor | None] = [None] * 4
     for slot, part in zip(s.stored_parts, parts, strict=True):
         slots[slot] = part
-    matrix, frame = Matrix(tuple(slots), x.numel() // k, k, known), Frame(s, k, static_scale)
+    matrix, frame = Matrix(tuple(slots), x.numel() // k, k, cpu_spec(spec)), Frame(s, k, static_scale)
     tokens = x.shape[-2] if x.dim() > 1 else 1
     bad = library.qpass_quantize(
         *matrix.arguments,

@@ -10,7 +10,7 @@ from qpass.memory import for_huge_pages
 from qpass.numerics import Power, Quantized, outer_scale_of, quantize
 from qpass.ops import reference
 from qpass.ops.cpu.library import c_functions
-from qpass.ops.cpu.matrix import DTYPES, Matrix, cpu_spec
+from qpass.ops.cpu.matrix import DTYPES, Matrix, cpu_spec, has_kernels
 from qpass.spec import QuantSpec
 
 #: enum Work and enum Trouble of quantize.h.
@@ -22,7 +22,7 @@ def serves(weight: Tensor, spec: QuantSpec) -> bool:
     """Whether the kernel takes a weight [N, K]. Scales in 8 bits it makes for tables of values only."""
     there = weight.device.type == "cpu" and weight.dtype in DTYPES and weight.numel() > 0
     known = not spec.is_identity and (not spec.double_quantized or spec.format.kind == "codebook")
-    return there and known and c_functions() is not None
+    return there and known and has_kernels(str(spec)) and c_functions() is not None
 
 
 def round_weight(

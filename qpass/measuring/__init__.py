@@ -1,0 +1,1 @@
+"""What quantizing costs and gains, in numbers."""

@@ -1,0 +1,219 @@
+"""qpass.compare: several recipes of one model side by side, each measured in a process of its own; a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qpass.artifact.checkpoint import identity_of
+from qpass.errors import QpassError
+from qpass.folders import check_model, load_float
+from qpass.measuring.job import FLOAT, Job, Measured, windows_of
+from qpass.measuring.kept_logits import keep_logits
+from qpass.printing import printed
+from qpass.recipe import resolve_recipe
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Recipes in the order that they were asked for, the float model first. `print` shows table and plot, `to_json()` gives plain
+    data, `to_html(path)` a page. `data`: what it was measured on, in words."""
+
+    model: str
+    data: str
+    rows: tuple[Measured, ...]
+
+    @property
+    def frontier(self) -> tuple[Measured, ...]:
+        """Rows that no other beats in bytes of weights and cache and in KL, from large to small; without the float model."""
+        rows = [row for row in self.rows if row.recipe != FLOAT and not math.isnan(row.evaluation.kl)]
+        best = [row for row in rows if not any(_beats(other, row) for other in rows)]
+        return tuple(sorted(best, key=lambda row: -row.bytes))
+
+    def to_json(self) -> dict[str, Any]:
+        """The rows, and the recipes on the frontier, as plain data."""
+        rows = [row.to_json() for row in self.rows]
+        return {"model": self.model, "data": self.data, "rows": rows, "frontier": [r.recipe for r in self.frontier]}
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(*_COLUMNS, box=None, pad_edge=False)
+        for column in table.columns[1:-1]:
+            column.justify = "right"
+        best = self.frontier
+        for row in self.rows:
+            table.add_row(*_cells(row), "*" if row in best else "")
+        lines: list[Any] = [f"{self.model}, {self.data}", table]
+        if best:
+            lines.append(
+                "* none of the others is smaller and loses less; +- is the 95 % interval of the KL over the windows"
+            )
+        return Group(*lines, *_plot(self.rows, best))
+
+    def __str__(self) -> str:
+        return printed(self)
+
+
+def _beats(a: Measured, b: Measured) -> bool:
+    """Whether `a` is nowhere worse than `b`, and somewhere better."""
+    mine, other = ((row.bytes, row.cache_bytes or 0, row.evaluation.kl) for row in (a, b))
+    return mine != other and all(m <= o for m, o in zip(mine, other, strict=True))
+
+
+_COLUMNS = (
+    "recipe",
+    "MB",
+    "cache B/token",
+    "peak RSS MB",
+    "KL",
+    "95 %",
+    "perplexity",
+    "top-1",
+    "tokens/s",
+    "generate",
+    "prompt",
+    "",
+)
+
+
+def _cells(row: Measured) -> list[str]:
+    found = row.evaluation
+    rates = (row.tokens_per_second, row.generate_per_second, row.prompt_per_second)
+    return [
+        row.recipe,
+        f"{row.bytes / 1e6:,.1f}",
+        "" if row.cache_bytes is None else f"{row.cache_bytes:,.0f}",
+        f"{row.peak_rss / 1e6:,.0f}",
+        f"{found.kl:.5f}",
+        f"{found.kl_interval[1] - found.kl:.5f}" if len(found.window_kls) > 1 else "",
+        f"{found.perplexity:.3f}",
+        f"{found.top1:.4f}",
+        *("" if rate is None else f"{rate:,.1f}" for rate in rates),
+    ]
+
+
+def _plot(rows: Sequence[Measured], best: Sequence[Measured], width: int = 64, height: int = 12) -> list[str]:
+    """Bytes to the right, log10 of the KL upwards; letters for the rows, capitals for the frontier."""
+    points = [row for row in rows if row.recipe != FLOAT and row.evaluation.kl > 0]
+    if len(points) < 2:
+        return []
+    xs, ys = [row.bytes for row in points], [math.log10(row.evaluation.kl) for row in points]
+    left, right, low, high = min(xs), max(xs), math.floor(min(ys)), math.ceil(max(ys))
+    canvas = [[" "] * width for _ in range(height)]
+    names = []
+    for i, (row, x, y) in enumerate(zip(points, xs, ys, strict=True)):
+        letter = chr(ord("a") + i % 26)
+        letter = letter.upper() if row in best else letter
+        names.append(f"{letter} {row.recipe}")
+        column = round((x - left) / max(1, right - left) * (width - 1))
+        line = round((high - y) / max(1, high - low) * (height - 1))
+        canvas[line][column] = letter
+    axis = [f"1e{high:+03d} |", *["      |"] * (height - 2), f"1e{low:+03d} |"]
+    lines = [f"{label}{''.join(line)}".rstrip() for label, line in zip(axis, canvas, strict=True)]
+    ends = f"{left / 1e6:,.0f} MB", f"{right / 1e6:,.0f} MB"
+    return [
+        "", "KL", *lines, "      +" + "-" * width, f"       {ends[0]}{ends[1].rjust(width - len(ends[0]))}",
+        "  ".join(names),
+    ]  # fmt: skip
+
+
+def compare(
+    model: str | Path,
+    recipes: Sequence[str],
+    data: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    reference: str | Path | None = None,
+    folder: str | Path | None = None,
+    window: int = 1024,
+    windows: int = 8,
+    inner: str = "inductor",
+    context: int = 128,
+    steps: int = 32,
+    on_row: Callable[[Measured], None] = lambda row: None,
+) -> Comparison:
+    """Measure recipes of the transformers model in folder `model` on the text file `data`.
+
+    `recipes`: presets, specs, YAML files, each perhaps with changes ("int4+kv=int8"); those that take data get `calibration`.
+    `reference`: a file where the float model's logits are kept for further calls; by default one that is deleted at the end.
+    `folder`: where results are kept, by default in the user's cache; a call with the same model, data and settings takes what is
+    there, so that a killed run goes on. `window`, `windows`: tokens, and how many. `context`, `steps`: of the timed decoding
+    (`steps=0`: none). `on_row`: is told of each row.
+    Raises `QpassError` for a recipe that does not exist, before anything is measured, and for one that fails, after the others.
+    """
+    model, data = Path(model), Path(data)
+    check_model(model)
+    for recipe in recipes:
+        resolve_recipe(recipe, calibration is not None)
+    text = None if calibration is None else str(Path(calibration).resolve())
+    job = Job(str(model.resolve()), FLOAT, str(data.resolve()), "", text, window, windows, inner, context, steps)
+    batches = windows_of(job.model, job.data, window, windows)
+    kept = Path(folder) if folder is not None else _cache_folder() / "compare"
+    kept.mkdir(parents=True, exist_ok=True)
+    identity = identity_of(model)
+    jobs = [replace(job, recipe=recipe) for recipe in dict.fromkeys((FLOAT, *recipes))]
+    paths = [kept / f"{_key(j, identity)}.json" for j in jobs]
+    logits = Path(reference) if reference is not None else kept / f"{_key(job, identity)}.safetensors"
+    rows, failures = [], []
+    for each, path in zip(jobs, paths, strict=True):
+        if not path.is_file():
+            keep_logits(logits, identity, batches, lambda: load_float(model))
+            error = _run(replace(each, reference=str(logits.resolve())), path)
+            if error is not None:
+                failures.append(f"{each.recipe}: {error}")
+                continue
+        rows.append(Measured.from_json(json.loads(path.read_text())))
+        on_row(rows[-1])
+    if reference is None and not failures:
+        logits.unlink(missing_ok=True)
+    if failures:
+        raise QpassError("compare: " + "; ".join(failures))
+    what = f"{sum(b.numel() for b in batches):,} tokens of {data.name} in {len(batches)} windows"
+    return Comparison(model.name, what, tuple(rows))
+
+
+def _run(job: Job, path: Path) -> str | None:
+    """Measure a job in a process of its own; -> what went wrong."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(asdict(job), file)
+        file.flush()
+        command = [sys.executable, "-m", "qpass.measuring.job", file.name, str(path)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        try:
+            _, errors = process.communicate()
+        finally:
+            if process.poll() is None:  # interrupted
+                process.kill()
+                process.wait()
+    if process.returncode == 0:
+        return None
+    lines = [line for line in errors.splitlines() if line.strip()] or [f"ended with {process.returncode}"]
+    return lines[-1].removeprefix("qpass.errors.QpassError: ")
+
+
+def _key(job: Job, identity: str) -> str:
+    """Changes with all that a result depends on."""
+    files = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (job.data, job.calibration) if f is not None]
+    recipe = job.recipe if job.recipe == FLOAT else resolve_recipe(job.recipe, job.calibration is not None).to_dict()
+    known = asdict(job) | {"recipe": recipe, "data": files, "calibration": len(files), "model": identity}
+    known["threads"] = torch.get_num_threads()
+    known["versions"] = [version("qpass-torch"), str(torch.__version__)]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qpass"

@@ -1,0 +1,1 @@
+"""What a model would take, before anything is loaded."""

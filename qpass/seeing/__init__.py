@@ -1,0 +1,1 @@
+"""What was done: sites, and graphs before and after, as text, data and pages."""
