@@ -47,6 +47,17 @@ class Comparison:
         rows = [row.to_json() for row in self.rows]
         return {"model": self.model, "data": self.data, "rows": rows, "frontier": [r.recipe for r in self.frontier]}
 
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The frontier as a plot, and the table, in one file that needs no network; written to `path`, if given."""
+        from qpass.seeing.html.page import page
+
+        return page("compare", self.model, self.to_json(), path)
+
+    def _repr_html_(self) -> str:
+        from qpass.seeing.html.page import in_notebook
+
+        return in_notebook(self.to_html())
+
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.table import Table

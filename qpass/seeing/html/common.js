@@ -1,6 +1,6 @@
 "use strict";
 
-// What both pages share. Names of a model are text: they reach the document through text nodes and attributes only.
+// What all pages share. Names of a model are text: they reach the document through text nodes and attributes only.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);

@@ -19,6 +19,7 @@ _FOLDER = Path(__file__).parent
 _SCRIPTS = {
     "diff": ("common.js", "tree.js", "details.js", "diff.js"),
     "report": ("common.js", "charts.js", "report.js"),
+    "compare": ("common.js", "compare.js"),
 }
 #: What would end the element that the data lie in, or begin another.
 _UNSAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
@@ -26,7 +27,7 @@ _NOTEBOOK_HEIGHT = 640
 
 
 def page(kind: str, title: str, data: Any, path: str | Path | None = None) -> str:
-    """The page `kind` ("diff" or "report") of `data`, which json.dumps takes. Written to `path`, if given, whole or not at all.
+    """The page `kind` (a key of _SCRIPTS) of `data`, which json.dumps takes. Written to `path`, if given, whole or not at all.
 
     Numbers that are not finite arrive as null. Raises `OSError` if the file cannot be written.
     """
