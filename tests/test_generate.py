@@ -17,10 +17,10 @@ PROMPT = torch.tensor([[5, 17, 3, 60]])
 
 def llama() -> Any:
     torch.manual_seed(3)
-    return hf("LlamaForCausalLM", num_key_value_heads=2, max_position_embeddings=256).eval()
+    return hf("LlamaForCausalLM", num_key_value_heads=2, head_dim=32, max_position_embeddings=256).eval()
 
 
-@pytest.mark.parametrize("recipe", [None, "int8", "int8+kv=int8", "int4:g16+kv=int4"])
+@pytest.mark.parametrize("recipe", [None, "int8", "int8+kv=int4"])
 def test_greedy_tokens_are_those_of_transformers(recipe: str | None) -> None:
     model = llama()
     chosen = None

@@ -23,14 +23,14 @@ def test_the_ladder_of_70_billion_parameters_and_its_cache(command: Command) -> 
 
 
 @pytest.mark.parametrize(
-    ("memory", "says"), [("24GB", "it fits"), ("8GB", "does not fit"), ("8GiB", "2 such devices")], ids=str
+    ("memory", "says"), [("24MB", "it fits"), ("5MB", "does not fit"), ("5MiB", "2 such devices")], ids=str
 )
 def test_whether_it_fits(memory: str, says: str, command: Command) -> None:
-    assert says in command("plan", "8b", "--context", 8192, "--kv", "int8", "--gpu-memory", memory).out
+    assert says in command("plan", TINYPY, "--context", 100, "--kv", "int8", "--gpu-memory", memory).out
 
 
 def test_a_floor_is_bytes_over_bandwidth_of_the_devices_that_hold_them(command: Command) -> None:
-    found = json.loads(command("plan", "8b", "--device", "h200", "--device", "B200", "--batch", 2, "--json").out)
+    found = json.loads(command("plan", TINYPY, "--device", "h200", "--device", "B200", "--batch", 2, "--json").out)
     h200, b200 = found["floors"]
     looked_up = next(row["bytes"] for row in found["rows"] if row["kind"] == "embedding")
     assert h200["step_seconds"] == pytest.approx((found["total"]["bytes"] - looked_up) / 4.8e12)

@@ -159,7 +159,7 @@ def test_weights_of_another_type_that_are_not_held_in_float(
     reference, batches = family("nanogpt"), [tokens(2, 12)]
     model = quantized(copy.deepcopy(reference).to(dtype), "int4:g32")
     held = qpass.blame(model, reference, batches)
-    monkeypatch.setattr(sys.modules["qpass.blame"], "BUDGET", 0)  # the name in qpass is the function
+    monkeypatch.setattr(sys.modules["qpass.measuring.blame"], "BUDGET", 0)  # the name in qpass is the function
     assert qpass.blame(model, reference, batches) == held
 
 
