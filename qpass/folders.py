@@ -9,6 +9,7 @@ from qpass.api import quantize
 from qpass.artifact.load import load
 from qpass.artifact.manifest import NAME
 from qpass.errors import QpassError
+from qpass.progress import working
 from qpass.recipe import Recipe, resolve_recipe
 
 
@@ -35,7 +36,8 @@ def load_float(folder: Path, dtype: str = "float32") -> Any:
         raise QpassError("transformers is not installed: pip install 'qpass-torch[hf]'") from None
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+        with working(f"loading {folder}"):
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     except (OSError, ValueError, KeyError) as error:
         raise QpassError(f"{folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
 

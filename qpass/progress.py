@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -38,9 +39,15 @@ def working(label: str) -> Iterator[None]:
 
 
 def _console() -> Any:
+    """One for all that is shown at a time: rich puts displays of the same console below each other."""
+    return _console_on(sys.stderr)
+
+
+@lru_cache(maxsize=1)
+def _console_on(stream: Any) -> Any:
     from rich.console import Console
 
-    return Console(file=sys.stderr)
+    return Console(file=stream)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from qpass.folders import check_model, load_float
 from qpass.measuring.job import FLOAT, Job, Measured, windows_of
 from qpass.measuring.kept_logits import keep_logits
 from qpass.printing import printed
+from qpass.progress import track
 from qpass.recipe import resolve_recipe
 
 
@@ -180,7 +181,7 @@ def compare(
     paths = [kept / f"{_key(j, identity)}.json" for j in jobs]
     logits = Path(reference) if reference is not None else kept / f"{_key(job, identity)}.safetensors"
     rows, failures = [], []
-    for each, path in zip(jobs, paths, strict=True):
+    for each, path in track(list(zip(jobs, paths, strict=True)), "qpass: comparing"):
         if not path.is_file():
             keep_logits(logits, identity, batches, lambda: load_float(model))
             error = _run(replace(each, reference=str(logits.resolve())), path)
