@@ -102,3 +102,43 @@ def test_folders_and_models_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(qpass.QpassError, match="holds something else"):
         qpass.export_compressed_tensors(model, tmp_path / "mine")
     qpass.export_compressed_tensors(model, tmp_path / "b")  # an earlier export is replaced
+
+
+@pytest.mark.parametrize(
+    ("format", "largest", "kind"), [("fp8_e4m3:static", 448, "float"), ("int8:static", 127, "int")]
+)
+def test_scales_of_the_cache(format: str, largest: int, kind: str, tmp_path: Path) -> None:
+    """One for the keys and one for the values of a layer: its largest number is the largest code."""
+    from safetensors.torch import load_file
+    from transformers import DynamicCache
+
+    batches = [tokens(2, 16), tokens(2, 16, seed=5)]
+    model, _ = exported("int8", tmp_path / "without")
+    cache = qpass.KVCache(model.config, 64, format).calibrate(model, batches)
+    qpass.export_compressed_tensors(model, tmp_path / "a", cache)
+    found = load_file(tmp_path / "a" / "model.safetensors")
+    largest_seen: dict[str, float] = {}
+    for batch in batches:
+        plain = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(batch, past_key_values=plain, use_cache=True)
+        for i, layer in enumerate(plain.layers):
+            for half, states in (("k", layer.keys), ("v", layer.values)):
+                name = f"model.layers.{i}.self_attn.{half}_scale"
+                largest_seen[name] = max(largest_seen.get(name, 0.0), float(states.abs().max()))
+    assert {name for name in found if name.endswith(("k_scale", "v_scale"))} == largest_seen.keys()
+    for name, top in largest_seen.items():
+        torch.testing.assert_close(found[name], torch.tensor([top / largest]), rtol=1e-5, atol=0)
+    scheme = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert (scheme["type"], scheme["num_bits"], scheme["strategy"], scheme["dynamic"]) == (kind, 8, "tensor", False)
+    from compressed_tensors.quantization import QuantizationArgs
+
+    assert QuantizationArgs(**scheme).type == kind
+
+
+def test_a_cache_without_scales_is_refused(tmp_path: Path) -> None:
+    model, _ = exported("int8", tmp_path / "b")
+    for cache in (qpass.KVCache(model.config, 64, "int8"), qpass.KVCache(model.config, 64, "fp8_e4m3:static")):
+        with pytest.raises(qpass.QpassError, match="static scales"):
+            qpass.export_compressed_tensors(model, tmp_path / "a", cache)
+    assert not (tmp_path / "a").exists()

@@ -24,6 +24,7 @@ from qpass.graph.torch_private import original_module
 from qpass.numerics import codes_of
 from qpass.packing import pack
 from qpass.qtensor import QTensor
+from qpass.registry import captured
 from qpass.spec import QuantSpec
 
 FORMAT = "compressed-tensors"
@@ -50,12 +51,15 @@ class Written:
         return "\n".join(lines)
 
 
-def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Written:
+def export_compressed_tensors(model: nn.Module, folder: str | Path, cache: Any = None) -> Written:
     """Write a quantized model as compressed-tensors, its integers and scales as they are.
 
+    `cache`: a KVCache with calibrated static scales ("fp8_e4m3:static", "int8:static"), for the engine's own cache: one scale
+    for the keys of a layer and one for the values, the largest of the heads' and channels'.
     What that format or vLLM has no form for is written as the 16-bit floats (32-bit in a 32-bit model) that its codes stand for,
     and listed: tables, the vocabulary projection, codebooks, microscaling, float zero points, scales of columns. Raises
-    `QpassError` for a model that is not quantized, and a folder with anything but an earlier export.
+    `QpassError` for a model that is not quantized, a cache without scales for every layer, and a folder with anything but an
+    earlier export.
     """
     folder, model = absolute(folder), original_module(model)
     check_folder(folder, _is_export, "an export")
@@ -84,11 +88,15 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path) -> Written:
         tensors.update({f"{module}.{part}": tensor for part, tensor in stored.items()})
         schemes.setdefault(json.dumps(scheme, sort_keys=True), []).append(module)
         written.quantized[module] = str(param.spec)
+    scales = {} if cache is None else _cache_scales(model, cache)
+    tensors |= scales
     names = dict(model.named_buffers())
     tensors |= {n: names[n] for n in model.state_dict(keep_vars=True) if n in names}
     ignored = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in written.quantized]
     with replacing(folder, lambda name: name.endswith(".safetensors")) as staging:
-        carry(model, staging, {"quantization_config": _config(schemes, ignored)})
+        carry(
+            model, staging, {"quantization_config": _config(schemes, ignored, _cache_scheme(cache) if scales else None)}
+        )
         write_safetensors(tensors, staging / "model.safetensors", {"format": "pt"})
     return written
 
@@ -177,7 +185,36 @@ def _arguments(spec: QuantSpec, of_inputs: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _config(schemes: dict[str, list[str]], ignored: list[str]) -> dict[str, Any]:
+def _cache_scales(model: nn.Module, cache: Any) -> dict[str, Tensor]:
+    """ "<attention>.k_scale" and ".v_scale" [1] of each layer."""
+    decisions = captured(model, "export_compressed_tensors").decisions
+    keys = [name for name, p in model.named_parameters() if (d := decisions.of(p)) and "k" in d.site.roles]
+    if len(keys) != len(cache.scales) or None in cache.scales:
+        there = sum(pair is not None for pair in cache.scales)
+        raise QpassError(
+            f"export_compressed_tensors: scales for {there} of {len(keys)} layers; give a cache of static scales: "
+            'qpass.KVCache(model.config, 1024, "fp8_e4m3:static").calibrate(model, batches)'
+        )
+    found = {}
+    for name, pair in zip(keys, cache.scales, strict=True):
+        attention = name.rpartition(".")[0].rpartition(".")[0]
+        for half, scale in zip("kv", pair, strict=True):
+            found[f"{attention}.{half}_scale"] = scale.amax().reshape(1).float()
+    return found
+
+
+def _cache_scheme(cache: Any) -> dict[str, Any]:
+    if cache.k_spec != cache.v_spec:
+        raise QpassError(
+            f"export_compressed_tensors: keys in {cache.k_spec}, values in {cache.v_spec}: that format has one for both"
+        )
+    kind = "float" if cache.k_spec.format.kind == "float8" else "int"
+    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "tensor", "dynamic": False}
+
+
+def _config(
+    schemes: dict[str, list[str]], ignored: list[str], cache_scheme: dict[str, Any] | None = None
+) -> dict[str, Any]:
     groups = {
         f"group_{i}": json.loads(scheme) | {"targets": names} for i, (scheme, names) in enumerate(schemes.items())
     }
@@ -185,4 +222,5 @@ def _config(schemes: dict[str, list[str]], ignored: list[str]) -> dict[str, Any]
     return {
         "quant_method": FORMAT, "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed", "config_groups": groups, "ignore": ignored, "producer": METHOD,
+        **({} if cache_scheme is None else {"kv_cache_scheme": cache_scheme}),
     }  # fmt: skip

@@ -73,6 +73,13 @@ def export(
     target: Annotated[str | None, typer.Option(help="onnx: ort-cpu, ort-cuda or tensorrt")] = None,
     recipe: Annotated[str | None, typer.Option(help="onnx: what a float model is quantized by")] = None,
     check: Annotated[bool, typer.Option("--verify", help="onnx: run it, and compare with the torch graph")] = False,
+    kv: Annotated[
+        str | None,
+        typer.Option(help="compressed-tensors: fp8_e4m3:static or int8:static, scales for the engine's cache"),
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="compressed-tensors: text that these scales are from")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model for another engine, and say what that cannot take."""
@@ -84,9 +91,23 @@ def export(
             raise QpassError("--target, --recipe and --verify are of --format onnx")
         if not is_artifact(source):
             raise QpassError(f"{source}: no artifact of qpass; quantize the model first: qpass quantize {source} OUT")
-        show(qpass.export_compressed_tensors(qpass.load(source, inner="eager"), folder), as_json)
+        model = qpass.load(source, inner="eager")
+        show(qpass.export_compressed_tensors(model, folder, _calibrated_cache(model, kv, calibration)), as_json)
         return
+    if kv is not None or calibration is not None:
+        raise QpassError("--kv and --calibration are of --format compressed-tensors")
     show(extension("qpass.exporters", to)(source, folder, target, recipe, check), as_json)
+
+
+def _calibrated_cache(model: Any, kv: str | None, calibration: Path | None) -> Any:
+    from qpass.cache import KVCache
+    from qpass.calibration import WINDOW, batches_of
+
+    if (kv is None) != (calibration is None):
+        raise QpassError("--kv and --calibration go together: scales of the engine's cache are from that text")
+    if kv is None or calibration is None:
+        return None
+    return KVCache(model.config, WINDOW, kv).calibrate(model, batches_of(calibration, model))
 
 
 @app.command()

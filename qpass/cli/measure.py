@@ -152,3 +152,21 @@ def _reference(source: Path, data: Path, given: Path | None, window: int, window
     if is_artifact(source):
         return batches, KeptLogits(given)
     return batches, keep_logits(given, identity_of(source), batches, lambda: load_float(source))
+
+
+@app.command()
+def warmup(
+    artifact: Annotated[Path, typer.Argument(help="Folder that qpass wrote")],
+    context: Annotated[int, typer.Option(help="Tokens of the prompt", min=1)] = 128,
+    as_json: Json = False,
+) -> None:
+    """Compile what an artifact's first calls need into torch's caches on disk; the time to the first token before and after."""
+    from qpass.folders import is_artifact
+    from qpass.measuring.first_token import warm_up
+    from qpass.progress import working
+
+    if not is_artifact(artifact):
+        raise QpassError(f"{artifact}: no artifact of qpass; quantize the model first: qpass quantize {artifact} OUT")
+    with working("two processes, one after the other, up to their first tokens"):
+        found = warm_up(artifact, context)
+    show(found, as_json)

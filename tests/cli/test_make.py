@@ -25,6 +25,11 @@ def test_quantize_verify_and_export(command: Command, tmp_path: Path) -> None:
     served = command("export", tmp_path / "a", tmp_path / "served", "--json")
     assert served.status == 0
     assert json.loads(served.out)["quantized"]
+    scales = ("--kv", "fp8_e4m3:static", "--calibration", TINYPY / "calibration.txt")
+    with_scales = command("export", tmp_path / "a", tmp_path / "served", *scales)
+    assert with_scales.status == 0
+    assert "kv_cache_scheme" in (tmp_path / "served" / "config.json").read_text()
+    assert command("export", tmp_path / "a", tmp_path / "served", *scales[:2]).status == 2
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4:g32:asym", "nf4"])
