@@ -40,7 +40,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     console = Console()
     console.width = max(console.width, 120)
-    found = compare(MODEL, RECIPES, MODEL / "validation.txt", window=512, windows=16, inner="eager", context=64)
+    found = compare(
+        MODEL, RECIPES, MODEL / "validation.txt", window=512, windows=16, dtype="float32", inner="eager", context=64
+    )
     console.print(found.__rich__(), highlight=False)
     console.print(
         "Speed is that of qpass's CPU kernels with the rest of the model eager, in a model of a few MB.\n", style="dim"

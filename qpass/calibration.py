@@ -29,6 +29,7 @@ from qpass.graph.torch_private import (
 )
 from qpass.module_state import OwnState
 from qpass.passes import parameter_nodes
+from qpass.pretrained import load_tokenizer
 from qpass.replay import BUDGET, Key, Program, Run, tokens_of
 from qpass.sites.core import Plan
 from qpass.texts import check_text, tokenized
@@ -70,14 +71,12 @@ def _batch(item: Any) -> Batch:
 
 
 def _windows(files: Sequence[str | Path], model: nn.Module) -> list[Tensor]:
-    from transformers import AutoTokenizer
-
     name = getattr(getattr(model, "config", None), "name_or_path", "")
     for file in files:
         check_text(file)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(name)
+    except QpassError as error:
         raise QpassError(
             f"calibration: no tokenizer beside the model ({name or 'it has no name_or_path'}); give token ids"
         ) from error

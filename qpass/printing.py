@@ -1,7 +1,8 @@
-"""What rich would print, as text."""
+"""What is printed: tables as text, and plain data."""
 
 from __future__ import annotations
 
+import math
 from io import StringIO
 from typing import Any
 
@@ -11,5 +12,14 @@ def printed(renderable: Any) -> str:
     from rich.console import Console
 
     out = StringIO()
-    Console(file=out, width=200).print(renderable, highlight=False, markup=False)
+    Console(file=out, width=200, markup=False, emoji=False, highlight=False).print(renderable)
     return out.getvalue().rstrip()
+
+
+def finite(value: Any) -> Any:
+    """Plain data as JSON has them: numbers that are not finite become None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value

@@ -19,8 +19,13 @@ def track(items: Iterable[T], label: str) -> Iterator[T]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     total = len(items) if isinstance(items, Sized) else None
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    bar = Progress(TextColumn("{task.description}"), *columns, console=_console(), transient=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=_console(), transient=True)
     task = bar.add_task(label, total=total, rate="")
     with _after_a_moment(bar.start, bar.stop):
         for item in items:
@@ -33,7 +38,9 @@ def track(items: Iterable[T], label: str) -> Iterator[T]:
 @contextmanager
 def working(label: str) -> Iterator[None]:
     """Say, after a moment, that something is going on whose end is not known."""
-    status = _console().status(label)
+    from rich.text import Text
+
+    status = _console().status(Text(label))
     with _after_a_moment(status.start, status.stop):
         yield
 
@@ -47,7 +54,7 @@ def _console() -> Any:
 def _console_on(stream: Any) -> Any:
     from rich.console import Console
 
-    return Console(file=stream)
+    return Console(file=stream, markup=False, emoji=False)
 
 
 @contextmanager

@@ -66,7 +66,10 @@ class Recipe:
         """A recipe from a YAML mapping with the constructor's names. Raises `QpassError` for an unknown name."""
         import yaml
 
-        content = yaml.safe_load(Path(path).read_text())
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise QpassError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
         if not isinstance(content, dict):
             raise QpassError(f"{path}: a recipe is a mapping of sites to specs, not {type(content).__name__}")
         return _from_mapping(content, str(path))
@@ -77,6 +80,12 @@ class Recipe:
             if fnmatchcase(name, glob):
                 return spec
         return getattr(self, kind, None)
+
+    @property
+    def weight_specs(self) -> list[QuantSpec]:
+        """Every spec that a weight may get."""
+        specs = [*(getattr(self, kind) for kind in WEIGHT_KINDS), *(spec for _, spec in self.overrides)]
+        return [spec for spec in specs if spec is not None]
 
     @property
     def kv_specs(self) -> tuple[QuantSpec, QuantSpec] | None:

@@ -140,6 +140,24 @@ class WeightStore:
             return WeightStats(param.stored_nbytes, param.outcome)
         return self._stats.get(param)
 
+    def scales(self, param: Tensor) -> tuple[Tensor | None, Tensor | None] | None:
+        """(scale, outer scale) as stored for a Parameter that was quantized here, its rows of them; None if it was not."""
+        for entry in self._entries.values():
+            members = [ref() for ref in entry.refs]
+            position = next((i for i, p in enumerate(members) if p is param), None)
+            scale, outer = entry.parts[1], entry.parts[3]
+            if position is None or scale is None:
+                continue
+            weights = [p for p in members if isinstance(p, Tensor) and p.dim() > 1]
+            rows = [p.numel() // columns for p in weights if (columns := p.shape[-1])]
+            if (
+                len(weights) == 1 or sum(rows) != scale.shape[0]
+            ):  # alone; or a scale for all of them, or transposed ones
+                return scale, outer
+            cut = slice(sum(rows[:position]), sum(rows[: position + 1]))
+            return scale[cut], outer[cut] if outer is not None and outer.shape[0] == scale.shape[0] else outer
+        return None
+
     def _make(self, params: Sequence[Tensor], group: WeightGroup) -> Parts:
         n = len(group.weights)
         weights, biases = params[:n], list(params[n:])

@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "qpass"
 #: Layers from the bottom up: a file imports from its own layer and those below.
 LAYERS = [
-    {"errors", "ranks", "formats", "granularity", "packing", "rotation", "progress", "printing", "memory", "texts"},
+    {
+        "errors",
+        "ranks",
+        "formats",
+        "granularity",
+        "packing",
+        "rotation",
+        "progress",
+        "printing",
+        "memory",
+        "texts",
+        "pretrained",
+    },
     {"spec"},
     {"recipe", "numerics", "compute"},
     {"algorithms", "observers"},

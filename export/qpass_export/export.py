@@ -24,6 +24,7 @@ from qpass.errors import QpassError
 from qpass.exported import quantize_program
 from qpass.graph.torch_private import original_module
 from qpass.graph.vocabulary import op_name
+from qpass.pretrained import load_pretrained
 from qpass.qtensor import QTensor
 from qpass.recipe import WEIGHT_KINDS, Recipe, resolve_recipe
 from qpass.registry import FINISHED, captured
@@ -179,17 +180,8 @@ def _open(folder: Path) -> nn.Module:
     if (folder / "qpass.json").is_file():
         return qpass.load(folder, inner="eager")
     if (folder / "config.json").is_file():
-        import transformers
-
-        architecture = (json.loads((folder / "config.json").read_text()).get("architectures") or [""])[0]
-        loader = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
-        try:
-            model: nn.Module = loader.from_pretrained(folder, dtype="auto")
-        except (ValueError, OSError) as error:
-            raise QpassError(
-                f"{folder}: no model of transformers that is known here; load it yourself and pass the module with inputs=..."
-            ) from error
-        return model.eval()
+        model: nn.Module = load_pretrained(folder)
+        return model
     raise QpassError(f"{folder}: neither an artifact of qpass nor a transformers model")
 
 

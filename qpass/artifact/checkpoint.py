@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qpass.api import quantize_module
 from qpass.artifact.manifest import read_manifest, sha256_of, sync
@@ -27,6 +27,7 @@ from qpass.memory import give_back_large_blocks
 from qpass.numerics import PART_NAMES, Quantized
 from qpass.observers import Observed
 from qpass.packing import as_bytes
+from qpass.pretrained import load_pretrained
 from qpass.qtensor import Outcome
 from qpass.recipe import Recipe
 from qpass.sites.group import WeightGroup
@@ -53,11 +54,9 @@ def quantize_checkpoint(
     that folder belongs to another recipe, source or other calibration data, and for what `quantize` and `save` refuse.
     """
     source, target = absolute(source), absolute(target)
-    if not (source / "config.json").is_file():
-        raise QpassError(f"{source}: no transformers model there (config.json is missing)")
     check_target(target)
     give_back_large_blocks()
-    model = _mapped(source)
+    model = load_pretrained(source)
     backend = QPass(recipe if like is None else recipe_of(like), strict=strict, inner="eager")
     batches = None if calibration is None else [_plain(batch) for batch in batches_of(calibration, model)]
     data = None if batches is None else hash_of_data(batches)
@@ -218,35 +217,6 @@ def hash_of_data(batches: Sequence[Any]) -> str:
 
 def _plain(batch: Any) -> Any:
     return dict(batch) if isinstance(batch, Mapping) else batch
-
-
-def _mapped(source: Path) -> nn.Module:
-    """The model with its weights mapped from its files, in their own type."""
-    try:
-        import transformers
-        from safetensors import SafetensorError
-    except ImportError:
-        raise QpassError("transformers is not installed: pip install 'qpass-torch[hf]'") from None
-    config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
-    names = getattr(config, "architectures", None) or [""]
-    found: Any = getattr(transformers, str(names[0]), None)
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise QpassError(
-            f"{source}: transformers has no class {names[0]!r}; quantize the module: qpass.quantize(model), qpass.save"
-        )
-    try:
-        model, info = found.from_pretrained(  # type: ignore[attr-defined]
-            source, dtype="auto", local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise QpassError(f"{source}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-    for what in ("missing_keys", "mismatched_keys"):
-        if info.get(what):  # transformers makes random weights for them
-            raise QpassError(
-                f"{source}: {what.replace('_', ' ')}: {sorted(map(str, info[what]))[0]}; repair the checkpoint"
-            )
-    whole: nn.Module = model.eval()
-    return whole
 
 
 def identity_of(source: Path) -> str:

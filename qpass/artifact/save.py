@@ -283,7 +283,7 @@ def replacing(folder: Path, is_own: Callable[[str], bool]) -> Iterator[Path]:
     prefix = f".{folder.name}.saving-"
     for left in folder.parent.glob(f"{prefix}*"):
         process = left.name.removeprefix(prefix).split("-")[0]
-        if process.isdigit() and not _is_alive(int(process)):
+        if process.isdigit() and not is_alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
     try:
@@ -316,7 +316,8 @@ def _exchange(new: Path, old: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from qpass.errors import Breach, QpassError
-from qpass.printing import printed
+from qpass.printing import finite, printed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,6 +48,7 @@ RecipeOption = Annotated[
     ),
 ]
 Recipes = Annotated[str, typer.Option(help="Recipes, separated by commas", autocompletion=_recipe_names)]
+Dtype = Annotated[str, typer.Option(help="Of the float model: float32, bfloat16, float16; auto: as it is stored")]
 Data = Annotated[Path, typer.Option(help="Text; documents apart by lines of <|endoftext|>")]
 Calibration = Annotated[
     Path | None, typer.Option(help="Text that formats and codes are chosen by; documents as in --data")
@@ -60,13 +64,13 @@ def show(result: Any, as_json: bool) -> None:
     """Print a result on stdout: its `to_json()`, or what rich makes of it."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)
     if as_json:
-        print(json.dumps(result.to_json(), indent=1))
+        print(json.dumps(finite(result.to_json()), indent=1, allow_nan=False))
     elif not hasattr(result, "__rich__"):
         print(result)
     elif console.is_terminal:
-        console.print(result.__rich__(), highlight=False, markup=False, soft_wrap=True)
+        console.print(result.__rich__(), soft_wrap=True)
     else:  # a file or a pipe is as wide as its lines
         print(printed(result))
 
@@ -77,17 +81,19 @@ def check_page(output: Path | None) -> None:
         return
     if output.suffix.lower() not in (".html", ".htm"):
         raise QpassError(f"{output}: -o writes a page; give a name that ends in .html (or --json for data)")
+    if output.is_dir():
+        raise QpassError(f"{output}: is a folder; give the name of a file")
     if not output.absolute().parent.is_dir():
         raise QpassError(f"{output}: there is no folder {output.absolute().parent}")
 
 
 def deliver(result: Any, output: Path | None, as_json: bool) -> None:
-    """A page into a file, or what `show` does."""
-    if output is None:
+    """A page into a file, if there is to be one; otherwise, or beside it as plain data, what `show` does."""
+    if output is not None:
+        result.to_html(output)
+        typer.echo(f"{output}: {output.stat().st_size:,} bytes", err=True)
+    if output is None or as_json:
         show(result, as_json)
-        return
-    result.to_html(output)
-    typer.echo(f"{output}: {output.stat().st_size:,} bytes", err=True)
 
 
 def split(recipes: str) -> list[str]:
@@ -105,6 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
     given = [argument for argument in given if argument != "--debug"]
     if not debug:
         _quiet()
+    if (
+        threading.current_thread() is threading.main_thread()
+    ):  # a job that is told to end cleans up as one that is interrupted
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = app(args=given, prog_name="qpass", standalone_mode=False)
     except BrokenPipeError:  # whoever reads the output has had enough
@@ -138,5 +148,14 @@ def _ended(error: Exception) -> tuple[int, str]:
 
 def _quiet() -> None:
     """What libraries have to say to their developers is not for those who type a command."""
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.simplefilter("ignore", DeprecationWarning)
+    for module in ("torch", "transformers", "accelerate", "copyreg"):
+        warnings.filterwarnings("ignore", module=module)
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    logging.getLogger("torch").setLevel(logging.ERROR)
+
+
+def check_dtype(name: str) -> None:
+    """Raises `QpassError` for what is no float type of a model."""
+    if name not in ("auto", "float32", "bfloat16", "float16"):
+        raise QpassError(f"--dtype {name}: write float32, bfloat16, float16, or auto")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qpass.cli.base import Json, Page, RecipeOption, Source, app, check_page, deliver, show
+from qpass.cli.base import Dtype, Json, Page, RecipeOption, Source, app, check_dtype, check_page, deliver, show
 from qpass.cli.extensions import extension
 from qpass.errors import Breach, QpassError
 from qpass.recipe import WEIGHT_KINDS, Recipe
@@ -48,7 +48,7 @@ def plan(
     device: Annotated[
         list[str] | None, typer.Option(help="Devices of the decode floor, by name; all that are known")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the float model: float32, bfloat16, float16")] = None,
+    dtype: Dtype = "auto",
     calibrated: Annotated[bool, typer.Option("--calibrated", help="What the preset is with calibration data")] = False,
     as_json: Json = False,
 ) -> None:
@@ -61,9 +61,8 @@ def plan(
 
     memory = None if gpu_memory is None else parse_bytes(gpu_memory)
     devices = named_devices(device or ())
-    floats = getattr(torch, dtype, None) if dtype else None
-    if dtype and not (isinstance(floats, torch.dtype) and floats.is_floating_point):
-        raise QpassError(f"--dtype {dtype}: no float type of torch; write float32, bfloat16 or float16")
+    check_dtype(dtype)
+    floats = None if dtype == "auto" else getattr(torch, dtype)
     with working("tracing the model without weights"):
         found = outlook(Planner(model, context, batch, floats), recipe, kv, memory, devices, calibrated)
     show(found, as_json)
@@ -86,12 +85,15 @@ def recipes(as_json: Json = False) -> None:
 
 
 @app.command()
-def report(model: Source, recipe: RecipeOption = None, output: Page = None, as_json: Json = False) -> None:
+def report(
+    model: Source, recipe: RecipeOption = None, dtype: Dtype = "auto", output: Page = None, as_json: Json = False
+) -> None:
     """Every site of a model: format, bytes, SQNR, ranges seen in calibration, or why it stays in float."""
     import qpass
 
     check_page(output)
-    found = qpass.report(_captured(model, recipe))
+    check_dtype(dtype)
+    found = qpass.report(_captured(model, recipe, dtype))
     deliver(found, output, as_json)
 
 
@@ -100,6 +102,7 @@ def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a model or an artifact, or an ONNX file")],
     b: Annotated[Path | None, typer.Argument(metavar="[B]", help="Another, that A is compared with")] = None,
     recipe: RecipeOption = None,
+    dtype: Dtype = "auto",
     output: Page = None,
     exit_code: Annotated[
         bool, typer.Option("--exit-code", help="Exit with 1 if they differ, 0 if not, as git does")
@@ -113,34 +116,37 @@ def diff(
     import qpass
 
     check_page(output)
+    check_dtype(dtype)
     if b is None:
-        found = qpass.diff(_captured(a, recipe))
+        found = qpass.diff(_captured(a, recipe, dtype))
     elif a.suffix == ".onnx" or b.suffix == ".onnx":
         if recipe is not None:
             raise QpassError("--recipe is of models, not of ONNX files")
+        if a.suffix != b.suffix:
+            raise QpassError(f"{a} and {b}: an ONNX file is compared with another one")
         found = extension("qpass.diffs", "onnx")(a, b)
     else:
-        found = qpass.diff(*(_side(side, recipe) for side in (a, b)))
+        found = qpass.diff(*(_side(side, recipe, dtype) for side in (a, b)))
     deliver(found, output, as_json)
     if exit_code and not found.same:
         raise Breach(f"{a} and {b or recipe or 'int8'}: the graphs differ")
 
 
-def _captured(source: Path, recipe: str | None) -> Any:
+def _captured(source: Path, recipe: str | None, dtype: str) -> Any:
     """The model quantized, after a call: reports and diffs are of graphs that were really captured."""
     from qpass.folders import load_quantized
     from qpass.progress import working
 
-    model = load_quantized(source, recipe)
+    model = load_quantized(source, recipe, dtype=dtype)
     with working("capturing the graph"):
         model(**model.dummy_inputs)
     return model
 
 
-def _side(source: Path, recipe: str | None) -> Any:
+def _side(source: Path, recipe: str | None, dtype: str) -> Any:
     """An artifact, or a float model; quantized if there is a recipe."""
     from qpass.folders import is_artifact, load_float
 
-    if is_artifact(source) or recipe is not None:
-        return _captured(source, None if is_artifact(source) else recipe)
-    return load_float(source)
+    if is_artifact(source):
+        return _captured(source, None, "auto")
+    return load_float(source, dtype) if recipe is None else _captured(source, recipe, dtype)

@@ -10,6 +10,7 @@ import typer
 from qpass.cli.base import (
     Calibration,
     Data,
+    Dtype,
     Inner,
     Json,
     Model,
@@ -20,6 +21,7 @@ from qpass.cli.base import (
     Window,
     Windows,
     app,
+    check_dtype,
     check_page,
     deliver,
     show,
@@ -40,24 +42,29 @@ def evaluate(
     recipe: RecipeOption = None,
     calibration: Calibration = None,
     reference: Reference = None,
-    max_kl: Annotated[float | None, typer.Option(help="Exit with 1 if the KL is above")] = None,
-    min_top1: Annotated[float | None, typer.Option(help="Exit with 1 if the top-1 agreement is below")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Exit with 1 if the KL, nats a token, is above", min=0.0)] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Exit with 1 if the share of equal top tokens is below", min=0.0, max=1.0)
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if a site stays in float against the recipe")
     ] = False,
     window: Window = 1024,
     windows: Windows = 8,
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """KL, perplexity and top-1 agreement of the quantized model with the float one; exit status 1 if a limit does not hold."""
     import qpass
     from qpass.folders import load_quantized
+    from qpass.testing import left_in_float
 
-    batches, floats = _reference(source, data, reference, window, windows)
-    model = load_quantized(source, recipe, calibration=calibration, strict=strict)
+    check_dtype(dtype)
+    batches, floats = _reference(source, data, reference, window, windows, dtype)
+    model = load_quantized(source, recipe, calibration=calibration, dtype=dtype)
     found = qpass.evaluate(model, floats, batches)
     show(found, as_json)
-    breaches = found.breaches(max_kl, min_top1)
+    breaches = found.breaches(max_kl, min_top1) + (left_in_float(model) if strict else [])
     if breaches:
         raise Breach("; ".join(breaches))
 
@@ -74,6 +81,7 @@ def compare(
     folder: Annotated[Path | None, typer.Option(help="Where results are kept; by default in the user's cache")] = None,
     window: Window = 1024,
     windows: Windows = 8,
+    dtype: Dtype = "auto",
     inner: Inner = "inductor",
     context: Annotated[int, typer.Option(help="Tokens before those whose decoding is timed", min=1)] = 128,
     steps: Annotated[int, typer.Option(help="Tokens whose decoding is timed; 0: none", min=0)] = 32,
@@ -84,8 +92,9 @@ def compare(
     from qpass.measuring.compare import compare as run
 
     check_page(output)
+    check_dtype(dtype)
     found = run(model, split(recipes), data, calibration=calibration, reference=reference, folder=folder, window=window,
-                windows=windows, inner=inner, context=context, steps=steps)  # fmt: skip
+                windows=windows, dtype=dtype, inner=inner, context=context, steps=steps)  # fmt: skip
     deliver(found, output, as_json)
 
 
@@ -99,6 +108,7 @@ def blame(
     top: Annotated[int | None, typer.Option(help="Sites that are shown", min=1)] = None,
     window: Window = 256,
     windows: Windows = 4,
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Sites by the KL that is recovered when each is restored to float, and the recipe line that fixes the worst."""
@@ -110,9 +120,11 @@ def blame(
         raise QpassError(
             f"{source}: an artifact holds no float weights; give --reference, the folder of its float model"
         )
+    check_dtype(dtype)
     batches = windows_of(str(reference or source), str(data), window, windows)
-    model = load_quantized(source, recipe, calibration=calibration)
-    show(qpass.blame(model, load_float(reference or source), batches, top=top), as_json)
+    model = load_quantized(source, recipe, calibration=calibration, dtype=dtype)
+    floats = load_float(reference or source, str(next(model.parameters()).dtype).removeprefix("torch."))
+    show(qpass.blame(model, floats, batches, top=top), as_json)
 
 
 @app.command()
@@ -121,6 +133,8 @@ def bench(
     recipes: Annotated[str | None, typer.Option(help="Recipes, separated by commas; an artifact has its own")] = None,
     context: Annotated[int, typer.Option(help="Tokens of the prompt", min=1)] = 128,
     steps: Annotated[int, typer.Option(help="Tokens whose decoding is timed", min=1)] = 64,
+    calibration: Calibration = None,
+    dtype: Dtype = "auto",
     inner: Inner = "inductor",
     as_json: Json = False,
 ) -> None:
@@ -130,28 +144,34 @@ def bench(
 
     if is_artifact(source) and recipes is not None:
         raise QpassError(f"{source}: an artifact has its recipe already; leave --recipes out")
-    show(run(source, None if is_artifact(source) else split(recipes or "int8,int4"), context, steps, inner), as_json)
+    check_dtype(dtype)
+    chosen = None if is_artifact(source) else split(recipes or "int8,int4")
+    show(run(source, chosen, context, steps, calibration=calibration, dtype=dtype, inner=inner), as_json)
 
 
-def _reference(source: Path, data: Path, given: Path | None, window: int, windows: int) -> tuple[Any, Any]:
+def _reference(source: Path, data: Path, given: Path | None, window: int, windows: int, dtype: str) -> tuple[Any, Any]:
     """The windows, and what gives float logits for them."""
     from qpass.artifact.checkpoint import identity_of
     from qpass.folders import is_artifact, load_float
     from qpass.measuring.job import windows_of
     from qpass.measuring.kept_logits import KeptLogits, keep_logits
 
-    if is_artifact(source) and given is None:
+    artifact = is_artifact(source)
+    if artifact and given is None:
         raise QpassError(
             f"{source}: an artifact holds no float weights; give --reference, the folder of its float model or kept logits"
         )
+    if given is not None and not given.exists() and (artifact or given.suffix != ".safetensors"):
+        made = f"a file of logits ends in .safetensors, and is made by qpass eval {'FLOAT' if artifact else source} --reference"
+        raise QpassError(f"{given}: there is no such folder or file ({made})")
     batches = windows_of(str(source), str(data), window, windows)
     if given is not None and given.is_dir():
-        return batches, load_float(given)
+        return batches, load_float(given, dtype)
     if given is None:
-        return batches, load_float(source)
-    if is_artifact(source):
+        return batches, load_float(source, dtype)
+    if artifact:
         return batches, KeptLogits(given)
-    return batches, keep_logits(given, identity_of(source), batches, lambda: load_float(source))
+    return batches, keep_logits(given, f"{identity_of(source)} {dtype}", batches, lambda: load_float(source, dtype))
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qpass.cli.base import Calibration, Inner, Json, RecipeOption, Source, app
+from qpass.cli.base import Calibration, Dtype, Inner, Json, RecipeOption, Source, app, check_dtype
 from qpass.errors import QpassError
 
 
@@ -28,28 +28,31 @@ def generate(
     chat: Annotated[
         bool | None, typer.Option(help="Use the model's chat template; if it has one, that is the default")
     ] = None,
+    dtype: Dtype = "auto",
     inner: Inner = "inductor",
     as_json: Json = False,
 ) -> None:
     """Write behind a prompt, token by token as they come; speed and memory on stderr. --recipe float: the model as it is."""
-    from qpass.folders import is_artifact, load_float, load_quantized, load_tokenizer, recipe_of
+    from qpass.folders import is_artifact, load_float, load_quantized, recipe_for
     from qpass.generate import generate as tokens_of
     from qpass.generate import pieces
     from qpass.measuring.job import FLOAT
     from qpass.measuring.speed import weight_bytes
+    from qpass.pretrained import load_tokenizer
 
+    check_dtype(dtype)
     if prompt is None and sys.stdin.isatty():
         raise QpassError("no prompt; give one, or pipe it in")
     text = sys.stdin.read() if prompt is None else prompt
     tokenizer = load_tokenizer(source)
     ids = _ids(tokenizer, text, chat)
     if recipe == FLOAT and not is_artifact(source):
-        model, chosen = load_float(source), None
+        model, chosen = load_float(source, dtype), None
         if inner == "inductor":
             model.compile()
     else:
-        model = load_quantized(source, recipe, calibration=calibration, inner=inner)
-        chosen = recipe_of(source, recipe, calibration is not None)
+        model = load_quantized(source, recipe, calibration=calibration, dtype=dtype, inner=inner)
+        chosen = recipe_for(source, recipe, calibration is not None)
     times: list[float] = []
     made: list[int] = []
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpass.folders import load_float, load_quantized, recipe_of
+from qpass.folders import check_data, load_float, load_quantized, recipe_for
 from qpass.measuring.job import FLOAT
 from qpass.measuring.speed import Speed, measure_speed
 from qpass.printing import printed
 from qpass.progress import working
+from qpass.recipe import resolve_recipe
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,29 @@ class Bench:
         return printed(self)
 
 
-def bench(source: Path, recipes: Sequence[str] | None, context: int, steps: int, inner: str = "inductor") -> Bench:
+def bench(
+    source: Path,
+    recipes: Sequence[str] | None,
+    context: int,
+    steps: int,
+    *,
+    calibration: Path | None = None,
+    dtype: str = "auto",
+    inner: str = "inductor",
+) -> Bench:
     """Time the model in folder `source`: in float and under `recipes`; None: an artifact, as it is."""
+    for name in recipes or ():
+        check_data(resolve_recipe(name, calibration is not None), name, calibration is not None)
     rows = []
     for name in ("artifact",) if recipes is None else (FLOAT, *recipes):
         if name == FLOAT:
-            model, recipe = load_float(source), None
+            model, recipe = load_float(source, dtype), None
             if inner == "inductor":
                 model.compile()
         else:
             given = None if recipes is None else name
-            model, recipe = load_quantized(source, given, inner=inner), recipe_of(source, given)
+            model = load_quantized(source, given, calibration=calibration, dtype=dtype, inner=inner)
+            recipe = recipe_for(source, given, calibration is not None)
         with working(f"{name}: compiling and timing"):
             rows.append((name, measure_speed(model, recipe, context, steps)))
         del model

@@ -14,12 +14,12 @@ from qpass.backend import QPass
 from qpass.calibration import Batch
 from qpass.errors import QpassError
 from qpass.graph.torch_private import original_module
-from qpass.measuring.evaluate import _ids_and_mask
+from qpass.measuring.evaluate import ids_and_mask
 from qpass.measuring.fix import Fix, Suspect, find_fix
 from qpass.measuring.restore import Contrast, captured_once
 from qpass.measuring.walk import CacheForm, Form, State, cache_key
 from qpass.numerics import power_of
-from qpass.printing import printed
+from qpass.printing import finite, printed
 from qpass.qtensor import QTensor
 from qpass.recipe import Recipe
 from qpass.registry import captured
@@ -74,7 +74,7 @@ class Blame:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain data, None for NaN and infinity."""
-        data: dict[str, Any] = _plain(asdict(self))
+        data: dict[str, Any] = finite(asdict(self))
         return data
 
     def __rich__(self) -> Any:
@@ -83,6 +83,7 @@ class Blame:
         from rich.text import Text
 
         table = Table("", "kind", "name", "format", "KL recovered", "share", "SQNR dB", box=None, pad_edge=False)
+        table.columns[2].overflow, table.columns[2].min_width = "fold", 24
         for column in (table.columns[0], *table.columns[4:]):
             column.justify = "right"
         for i, row in enumerate(self.rows, 1):
@@ -100,14 +101,6 @@ class Blame:
         return printed(self)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @torch.no_grad()
 def blame(
     model: Any, reference: Any, batches: Iterable[Tensor | Mapping[str, Tensor]], *, top: int | None = None
@@ -123,7 +116,7 @@ def blame(
     Raises `QpassError` for a model without quantized weights, a reference with some or with other Parameters, and no tokens.
     """
     calls, sites = list(batches), _Sites(original_module(model), original_module(reference))
-    if not any(_ids_and_mask(b)[1][:, 1:].any() for b in calls):
+    if not any(ids_and_mask(b)[1][:, 1:].any() for b in calls):
         raise QpassError("qpass.blame: no batch with at least two tokens; pass token ids of shape [batch, sequence]")
     backend = captured(model, "qpass.blame")
     whole = captured_once(sites.reference, calls, [_with_cache(b, model, backend.recipe) for b in calls], sites.site_of)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,13 @@ import torch
 
 from qpass.artifact.checkpoint import identity_of
 from qpass.errors import QpassError
-from qpass.folders import check_model, load_float
+from qpass.folders import check_data, check_model, load_float
+from qpass.graph.torch_private import check_inner
 from qpass.measuring.job import FLOAT, Job, Measured, windows_of
 from qpass.measuring.kept_logits import keep_logits
+from qpass.measuring.speed import WARM
+from qpass.pretrained import longest_input
 from qpass.printing import printed
-from qpass.progress import track
 from qpass.recipe import resolve_recipe
 
 
@@ -86,6 +89,8 @@ def _beats(a: Measured, b: Measured) -> bool:
     return mine != other and all(m <= o for m, o in zip(mine, other, strict=True))
 
 
+#: Files beside the weights: tokenizer, templates, configs.
+_SMALL = 64 << 20
 _COLUMNS = (
     "recipe",
     "MB",
@@ -153,6 +158,7 @@ def compare(
     folder: str | Path | None = None,
     window: int = 1024,
     windows: int = 8,
+    dtype: str = "auto",
     inner: str = "inductor",
     context: int = 128,
     steps: int = 32,
@@ -162,33 +168,43 @@ def compare(
 
     `recipes`: presets, specs, YAML files, each perhaps with changes ("int4+kv=int8"); those that take data get `calibration`.
     `reference`: a file where the float model's logits are kept for further calls; by default one that is deleted at the end.
-    `folder`: where results are kept, by default in the user's cache; a call with the same model, data and settings takes what is
-    there, so that a killed run goes on. `window`, `windows`: tokens, and how many. `context`, `steps`: of the timed decoding
-    (`steps=0`: none). `on_row`: is told of each row.
+    `folder`: where results are kept, by default in the user's cache; a call with the same model, data and settings on this
+    machine takes what is there, so that a killed run goes on. `dtype`: of the float model, by default as it is stored. `window`,
+    `windows`: tokens, and how many. `context`, `steps`: of the timed decoding (`steps=0`: none). `on_row`: is told of each row.
     Raises `QpassError` for a recipe that does not exist, before anything is measured, and for one that fails, after the others.
     """
     model, data = Path(model), Path(data)
     check_model(model)
-    for recipe in recipes:
-        resolve_recipe(recipe, calibration is not None)
+    check_inner(inner)
+    asked = [recipe for recipe in dict.fromkeys(recipes) if recipe != FLOAT]
+    for recipe in asked:
+        check_data(resolve_recipe(recipe, calibration is not None), recipe, calibration is not None)
+    longest = longest_input(model)
+    if steps and longest is not None and context + steps + WARM > longest:
+        raise QpassError(f"context {context} and {steps} steps: the model has {longest} positions; take fewer")
     text = None if calibration is None else str(Path(calibration).resolve())
-    job = Job(str(model.resolve()), FLOAT, str(data.resolve()), "", text, window, windows, inner, context, steps)
+    job = Job(str(model.resolve()), FLOAT, str(data.resolve()), "", text, window, windows, dtype, inner, context, steps)
     batches = windows_of(job.model, job.data, window, windows)
     kept = Path(folder) if folder is not None else _cache_folder() / "compare"
-    kept.mkdir(parents=True, exist_ok=True)
-    identity = identity_of(model)
-    jobs = [replace(job, recipe=recipe) for recipe in dict.fromkeys((FLOAT, *recipes))]
-    paths = [kept / f"{_key(j, identity)}.json" for j in jobs]
-    logits = Path(reference) if reference is not None else kept / f"{_key(job, identity)}.safetensors"
-    rows, failures = [], []
-    for each, path in track(list(zip(jobs, paths, strict=True)), "qpass: comparing"):
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QpassError(f"{kept}: cannot be written ({error.strerror}); give another folder for results") from None
+    identity = f"{identity_of(model)} {dtype}"
+    known = _surroundings(model, identity, [job.data, *([] if text is None else [text])])
+    jobs = [replace(job, recipe=recipe) for recipe in (FLOAT, *asked)]
+    paths = [kept / f"{_key(j, known)}.json" for j in jobs]
+    logits = Path(reference) if reference is not None else kept / f"{_key(job, known)}.safetensors"
+    rows: list[Measured] = []
+    failures: list[str] = []
+    for each, path in zip(jobs, paths, strict=True):
         if not path.is_file():
-            keep_logits(logits, identity, batches, lambda: load_float(model))
-            error = _run(replace(each, reference=str(logits.resolve())), path)
-            if error is not None:
-                failures.append(f"{each.recipe}: {error}")
+            keep_logits(logits, identity, batches, lambda: load_float(model, dtype))
+            wrong = _run(replace(each, reference=str(logits.resolve())), path)
+            if wrong is not None:
+                failures.append(f"{each.recipe}: {wrong}")
                 continue
-        rows.append(Measured.from_json(json.loads(path.read_text())))
+        rows.append(replace(Measured.from_json(json.loads(path.read_text())), recipe=each.recipe))
         on_row(rows[-1])
     if reference is None and not failures:
         logits.unlink(missing_ok=True)
@@ -199,32 +215,46 @@ def compare(
 
 
 def _run(job: Job, path: Path) -> str | None:
-    """Measure a job in a process of its own; -> what went wrong."""
+    """Measure a job in a process of its own, whose progress is seen where somebody looks; -> what went wrong."""
+    failed = Path(f"{path}.error")
+    failed.unlink(missing_ok=True)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(asdict(job), file)
         file.flush()
-        command = [sys.executable, "-m", "qpass.measuring.job", file.name, str(path)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-W", "ignore", "-m", "qpass.measuring.job", file.name, str(path)]
+        seen = None if sys.stderr.isatty() else subprocess.DEVNULL
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=seen)
         try:
-            _, errors = process.communicate()
+            status = process.wait()
         finally:
             if process.poll() is None:  # interrupted
                 process.kill()
                 process.wait()
-    if process.returncode == 0:
+    if status == 0:
         return None
-    lines = [line for line in errors.splitlines() if line.strip()] or [f"ended with {process.returncode}"]
-    return lines[-1].removeprefix("qpass.errors.QpassError: ")
+    if failed.is_file():
+        reason = failed.read_text()
+        failed.unlink()
+        return reason
+    return f"ended by signal {-status}; is memory short?" if status < 0 else f"ended with status {status}"
 
 
-def _key(job: Job, identity: str) -> str:
+def _surroundings(model: Path, identity: str, texts: Sequence[str]) -> list[str]:
+    """What results depend on beside the job: model, tokenizer, texts, this machine, versions, qpass's own code."""
+    small = [path for path in sorted(model.iterdir()) if path.is_file() and path.stat().st_size < _SMALL]
+    code = sorted(path for path in Path(__file__).parents[1].rglob("*") if path.suffix in (".py", ".cpp", ".h"))
+    digest = hashlib.sha256()
+    for path in (*small, *map(Path, texts), *code):
+        digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    versions = [f"{name} {version(name)}" for name in ("qpass-torch", "torch", "transformers")]
+    return [identity, digest.hexdigest(), *versions, platform.node(), platform.machine(), str(torch.get_num_threads())]
+
+
+def _key(job: Job, known: Sequence[str]) -> str:
     """Changes with all that a result depends on."""
-    files = [hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in (job.data, job.calibration) if f is not None]
     recipe = job.recipe if job.recipe == FLOAT else resolve_recipe(job.recipe, job.calibration is not None).to_dict()
-    known = asdict(job) | {"recipe": recipe, "data": files, "calibration": len(files), "model": identity}
-    known["threads"] = torch.get_num_threads()
-    known["versions"] = [version("qpass-torch"), str(torch.__version__)]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:20]
+    own = asdict(job) | {"recipe": recipe, "model": "", "data": "", "calibration": job.calibration is not None}
+    return hashlib.sha256(json.dumps([own, *known], sort_keys=True).encode()).hexdigest()[:20]
 
 
 def _cache_folder() -> Path:

@@ -87,7 +87,7 @@ def evaluate(model: Any, reference: Any, batches: Iterable[Tensor | Mapping[str,
     same = tokens = 0
     both = _as_it_runs(model), partial(logits_of, reference)
     for batch in track(batches, "qpass: evaluating"):
-        ids, mask = _ids_and_mask(batch)
+        ids, mask = ids_and_mask(batch)
         valid = mask[:, 1:] & mask[:, :-1]
         ours, theirs = (logits(batch)[:, :-1][valid] for logits in both)
         targets = ids[:, 1:][valid]
@@ -123,7 +123,7 @@ def _as_it_runs(model: Any) -> Any:
     from qpass.cache import CACHE_ARGUMENT, KVCache
 
     def logits(batch: Tensor | Mapping[str, Tensor]) -> Tensor:
-        ids, mask = _ids_and_mask(batch)
+        ids, mask = ids_and_mask(batch)
         cache = KVCache(model.config, ids.shape[1], k=specs[0], v=specs[1])
         parts, end = [], 0
         for part in ids.split(CHUNK, 1):
@@ -144,7 +144,8 @@ def _computes(model: Any) -> dict[str, str]:
     return {s.format: s.compute for s in sites if s.format is not None and s.compute is not None}
 
 
-def _ids_and_mask(batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def ids_and_mask(batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Token ids [B, S] of a batch, and which of them count."""
     ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

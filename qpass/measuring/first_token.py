@@ -75,7 +75,7 @@ def _main(artifact: str, context: int, steps: int, begun: float) -> None:
     import torch
 
     import qpass
-    from qpass.folders import recipe_of
+    from qpass.folders import recipe_for
     from qpass.generate import generate
 
     times = [time.time() - begun]
@@ -83,7 +83,7 @@ def _main(artifact: str, context: int, steps: int, begun: float) -> None:
     times.append(time.time() - begun)
     ids = torch.ones((1, context), dtype=torch.long)
     model.generation_config.eos_token_id = None
-    for number, _ in enumerate(generate(model, ids, steps, recipe=recipe_of(Path(artifact), None))):
+    for number, _ in enumerate(generate(model, ids, steps, recipe=recipe_for(Path(artifact), None))):
         if number in (0, steps - 1):
             times.append(time.time() - begun)
     print(json.dumps(dict(zip(("imported", "loaded", "first", "steady"), times, strict=True))))

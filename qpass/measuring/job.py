@@ -17,11 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from qpass.backend import QPass
-from qpass.folders import load_float, load_quantized, load_tokenizer
+from qpass.errors import QpassError
+from qpass.folders import load_float, load_quantized
 from qpass.graph.torch_private import compile_in_place
 from qpass.measuring.evaluate import Evaluation, evaluate
 from qpass.measuring.kept_logits import KeptLogits
 from qpass.measuring.speed import generate_rate, measure_speed, weight_bytes
+from qpass.pretrained import load_tokenizer, longest_input
 from qpass.recipe import resolve_recipe
 from qpass.store import guards_beside_the_lookup
 from qpass.texts import read_windows
@@ -34,7 +36,8 @@ FLOAT = "float"
 class Job:
     """One recipe (FLOAT: none) of the model in folder `model`, on the first `windows` windows of `window` tokens of `data`.
 
-    `reference`: a file of KeptLogits. `inner`: what compiles the rest. `context`, `steps`: of the timed decoding; no steps: none.
+    `reference`: a file of KeptLogits. `dtype`: of the float model ("auto": as it is stored). `inner`: what compiles the rest.
+    `context`, `steps`: of the timed decoding; no steps: none.
     """
 
     model: str
@@ -44,6 +47,7 @@ class Job:
     calibration: str | None = None
     window: int = 1024
     windows: int = 8
+    dtype: str = "auto"
     inner: str = "inductor"
     context: int = 128
     steps: int = 32
@@ -78,7 +82,10 @@ class Measured:
 
 
 def windows_of(model: str, data: str, window: int, windows: int) -> list[Tensor]:
-    """The windows that a job is measured on."""
+    """The windows that a job is measured on. Raises `QpassError` for windows that the model has no positions for."""
+    longest = longest_input(model)
+    if longest is not None and window > longest:
+        raise QpassError(f"windows of {window} tokens: the model has {longest} positions; take shorter ones")
     return read_windows(data, load_tokenizer(Path(model)), window, windows)
 
 
@@ -89,12 +96,12 @@ def measure(job: Job) -> Measured:
     calibration = None if job.calibration is None else Path(job.calibration)
     recipe = None if job.recipe == FLOAT else resolve_recipe(job.recipe, calibration is not None)
     if recipe is None:
-        model = load_float(Path(job.model))
+        model = load_float(Path(job.model), job.dtype)
         if job.inner == "inductor":
             model.compile()
             model.generation_config.disable_compile = True
     else:
-        model = load_quantized(Path(job.model), job.recipe, calibration=calibration, inner=job.inner)
+        model = load_quantized(Path(job.model), job.recipe, calibration=calibration, dtype=job.dtype, inner=job.inner)
     speed = measure_speed(model, recipe, job.context, job.steps) if job.steps else None
     rate = generate_rate(model, batches[0][:, : job.context], job.steps) if job.steps else None
     peak = peak_rss()
@@ -117,8 +124,15 @@ def peak_rss() -> int:
 
 
 def main(job: str, result: str) -> None:
-    """Write the result whole, or not at all."""
-    found = measure(Job(**json.loads(Path(job).read_text())))
+    """Write the result whole, or not at all; what went wrong goes into "<result>.error"."""
+    try:
+        found = measure(Job(**json.loads(Path(job).read_text())))
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        Path(f"{result}.error").write_text(
+            first if isinstance(error, QpassError) else f"{type(error).__name__}: {first}"
+        )
+        raise SystemExit(1) from error
     unfinished = f"{result}.{os.getpid()}"
     Path(unfinished).write_text(json.dumps(found.to_json(), indent=1))
     os.replace(unfinished, result)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qpass.artifact.manifest import sha256_of
-from qpass.artifact.save import stream_safetensors
+from qpass.artifact.save import is_alive, stream_safetensors
 from qpass.errors import QpassError
 from qpass.measuring.evaluate import logits_of
 from qpass.progress import track
@@ -59,6 +59,10 @@ def keep_logits(path: str | Path, identity: str, windows: Sequence[Tensor], load
             known(window)
         return known
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
+        number = left.suffix.removeprefix(".")
+        if number.isdigit() and not is_alive(int(number)):
+            left.unlink(missing_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         model = load()

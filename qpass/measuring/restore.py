@@ -21,7 +21,7 @@ from qpass.calibration import Batch, mask_of, record
 from qpass.errors import QpassError
 from qpass.graph.calls import LinearCall
 from qpass.graph.torch_private import as_plain_module, copy_captured, isolated
-from qpass.measuring.evaluate import _ids_and_mask, logits_of
+from qpass.measuring.evaluate import ids_and_mask, logits_of
 from qpass.measuring.walk import Form, Script, State, Walk
 from qpass.module_state import OwnState
 from qpass.passes import parameter_nodes
@@ -43,7 +43,7 @@ class Target:
     @classmethod
     def of(cls, batch: Batch, logits: Tensor) -> Target:
         """`logits`: [B, S, V]."""
-        _, mask = _ids_and_mask(batch)
+        _, mask = ids_and_mask(batch)
         valid = mask[:, 1:] & mask[:, :-1]
         return cls(valid, logits[:, :-1][valid].float().log_softmax(-1))
 
@@ -156,7 +156,7 @@ class Whole:
 
 def _of_outputs(walk: Walk, batch: Batch) -> Tensor:
     """The logits [B, S, V] among what a graph returns."""
-    shape = _ids_and_mask(batch)[0].shape
+    shape = ids_and_mask(batch)[0].shape
     returned = torch.utils._pytree.tree_leaves(walk.outputs())
     fitting = [v for v in returned if isinstance(v, Tensor) and v.dim() == 3 and v.shape[:2] == shape]
     if not fitting:

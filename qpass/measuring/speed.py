@@ -17,7 +17,7 @@ from qpass.qtensor import QTensor
 from qpass.recipe import Recipe
 
 #: Steps before those that count: the first ones compile and fill the caches of the processor.
-_WARM = 3
+WARM = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def measure_speed(model: Any, recipe: Recipe | None, context: int = 128, steps: 
 
     config = model.config
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or context + steps
-    if context + steps + _WARM > longest:
+    if context + steps + WARM > longest:
         raise QpassError(f"context {context} and {steps} steps: the model has {longest} positions; take fewer")
     specs = (None, None) if recipe is None or recipe.kv_specs is None else recipe.kv_specs
     generator = torch.Generator().manual_seed(0)
@@ -67,17 +67,17 @@ def measure_speed(model: Any, recipe: Recipe | None, context: int = 128, steps: 
     prompts, times = [], []
     token: Tensor = ids
     cache: Any = None
-    length = context + steps + _WARM
+    length = context + steps + WARM
     for _ in range(2):
         cache = KVCache(config, length, None, *specs)
         start = time.perf_counter()
         token = _next(model, ids, cache, CACHE_ARGUMENT)
         prompts.append(time.perf_counter() - start)
-    for _ in track(range(steps + _WARM), "qpass: decoding"):
+    for _ in track(range(steps + WARM), "qpass: decoding"):
         start = time.perf_counter()
         token = _next(model, token, cache, CACHE_ARGUMENT)
         times.append(time.perf_counter() - start)
-    step = statistics.median(times[_WARM:])
+    step = statistics.median(times[WARM:])
     return Speed(context, prompts[-1], step, weight_bytes(model), cache.nbytes, length)
 
 

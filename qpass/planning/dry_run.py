@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +19,11 @@ from qpass.artifact.checkpoint import recipe_of
 from qpass.artifact.save import absolute, check_target
 from qpass.calibration import WINDOW, WINDOWS
 from qpass.errors import QpassError
-from qpass.folders import check_model, load_tokenizer
+from qpass.folders import check_model
 from qpass.measuring.job import peak_rss
 from qpass.observers import InputStats
 from qpass.planning.memory import MemoryPlan, Planner, RecipeLike, group_columns
+from qpass.pretrained import load_tokenizer
 from qpass.recipe import Recipe, resolve_recipe
 from qpass.replay import BUDGET
 from qpass.sensitivity import LADDER, TOKENS
@@ -32,6 +35,8 @@ from qpass.texts import tokenized
 _ROWS, _NUMBERS, _COLUMNS = 256, 1 << 20, 1024
 #: Of the largest block, beside the quantized model; matrices [K, K] that GPTQ holds at once.
 _BLOCKS, _MATRICES = 1.25, 4
+#: A capture by Dynamo takes so many times a trace; what is kept, and the artifact, are hashed and written, and hashed once more.
+_CAPTURE, _WRITTEN = 4.0, 3
 #: What a run in float costs beside its products: norms, attention, copies.
 _BESIDE_PRODUCTS = 1.5
 
@@ -90,14 +95,21 @@ def estimate(
     check_model(source)
     check_target(target)
     chosen = recipe_of(like) if like is not None else resolve_recipe(recipe, calibration is not None)
+    if not os.access(next(p for p in (target, *target.parents) if p.exists()), os.W_OK):
+        raise QpassError(f"{target}: cannot be written there")
+    begun = time.perf_counter()
     planner = Planner(source)
+    traced = time.perf_counter() - begun
     plan = planner.plan(chosen)
     groups = [(group.spec, params, group_columns(group, params)) for _, group, params in planner.groups(chosen)]
     if calibration is None and (chosen.bits is not None or any(needs_data(spec) for spec, _, _ in groups)):
         raise QpassError(f"the recipe chooses by data: give --calibration, a text ({chosen.to_dict()})")
     tokens = 0 if calibration is None else _tokens(source, Path(calibration))
     with torch.no_grad():
-        seconds = _seconds(planner, chosen, groups, tokens)
+        seconds = {"starting": time.process_time() + _CAPTURE * traced} | _seconds(planner, chosen, groups, tokens)
+    seconds["reading, hashing and writing"] = _seconds_of_hash() * (
+        plan.weights.float_bytes + _WRITTEN * plan.weights.bytes
+    )
     artifact = plan.weights.bytes
     free = shutil.disk_usage(next(p for p in (target, *target.parents) if p.exists())).free
     notes = (
@@ -172,6 +184,12 @@ def _seconds_of_product() -> float:
     x, w = torch.randn(512, 2048), torch.randn(2048, 2048)
     x @ w
     return _seconds_of(lambda: x @ w) / (512 * 2048 * 2048)
+
+
+def _seconds_of_hash() -> float:
+    """A byte through SHA-256, which is slower than a disk."""
+    content = bytes(1 << 24)
+    return _seconds_of(lambda: hashlib.sha256(content).digest()) / len(content)
 
 
 def _seconds_of(work: Callable[[], object]) -> float:

@@ -7,6 +7,7 @@ quantized there, so their bytes are those that quantizing gives.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from qpass.sensitivity import takes_bits
 from qpass.sites.core import Site
 from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.spec import QuantSpec
-from qpass.weights import as_rows, concat_rows
+from qpass.weights import as_rows, check_row, concat_rows
 
 RecipeLike = str | Path | Recipe | Mapping[str, Any]
 #: Tokens of the traced call.
@@ -35,7 +36,7 @@ _TOKENS = 8
 @dataclass(frozen=True)
 class MemoryRow:
     """The tensors of one kind in one format. `float_bytes`: in the dtype of the model; `nominal_bytes`: bits a number;
-    `bytes`: with scales, zero points and padding; `step_bytes`: those of them that a decode step reads."""
+    `bytes`: with scales, zero points and padding; `step_bytes`: the least of them that a decode step can read."""
 
     kind: str
     format: str
@@ -55,6 +56,11 @@ class MemoryPlan:
     context: int
     batch: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the cache that was asked for is among the rows."""
+        return not self.context or any(row.kind == "kv" for row in self.rows)
 
     @property
     def weights(self) -> MemoryRow:
@@ -147,13 +153,18 @@ class Planner:
         return MemoryPlan(tuple(rows), parameters, self.context, self.batch, tuple(notes))
 
     def groups(self, recipe: Recipe) -> list[tuple[Site, WeightGroup, list[Tensor]]]:
-        """What will be quantized together: the site of its first weight, the group, its Parameters; tied ones once."""
+        """What will be quantized together: the site of its first weight, the group, its Parameters; tied ones once. Raises
+        `QpassError` for a group that is larger than a row."""
         assert self._whole is not None
         plan = QPass(recipe).plan_parameters(self._whole.graph, self._whole.parameters, self._whole.names)
         by_name = {node.name: p for node, p in self._whole.parameters.items()}
         found = [(g, [by_name[name] for name in g.weights]) for g, _ in group_weights(plan, self._whole.parameters)]
         sites = {m.weight.name: m.site for m in plan.matches if m.weight is not None}
-        return [(sites[group.weights[0]], group, params) for group, params in each_once(found, set(), key=id)]
+        groups = [(sites[group.weights[0]], group, params) for group, params in each_once(found, set(), key=id)]
+        for _, group, params in groups:
+            for name, param, flipped in zip(group.names, params, group.transposed, strict=True):
+                check_row(param.shape[-2 if flipped else -1], group.spec, name)
+        return groups
 
     def _rows(self, recipe: Recipe) -> list[MemoryRow]:
         groups = self.groups(recipe)
@@ -166,13 +177,12 @@ class Planner:
         return [_sum(*key, [row for row in rows if (row.kind, row.format) == key]) for key in keys]
 
     def _share_read(self, site: Site, weight: Tensor) -> float:
-        """The share of a weight that a step reads: of a table that is only looked up next to nothing, of experts those that are
-        chosen, if evenly."""
+        """The least share of a weight that a step reads: of a table that is only looked up next to nothing, of experts those that
+        one token chooses (others of the batch may choose the same)."""
         experts = weight.shape[0] if weight.dim() == 3 else 1
-        chosen = getattr(getattr(self.model, "config", None), "num_experts_per_tok", None) or 1
-        if site.roles == ("embedding",):
-            return 0.0
-        return 1.0 if experts <= chosen else 1 - (1 - chosen / experts) ** self.batch
+        config = getattr(self.model, "config", None)
+        chosen = getattr(config.get_text_config() if config is not None else None, "num_experts_per_tok", None) or 1
+        return 0.0 if site.roles == ("embedding",) else min(1.0, chosen / experts)
 
     @torch.no_grad()
     def cache(self, halves: tuple[QuantSpec | None, QuantSpec | None]) -> MemoryRow:
@@ -242,6 +252,11 @@ def _cache(
     config = getattr(model, "config", None)
     if config is None or not next(model.parameters()).is_meta:
         raise QpassError("the cache's size is read off a transformers model on the meta device; give its config")
+    if not model.can_generate() and getattr(config, "is_decoder", True) is False:  # type: ignore[operator]
+        raise QpassError("the model is an encoder, which keeps none")
+    if hasattr(model, "set_experts_implementation"):  # that of grouped products takes bfloat16 alone on the meta device
+        with suppress(ValueError):
+            model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     make = KVCache.for_encoder_decoder if config.is_encoder_decoder else KVCache
     k, v = halves
     in_float = k is None or v is None

@@ -16,7 +16,7 @@ from qpass.recipe import SpecLike, kv_specs
 #: One format for every weight, from wide to narrow: what the sizes of a model are told in.
 LADDER = ("fp32", "bf16", "fp8_e4m3", "int8", "int4:g128")
 #: What is next in size, for weights (presets) and for caches.
-WEIGHT_STEPS, CACHE_STEPS = ("bf16", "int8", "int4"), ("int8", "int4", "int2")
+WEIGHT_STEPS, CACHE_STEPS = ("bf16", "int8", "int4", "int4:g128", "int3:g128", "int2:g128"), ("int8", "int4", "int2")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,10 @@ class Outlook:
 
     @property
     def fits(self) -> bool | None:
-        """Whether weights and cache are smaller than `memory`."""
-        return None if self.memory is None else self.plan.total.bytes <= self.memory
+        """Whether weights and cache are smaller than `memory`; None if there is none, or the cache is not known."""
+        if self.memory is None or not self.plan.is_whole:
+            return None
+        return self.plan.total.bytes <= self.memory
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain data."""
@@ -118,24 +120,26 @@ class Outlook:
             _table(("all in one format", f"nominal {unit}", f"with scales {unit}"), rungs),
             _table(("decode floor", "GB each", "fits", "ms a step", "tokens/s"), floors),
         )
-        of = f"what a step of batch {self.plan.batch} reads, over the bandwidth of the devices that hold it: none is faster"
-        return Group(self.plan, *self._verdict(), "", tables[0], "", *savings, "", tables[1], of)
+        of = f"the least that a step of batch {self.plan.batch} reads, over the bandwidth of what holds it: none is faster"
+        return Group(
+            self.plan, *self._verdict(), "", tables[0], *(["", *savings] if savings else []), "", tables[1], of
+        )
 
     def _verdict(self) -> list[str]:
         if self.memory is None:
             return []
-        left, device = self.memory - self.plan.total.bytes, f"{self.memory / 1e9:,.0f} GB of memory"
-        if left >= 0:
-            return ["", f"{device}: it fits, {_gigabytes(left)} GB are left for activations"]
+        unit, size = ("GB", 1e9) if self.memory >= 1e9 else ("MB", 1e6)
+        device = f"{self.memory / size:,.0f} {unit} of memory"
+        if self.fits is None:
+            return ["", f"{device}: whether it fits is not known, for the cache is not"]
+        left = (self.memory - self.plan.total.bytes) / size
+        if self.fits:
+            return ["", f"{device}: it fits, {left:,.1f} {unit} are left for activations"]
         count = math.ceil(self.plan.total.bytes / self.memory)
-        return ["", f"{device}: it does not fit, {_gigabytes(-left)} GB are missing; {count} such devices hold it"]
+        return ["", f"{device}: it does not fit, {-left:,.1f} {unit} are missing; {count} such devices hold it"]
 
     def __str__(self) -> str:
         return printed(self)
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.1f}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Any:
@@ -159,7 +163,7 @@ def outlook(
 ) -> Outlook:
     """Plan `recipe` and what lies around it. `memory`: bytes of one device. `calibrated`: as with calibration data."""
     plan = planner.plan(recipe, kv, calibrated)
-    ladder = [_rung(planner.plan(format), format) for format in LADDER]
+    ladder = [rung for format in LADDER if (rung := _rung(planner, format)) is not None]
     cached = any(row.kind == "kv" for row in plan.rows)
     if cached:
         for format in (None, *CACHE_STEPS):
@@ -176,14 +180,19 @@ def _float_name(planner: Planner) -> str:
     return str(next(planner.model.parameters()).dtype).removeprefix("torch.")
 
 
-def _rung(plan: MemoryPlan, format: str) -> Rung:
-    return Rung("weights", format, plan.weights.nominal_bytes, plan.weights.bytes)
+def _rung(planner: Planner, format: str) -> Rung | None:
+    """None for a format that does not fit the model: rows that are smaller than its groups."""
+    try:
+        weights = planner.plan(format).weights
+    except QpassError:
+        return None
+    return Rung("weights", format, weights.nominal_bytes, weights.bytes)
 
 
 def _savings(planner: Planner, plan: MemoryPlan, ladder: Sequence[Rung]) -> list[Saving]:
     """The first preset whose weights are a tenth smaller than the plan's; the first such format of the cache."""
     found = []
-    weights = (_rung(planner.plan(step), step) for step in WEIGHT_STEPS)
+    weights = (rung for step in WEIGHT_STEPS if (rung := _rung(planner, step)) is not None)
     caches = (rung for rung in ladder if rung.what == "cache")
     for now, rungs in ((plan.weights.bytes, weights), (plan.cache.bytes, caches)):
         smaller = next((rung for rung in rungs if rung.bytes < 0.9 * now), None)

@@ -44,8 +44,8 @@ def read_config(config: Any) -> Any:
         raise QpassError("the config names no model_type, so there is no telling which model it is of")
     try:
         return AutoConfig.for_model(kind, **fields)
-    except ValueError as error:
-        raise QpassError(f"this version of transformers has no {kind!r}: {error}") from None
+    except ValueError:
+        raise QpassError(f"this version of transformers has no model_type {kind!r}") from None
 
 
 def _from_file(given: Path) -> dict[str, Any]:

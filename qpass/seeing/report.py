@@ -103,6 +103,8 @@ class Report:
         columns = ["kind", "name", "format", "compute", "bytes before", "after", "SQNR dB"]
         calibrated = any(s.input is not None for s in self.sites)
         table = Table(*columns, *(["input"] if calibrated else []), box=None, pad_edge=False)
+        table.columns[1].overflow, table.columns[1].min_width = "fold", 24  # a name is of use only whole
+        table.columns[2].min_width = 16
         for column in table.columns[4:]:
             column.justify = "right"
         for name, sites in self.folded():

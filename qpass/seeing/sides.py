@@ -167,20 +167,8 @@ def stored_scales(backend: QPass, param: Tensor) -> Tensor | None:
     if isinstance(param, QTensor):
         scale, outer = param.quantized.scale, param.quantized.outer_scale
         return None if scale is None else _sampled(scale, outer)
-    for entry in backend.store._entries.values():
-        members = [ref() for ref in entry.refs]
-        position = next((i for i, p in enumerate(members) if p is param), None)
-        scale, outer = entry.parts[1], entry.parts[3]
-        if position is None or scale is None:
-            continue
-        weights = [p for p in members if isinstance(p, Tensor) and p.dim() > 1]
-        rows = [p.numel() // columns for p in weights if (columns := p.shape[-1])]
-        if len(weights) == 1 or sum(rows) != scale.shape[0]:  # alone; or a scale for all of them, or transposed ones
-            return _sampled(scale, outer)
-        start = sum(rows[:position])
-        cut = slice(start, start + rows[position])
-        return _sampled(scale[cut], outer[cut] if outer is not None and outer.shape[0] == scale.shape[0] else outer)
-    return None
+    scale, outer = backend.store.scales(param) or (None, None)
+    return None if scale is None else _sampled(scale, outer)
 
 
 def _exported_scales(program: ExportedProgram, row: SiteReport) -> Tensor | None:

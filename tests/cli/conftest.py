@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 
 import qpass
@@ -46,6 +45,6 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tinypy in int4 with an int8 cache."""
     folder = tmp_path_factory.mktemp("artifacts") / "int4"
-    model = AutoModelForCausalLM.from_pretrained(TINYPY, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(TINYPY, dtype="auto").eval()
     qpass.save(qpass.quantize(model, "int4+kv=int8", inner="eager"), folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -27,13 +28,23 @@ WRONG: dict[str, tuple[tuple[object, ...], str]] = {
     "size of memory": (("plan", "8b", "--gpu-memory", "much"), "80GB"),
     "misspelt device": (("plan", "8b", "--device", "H20"), "did you mean 'H200'"),
     "misspelt size": (("plan", "80b"), "70b"),
-    "no float type": (("plan", "8b", "--dtype", "int8"), "bfloat16"),
+    "no float type": (("plan", "8b", "--dtype", "float8_e4m3fn"), "bfloat16"),
     "no page": (("report", TINYPY, "-o", "report.pdf"), ".html"),
     "onnx with a recipe": (("diff", "a.onnx", "b.onnx", "--recipe", "int8"), "not of ONNX"),
     "formats twice": (("quantize", TINYPY, "out", "--recipe", "int8", "--like", "x"), "--recipe"),
     "export of a float model": (("export", TINYPY, "out"), "qpass quantize"),
     "empty prompt": (("generate", TINYPY, "", "--inner", "eager"), "empty"),
     "prompt too long": (("generate", TINYPY, "x", "-n", "100000", "--inner", "eager"), "positions"),
+    "data of a preset": (("eval", TINYPY, "--data", DATA, "--recipe", "int4:gptq"), "--calibration"),
+    "windows too long": (("eval", TINYPY, "--data", DATA, "--window", "5000"), "positions"),
+    "context too long": (("compare", TINYPY, "--data", DATA, "--context", "5000"), "positions"),
+    "what compiles": (("compare", TINYPY, "--data", DATA, "--inner", "foo", *SHORT), "foo"),
+    "no limit": (("eval", TINYPY, "--data", DATA, "--max-kl", "nan", *SHORT), "--max-kl"),
+    "below zero": (("eval", TINYPY, "--data", DATA, "--max-kl", "-1"), "--max-kl"),
+    "a percentage": (("eval", TINYPY, "--data", DATA, "--min-top1", "95"), "--min-top1"),
+    "no reference": (("eval", TINYPY, "--data", DATA, "--reference", "flaot", *SHORT), "no such folder or file"),
+    "an ONNX file alone": (("diff", TINYPY, "x.onnx"), "another one"),
+    "markup": (("eval", "[/x]", "--data", DATA), "config.json is missing"),
     "no recipes": (("compare", TINYPY, "--data", DATA, "--recipes", ","), "--recipes"),
     "recipe of a comparison": (("compare", TINYPY, "--data", DATA, "--recipes", "int8,nf5"), "did you mean 'nf4'"),
     "data that a recipe needs": (("quantize", TINYPY, "out", "--recipe", "int4:gptq", "--dry-run"), "--calibration"),
@@ -82,6 +93,40 @@ def test_a_traceback_only_for_debug(debug: bool, command: Command, tmp_path: Pat
         assert ended.status == 2
         assert ("Traceback" in ended.err) == debug
         assert ended.err.splitlines()[-1].startswith("qpass: ")
+
+
+@pytest.mark.parametrize("command_line", [("report",), ("quantize", "out"), ("plan",)], ids=lambda c: c[0])
+def test_code_that_comes_with_a_model_does_not_run(
+    command_line: tuple[str, ...], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked whether it may: standard input is a prompt's, standard output for results."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(
+        '{"model_type": "mine", "architectures": ["Mine"], '
+        '"auto_map": {"AutoConfig": "x.Mine", "AutoModelForCausalLM": "x.Mine"}}'
+    )
+    (tmp_path / "m" / "x.py").write_text("open('ran', 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    ended = command(command_line[0], "m", *command_line[1:])
+    assert (ended.status, ended.out) == (2, "")
+    assert len(ended.err.splitlines()) == 1
+    assert {p.name for p in tmp_path.iterdir()} <= {"m"}
+
+
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(command: Command, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=4096
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace("BertModel", "BertForMaskedLM")
+    )
+    ended = command("report", tmp_path)
+    assert ended.status == 2
+    assert "missing keys" in ended.err
 
 
 def test_help_names_every_command_and_option(command: Command) -> None:

@@ -48,7 +48,7 @@ def test_a_dry_run_knows_the_size_and_writes_nothing(recipe: str, command: Comma
 def test_a_dry_run_with_data_counts_what_calibration_does(command: Command, tmp_path: Path) -> None:
     given = ("--recipe", "int4", "--calibration", TINYPY / "calibration.txt", "--dry-run", "--json")
     found = json.loads(command("quantize", TINYPY, tmp_path / "a", *given).out)
-    assert set(found["seconds"]) == {"rounding", "calibration", "giving out bits"}
+    assert set(found["seconds"]) > {"rounding", "calibration", "giving out bits"}
     assert not list(tmp_path.iterdir())
 
 

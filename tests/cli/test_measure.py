@@ -22,7 +22,7 @@ COMPARED = ("--inner", "eager", "--context", "16", "--steps", "4", *SHORT)
 
 
 def float_model() -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(TINYPY, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(TINYPY, dtype="auto").eval()
 
 
 def test_eval_says_what_evaluate_says(command: Command) -> None:
@@ -53,15 +53,36 @@ def test_a_limit_that_does_not_hold_ends_with_1(
     assert "KL" in ended.out, "the numbers are printed whatever comes of them"
 
 
-@pytest.mark.parametrize(
-    ("recipe", "status", "says"),
-    [("int8", 0, ""), ("int8+kv=int2", 1, "stays in float")],
-    ids=["all quantized", "a cache that the call has not"],
-)
-def test_strict_ends_with_1_where_a_site_stays_in_float(recipe: str, status: int, says: str, command: Command) -> None:
-    ended = command("eval", TINYPY, "--data", DATA, "--recipe", recipe, "--strict", *SHORT)
-    assert (ended.status, says in ended.err) == (status, True)
-    assert len(ended.err.splitlines()) <= 1
+@pytest.mark.parametrize("left", [[], ["ffn a.weight stays in float: because"]], ids=["none", "one site"])
+def test_strict_ends_with_1_where_a_site_stays_in_float(
+    left: list[str], artifact: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `qpass.testing` says of the model, behind the numbers."""
+    monkeypatch.setattr("qpass.testing.left_in_float", lambda model: left)
+    given = ("eval", artifact, "--reference", TINYPY, "--data", DATA, *SHORT)
+    ended = command(*given, "--strict")
+    assert (ended.status, ended.err) == ((1, f"qpass: {left[0]}\n") if left else (0, ""))
+    assert "KL" in ended.out
+    assert command(*given).status == 0
+
+
+def test_json_is_json_even_where_a_number_is_none(command: Command) -> None:
+    """One window has no standard error."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    ended = command("eval", TINYPY, "--data", DATA, "--window", "64", "--windows", "1", "--json")
+    assert json.loads(ended.out, parse_constant=refuse)["kl_standard_error"] is None
+
+
+def test_a_recipe_measures_what_its_artifact_does(command: Command, tmp_path: Path) -> None:
+    """In the type that the checkpoint is stored in, with the same limits."""
+    assert command("quantize", TINYPY, tmp_path / "a", "--recipe", "int3:g32").status == 0
+    by_recipe = command("eval", TINYPY, "--data", DATA, "--recipe", "int3:g32", "--json", *SHORT)
+    by_artifact = command("eval", tmp_path / "a", "--reference", TINYPY, "--data", DATA, "--json", *SHORT)
+    assert json.loads(by_recipe.out) == json.loads(by_artifact.out)
+    assert command("diff", TINYPY, tmp_path / "a", "--recipe", "int3:g32", "--exit-code").status == 0
 
 
 def test_kept_logits_stand_for_the_float_model(command: Command, tmp_path: Path, artifact: Path) -> None:
@@ -132,6 +153,6 @@ def test_bench_times_the_float_model_and_each_recipe(command: Command, artifact:
     ended = command("bench", TINYPY, "--recipes", "int4+kv=int8", "--json", *short)
     rows = {row["recipe"]: row for row in json.loads(ended.out)["rows"]}
     assert list(rows) == ["float", "int4+kv=int8"]
-    assert rows["float"]["weight_bytes"] > 5 * rows["int4+kv=int8"]["weight_bytes"]
-    assert rows["float"]["cache_bytes"] > 3 * rows["int4+kv=int8"]["cache_bytes"]
+    assert rows["float"]["weight_bytes"] > 2 * rows["int4+kv=int8"]["weight_bytes"]
+    assert rows["float"]["cache_bytes"] > 1.8 * rows["int4+kv=int8"]["cache_bytes"]
     assert "times artifact" in command("bench", artifact, *short).out

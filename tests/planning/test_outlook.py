@@ -8,7 +8,7 @@ import transformers as t
 
 from qpass.errors import QpassError
 from qpass.planning.memory import Planner
-from qpass.planning.outlook import Device, named_devices, outlook, parse_bytes
+from qpass.planning.outlook import DEVICES, Device, named_devices, outlook, parse_bytes
 from tests.planning.test_plan import SMALL
 
 
@@ -33,15 +33,35 @@ def test_devices_by_name() -> None:
         named_devices(["H20"])
 
 
-def test_a_step_of_experts_reads_those_that_are_chosen() -> None:
-    """Two of four for each token: half of them for one, nearly all for sixteen."""
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_step_of_experts_reads_at_least_those_of_one_token(batch: int) -> None:
+    """Two of four, whatever the batch: all of its tokens may choose the same."""
     config = t.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
-    for batch, share in ((1, 0.5), (16, 1 - 0.5**16)):
-        plan = Planner(config, batch=batch, dtype=torch.float32).plan("int8")
-        experts = next(row for row in plan.rows if row.kind == "ffn")
-        assert experts.step_bytes == pytest.approx(share * experts.bytes, rel=0.01)
-        looked_up = next(row for row in plan.rows if row.kind == "embedding")
-        assert looked_up.step_bytes == 0
+    plan = Planner(config, batch=batch, dtype=torch.float32).plan("int8")
+    experts = next(row for row in plan.rows if row.kind == "ffn")
+    assert experts.step_bytes == pytest.approx(experts.bytes / 2, rel=0.01)
+    looked_up = next(row for row in plan.rows if row.kind == "embedding")
+    assert looked_up.step_bytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cache_of_experts_is_in_the_plan_whatever_the_type(dtype: torch.dtype) -> None:
+    config = t.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    plan = Planner(config, context=64, dtype=dtype).plan("int8", "int8")
+    assert plan.is_whole
+    assert plan.cache.nominal_bytes == 2 * 2 * 2 * 32 * 64, "layers, halves, key heads, width, tokens"
+
+
+def test_whether_it_fits_is_not_said_without_the_cache() -> None:
+    """An encoder keeps none, however much memory there is."""
+    planner = Planner(
+        t.BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96), context=64
+    )
+    found = outlook(planner, "int8", "int8", memory=1e12, devices=DEVICES[:1])
+    assert found.plan.cache.bytes == 0
+    assert found.fits is None
+    assert "not known" in str(found)
+    assert outlook(Planner(t.LlamaConfig(**SMALL), context=64), "int8", memory=1e12, devices=DEVICES[:1]).fits is True
 
 
 def test_the_next_format_down_saves_what_it_says() -> None:

@@ -50,8 +50,9 @@ class CpuSpec:
 
 
 def _unit(fmt: Format) -> float:
-    """What the values of a codebook are multiples of, for int8 products: nf4 is rounded to 127ths; E2M1 has halves."""
-    return 1.0 if not fmt.codebook else 0.5 if fmt.qmax == 6 else 1 / 127
+    """What the values of a codebook are multiples of, for int8 products: E2M1 has halves; others are rounded to 127ths."""
+    book = fmt.codebook or (0.0,)
+    return 0.5 if all((2 * value).is_integer() for value in book) else 1 / 127
 
 
 @cache

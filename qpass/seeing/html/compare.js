@@ -46,7 +46,7 @@ function plot() {
     const right = at < PLOT.width * 0.75;
     chart.append(svg("g", { class: mine ? "best" : "", tabindex: 0 },
       svg("title", {}, `${p.recipe}: ${bytes(p.bytes)}, KL ${kl(p.evaluation.kl)} (${kl(p.kl_low)} to ${kl(p.kl_high)})`),
-      p.kl_low > 0 ? svg("line", { class: "whisker", x1: at, x2: at, y1: y(p.kl_low), y2: y(p.kl_high) }) : null,
+      svg("line", { class: "whisker", x1: at, x2: at, y1: y(Math.max(p.kl_low, 10 ** low)), y2: y(p.kl_high) }),
       svg("circle", { cx: at, cy: level, r: 5 }),
       svg("text", { class: "label", x: at + (right ? 9 : -9), y: level + 4, "text-anchor": right ? "start" : "end" }, p.recipe)));
   }

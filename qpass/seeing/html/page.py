@@ -6,7 +6,6 @@ import base64
 import hashlib
 import html
 import json
-import math
 import os
 import tempfile
 from functools import cache
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from qpass.printing import finite
 
 _FOLDER = Path(__file__).parent
 _SCRIPTS = {
@@ -42,7 +43,7 @@ def page(kind: str, title: str, data: Any, path: str | Path | None = None) -> st
 
 def as_script_data(data: Any) -> str:
     """JSON in ASCII that can stand in a <script> element: no name in it can end that."""
-    return json.dumps(_finite(data), separators=(",", ":"), allow_nan=False).translate(_UNSAFE)
+    return json.dumps(finite(data), separators=(",", ":"), allow_nan=False).translate(_UNSAFE)
 
 
 def in_notebook(text: str) -> str:
@@ -78,14 +79,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 @cache
