@@ -9,6 +9,9 @@ TORCH ?= torch==2.13.0
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
+# Threads that wait must not keep the processor busy: several test processes share it.
+test test-long: export OMP_WAIT_POLICY = passive
+
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not long"
 

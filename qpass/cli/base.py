@@ -53,7 +53,10 @@ Data = Annotated[Path, typer.Option(help="Text; documents apart by lines of <|en
 Calibration = Annotated[
     Path | None, typer.Option(help="Text that formats and codes are chosen by; documents as in --data")
 ]
-Window = Annotated[int, typer.Option(help="Tokens of a window", min=2)]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a window; by default 1024 (blame: 256), or as many as the model takes", min=2),
+]
 Windows = Annotated[int, typer.Option(help="Windows, the first of each document first", min=1)]
 Inner = Annotated[str, typer.Option(help="What compiles the rest of the graph: inductor, aot_eager, eager")]
 Json = Annotated[bool, typer.Option("--json", help="Plain data instead of a table")]

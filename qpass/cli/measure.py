@@ -49,7 +49,7 @@ def evaluate(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if a site stays in float against the recipe")
     ] = False,
-    window: Window = 1024,
+    window: Window = None,
     windows: Windows = 8,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -79,7 +79,7 @@ def compare(
         Path | None, typer.Option(help="File that keeps the float model's logits for further calls")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where results are kept; by default in the user's cache")] = None,
-    window: Window = 1024,
+    window: Window = None,
     windows: Windows = 8,
     dtype: Dtype = "auto",
     inner: Inner = "inductor",
@@ -106,7 +106,7 @@ def blame(
     calibration: Calibration = None,
     reference: Annotated[Path | None, typer.Option(help="Folder of the float model, for an artifact")] = None,
     top: Annotated[int | None, typer.Option(help="Sites that are shown", min=1)] = None,
-    window: Window = 256,
+    window: Window = None,
     windows: Windows = 4,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -121,7 +121,7 @@ def blame(
             f"{source}: an artifact holds no float weights; give --reference, the folder of its float model"
         )
     check_dtype(dtype)
-    batches = windows_of(str(reference or source), str(data), window, windows)
+    batches = windows_of(str(reference or source), str(data), window, windows, most=256)
     model = load_quantized(source, recipe, calibration=calibration, dtype=dtype)
     floats = load_float(reference or source, str(next(model.parameters()).dtype).removeprefix("torch."))
     show(qpass.blame(model, floats, batches, top=top), as_json)
@@ -149,7 +149,9 @@ def bench(
     show(run(source, chosen, context, steps, calibration=calibration, dtype=dtype, inner=inner), as_json)
 
 
-def _reference(source: Path, data: Path, given: Path | None, window: int, windows: int, dtype: str) -> tuple[Any, Any]:
+def _reference(
+    source: Path, data: Path, given: Path | None, window: int | None, windows: int, dtype: str
+) -> tuple[Any, Any]:
     """The windows, and what gives float logits for them."""
     from qpass.artifact.checkpoint import identity_of
     from qpass.folders import is_artifact, load_float

@@ -45,7 +45,7 @@ class Job:
     data: str
     reference: str
     calibration: str | None = None
-    window: int = 1024
+    window: int | None = None
     windows: int = 8
     dtype: str = "auto"
     inner: str = "inductor"
@@ -81,9 +81,14 @@ class Measured:
         return cls(evaluation=Evaluation(**found), **fields)
 
 
-def windows_of(model: str, data: str, window: int, windows: int) -> list[Tensor]:
-    """The windows that a job is measured on. Raises `QpassError` for windows that the model has no positions for."""
+def windows_of(model: str, data: str, window: int | None, windows: int, most: int = 1024) -> list[Tensor]:
+    """The windows that a job is measured on. `window`: None for `most`, or as many as the model has positions.
+
+    Raises `QpassError` for windows that the model has no positions for.
+    """
     longest = longest_input(model)
+    if window is None:
+        window = min(most, longest or most)
     if longest is not None and window > longest:
         raise QpassError(f"windows of {window} tokens: the model has {longest} positions; take shorter ones")
     return read_windows(data, load_tokenizer(Path(model)), window, windows)

@@ -85,6 +85,8 @@ def on_meta(config: Any, dtype: torch.dtype | None) -> nn.Module:
     heads = (
         (t.AutoModelForSeq2SeqLM,) if config.is_encoder_decoder else (t.AutoModelForCausalLM, t.AutoModelForMaskedLM)
     )
+    if getattr(config, "is_decoder", True) is False and type(config) in t.AutoModelForMaskedLM._model_mapping:
+        heads = (t.AutoModelForMaskedLM,)  # an encoder, that could be made a decoder
     autos = [auto for auto in (*heads, t.AutoModel) if type(config) in auto._model_mapping]
     with torch.device("meta"):
         if named:
