@@ -170,7 +170,8 @@ def compare(
     `reference`: a file where the float model's logits are kept for further calls; by default one that is deleted at the end.
     `folder`: where results are kept, by default in the user's cache; a call with the same model, data and settings on this
     machine takes what is there, so that a killed run goes on. `dtype`: of the float model, by default as it is stored. `window`,
-    `windows`: tokens (None: 1,024, or all that the model has positions for), and how many. `context`, `steps`: of the timed decoding (`steps=0`: none). `on_row`: is told of each row.
+    `windows`: tokens (None: 1,024, or as many as the model has positions), and how many. `context`, `steps`: of the timed
+    decoding (`steps=0`: none). `on_row`: is told of each row.
     Raises `QpassError` for a recipe that does not exist, before anything is measured, and for one that fails, after the others.
     """
     model, data = Path(model), Path(data)

@@ -14,7 +14,7 @@ from tests.cli.conftest import DATA, SHORT, TINYPY, Command
 
 COMMANDS = (
     "plan", "quantize", "compare", "eval", "blame", "diff", "report", "export", "generate", "bench", "doctor", "recipes",
-    "verify",
+    "verify", "warmup",
 )  # fmt: skip
 WRONG: dict[str, tuple[tuple[object, ...], str]] = {
     "no such command": (("evaluate",), "No such command 'evaluate'"),

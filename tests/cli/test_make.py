@@ -103,3 +103,24 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
         if target.exists():
             qpass.verify(target)
         assert {p.name for p in tmp_path.iterdir()} <= {"a", "a.unfinished"}
+
+
+@pytest.mark.long
+def test_warmup_fills_the_caches_that_a_fresh_process_reads(
+    command: Command, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cold it compiles for many seconds; from then on most of that is gone. Twice the same finds nothing to do."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    first, second = (json.loads(command("warmup", artifact, "--context", 16, "--json").out) for _ in range(2))
+    for run in (first["filled"], first["warm"]):
+        assert 0 < run["imported"] < run["loaded"] < run["first"] < run["steady"]
+    compiled = [run["steady"] - run["loaded"] for run in (first["filled"], first["warm"], second["filled"])]
+    assert compiled[1] < 0.7 * compiled[0]
+    assert compiled[2] < 0.7 * compiled[0]
+    assert any(tmp_path.iterdir())
+
+
+def test_warmup_is_of_artifacts(command: Command) -> None:
+    ended = command("warmup", TINYPY)
+    assert ended.status == 2
+    assert "qpass quantize" in ended.err
