@@ -96,3 +96,12 @@ def test_every_example_is_run() -> None:
     mine = Path(__file__).read_text()
     scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"demo.py"}  # which `make demo` is
     assert all(f'"{name}"' in mine for name in scripts)
+
+
+def test_lm_eval_runs_a_task_of_local_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both models choose better than by chance, which is a quarter."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = dict(re.findall(r"(\w+): accuracy (\d\.\d+)", run("lm_eval_task.py")))
+    assert found.keys() == {"float", "int4"}
+    assert all(0.25 < float(accuracy) <= 1 for accuracy in found.values())
