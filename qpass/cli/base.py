@@ -114,9 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = [argument for argument in given if argument != "--debug"]
     if not debug:
         _quiet()
-    if (
-        threading.current_thread() is threading.main_thread()
-    ):  # a job that is told to end cleans up as one that is interrupted
+    if threading.current_thread() is threading.main_thread():  # who is told to end cleans up as one who is interrupted
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status = app(args=given, prog_name="qpass", standalone_mode=False)

@@ -132,6 +132,8 @@ def main(job: str, result: str) -> None:
     """Write the result whole, or not at all; what went wrong goes into "<result>.error"."""
     try:
         found = measure(Job(**json.loads(Path(job).read_text())))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         Path(f"{result}.error").write_text(

@@ -51,8 +51,9 @@ class CpuSpec:
 
 def _unit(fmt: Format) -> float:
     """What the values of a codebook are multiples of, for int8 products: E2M1 has halves; others are rounded to 127ths."""
-    book = fmt.codebook or (0.0,)
-    return 0.5 if all((2 * value).is_integer() for value in book) else 1 / 127
+    if not fmt.codebook:
+        return 1.0
+    return 0.5 if all((2 * value).is_integer() for value in fmt.codebook) else 1 / 127
 
 
 @cache
