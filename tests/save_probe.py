@@ -42,7 +42,7 @@ def kills(folder: Path, count: int) -> dict[str, object]:
         if not child:
             qpass.save(both[wanted], folder, shard_bytes=SHARD)
             os._exit(0)
-        time.sleep(generator.uniform(0, 1.2 * whole))
+        time.sleep(generator.uniform(0, 3 * whole))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         found["killed"] += os.WIFSIGNALED(status)

@@ -43,7 +43,7 @@ def test_a_save_that_is_killed_at_any_moment_leaves_the_old_or_the_new(count: in
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     found = json.loads(out.stdout.splitlines()[-1])
     assert found["left"] == ["a"]
-    assert found["killed"] > count / 2
+    assert found["killed"] > count / 4
     assert min(found["old"], found["new"]) > count / 20, "both were there"
 
 

@@ -75,7 +75,7 @@ def test_the_command(files: tuple[Path, Path]) -> None:
     assert plain["graphs"][0]["added"] > 0
     wrong = CliRunner().invoke(app, ["diff", before, __file__])
     assert isinstance(wrong.exception, qpass.QpassError)
-    assert "no ONNX file" in str(wrong.exception)
+    assert "is compared with another one" in str(wrong.exception)
 
 
 def test_a_file_tells_nothing_of_the_machine_that_wrote_it(files: tuple[Path, Path]) -> None:
