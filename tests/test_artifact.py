@@ -199,7 +199,7 @@ def forge(folder: Path, content: dict[str, Any], config: bool = False) -> None:
     kinds = {"weights": manifest.WeightEntry, "tensors": manifest.TensorEntry, "files": manifest.FileEntry}
     for key, kind in kinds.items():
         made[key] = {name: kind(**value) for name, value in made[key].items()}
-    (folder / NAME).write_text(manifest.Manifest(**made).text)
+    (folder / NAME).write_text(manifest.Manifest(**made).text())
 
 
 FORGED: dict[str, Any] = {

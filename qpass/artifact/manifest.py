@@ -19,8 +19,8 @@ from qpass.errors import QpassError
 NAME = "qpass.json"
 #: What config.json names as the quantization method.
 METHOD = "qpass"
-#: The version of the format of artifacts that is written; all up to it are read.
-VERSION = 1
+#: The version of the format of artifacts that is written; all up to it are read. 2 has a hash of the versions too.
+VERSION = 2
 #: A manifest of a model of thousands of tensors is a few megabytes.
 _LARGEST = 1 << 28
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\Z")
@@ -88,10 +88,12 @@ class Manifest:
         del content["versions"]
         return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
-    @property
-    def text(self) -> str:
-        """What qpass.json holds, to the byte."""
-        return _canonical({"qpass_artifact": VERSION, "hash": self.hash, **asdict(self)}) + "\n"
+    def text(self, version: int = VERSION) -> str:
+        """What qpass.json holds, to the byte, in a version of the format."""
+        hashes = {"hash": self.hash}
+        if version > 1:
+            hashes["versions_hash"] = hashlib.sha256(_canonical(self.versions).encode()).hexdigest()
+        return _canonical({"qpass_artifact": version, **hashes, **asdict(self)}) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -106,7 +108,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         content = json.loads(raw)
         version = content.get("qpass_artifact")
-        if isinstance(version, int) and version > VERSION:
+        if not isinstance(version, int) or version < 1:
+            raise ValueError("it names no version of the format")
+        if version > VERSION:
             raise QpassFormatError(
                 f"{path}: format {version}, written by a newer qpass; this one reads up to {VERSION}"
             )
@@ -116,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest: Manifest = _made(Manifest, given)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise QpassFormatError(f"{path}: damaged: {type(error).__name__}: {error}") from None
-    if manifest.text.encode() != raw:
+    if manifest.text(version).encode() != raw:
         raise QpassFormatError(f"{path}: damaged: its hash is not that of its content; copy the artifact again")
     for name in manifest.files:
         check_file(folder, name)

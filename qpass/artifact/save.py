@@ -101,7 +101,7 @@ def save(
                 files[path.name] = head_of(path, path.suffix == ".safetensors")
             sync(path)
         manifest = Manifest(recipe, weights, entries, files, aliases, _groups(names), calibration, _versions())
-        (staging / NAME).write_text(manifest.text)
+        (staging / NAME).write_text(manifest.text())
         sync(staging / NAME)
         sync(staging)
     return manifest.hash
