@@ -92,19 +92,8 @@ def _beats(a: Measured, b: Measured) -> bool:
 #: Files beside the weights: tokenizer, templates, configs.
 _SMALL = 64 << 20
 _COLUMNS = (
-    "recipe",
-    "MB",
-    "cache B/token",
-    "peak RSS MB",
-    "KL",
-    "95 %",
-    "perplexity",
-    "top-1",
-    "tokens/s",
-    "generate",
-    "prompt",
-    "",
-)
+    "recipe", "MB", "cache B/token", "peak RSS MB", "KL", "+-", "perplexity", "top-1", "tokens/s", "generate", "prompt", "",
+)  # fmt: skip
 
 
 def _cells(row: Measured) -> list[str]:
