@@ -14,6 +14,8 @@ from qpass.qtensor import QTensor
 from qpass.recipe import Recipe
 from qpass.store import guards_beside_the_lookup
 
+#: Attribute of a module: the recipe that its weights were quantized by, whatever compiles it, or a copy of it, later.
+RECIPE = "_qpass_recipe"
 #: What else is done to a finished module.
 ON_FINISH: list[Callable[[nn.Module], None]] = []
 
@@ -21,6 +23,7 @@ ON_FINISH: list[Callable[[nn.Module], None]] = []
 def finish(module: nn.Module, backend: QPass) -> nn.Module:
     """Have calls of `module`, whose weights are QTensors, compiled by `backend`; returns it."""
     compile_in_place(module, backend, guards_beside_the_lookup)
+    module.__dict__[RECIPE] = backend.recipe
     module._apply = _ApplyToFreshParameters(module, backend)  # type: ignore[method-assign]
     _prepare_generate(module, backend.recipe)
     for also in ON_FINISH:

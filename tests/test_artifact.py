@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from copy import deepcopy as copy_of
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,16 @@ def test_the_working_folder_and_compiled_models(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path / "here")
     model = quantized()
     assert qpass.save(model, ".") == qpass.save(torch.compile(model, backend="eager"), tmp_path / "b")
+
+
+def test_a_copy_is_saved_under_the_recipe_that_its_weights_have(tmp_path: Path) -> None:
+    """Whatever else compiles the copy."""
+    copied = copy_of(quantized(recipe="int8"))
+    copied.compile(backend=qpass.QPass("int4:g16", inner="eager"))
+    logits(copied)
+    qpass.save(copied, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / NAME).read_text())["recipe"]["ffn"] == "int8:channel"
+    qpass.load(tmp_path / "a", inner="eager")
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from qpass.artifact.manifest import (
     sync,
 )
 from qpass.errors import QpassError
+from qpass.finish import RECIPE
 from qpass.graph.torch_private import original_module
 from qpass.numerics import PART_NAMES
 from qpass.packing import as_bytes
@@ -91,7 +92,7 @@ def save(
             outcome.sqnr_db if math.isfinite(outcome.sqnr_db) else None,
             None if outcome.observed is None else asdict(outcome.observed),
         )  # fmt: skip
-    recipe = captured(model, "qpass.save").recipe.to_dict()
+    recipe = (getattr(model, RECIPE, None) or captured(model, "qpass.save").recipe).to_dict()
     with replacing(folder, lambda name: name == NAME or name.startswith("qpass-")) as staging:
         entries = _write_tensors(tensors, staging, shard_bytes)
         carry(model, staging, {"quantization_config": {"quant_method": METHOD}})
