@@ -17,7 +17,7 @@ from qpass.registry import captured
 from qpass.seeing.report import report
 
 #: Positions whose logits are compared at a time: bounds the float32 temporaries at a large vocabulary.
-_POSITIONS = 256
+POSITIONS = 256
 #: Tokens of a window that are read at a time where the cache is quantized: those of one call see each other as floats.
 CHUNK = 64
 #: Student's t, two-sided 95 %, for 1 to 30 degrees of freedom, then the normal distribution's.
@@ -92,12 +92,12 @@ def evaluate(model: Any, reference: Any, batches: Iterable[Tensor | Mapping[str,
         ours, theirs = (logits(batch)[:, :-1][valid] for logits in both)
         targets = ids[:, 1:][valid]
         kl = torch.empty(len(targets), dtype=torch.float64)
-        for start in range(0, len(targets), _POSITIONS):
-            at = slice(start, start + _POSITIONS)
+        for start in range(0, len(targets), POSITIONS):
+            at = slice(start, start + POSITIONS)
             q, p = (x[at].float().log_softmax(-1) for x in (ours, theirs))
             nll -= torch.stack([x.gather(-1, targets[at, None]).sum(dtype=torch.float64) for x in (q, p)]).cpu()
             same += int((q.argmax(-1) == p.argmax(-1)).sum())
-            kl[at] = (p.exp() * (p - q)).sum(-1).double().cpu()
+            kl[at] = kl_of(p, q).double().cpu()
         counts = valid.sum(-1).tolist()
         windows += [(float(row.sum()), n) for row, n in zip(kl.split(counts), counts, strict=True) if n]
         tokens += len(targets)
@@ -133,6 +133,11 @@ def _as_it_runs(model: Any) -> Any:
         return torch.cat(parts, 1)
 
     return logits
+
+
+def kl_of(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [.., V]."""
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def _computes(model: Any) -> dict[str, str]:

@@ -21,16 +21,13 @@ from qpass.calibration import Batch, mask_of, record
 from qpass.errors import QpassError
 from qpass.graph.calls import LinearCall
 from qpass.graph.torch_private import as_plain_module, copy_captured, isolated
-from qpass.measuring.evaluate import ids_and_mask, logits_of
+from qpass.measuring.evaluate import POSITIONS, ids_and_mask, kl_of, logits_of
 from qpass.measuring.walk import Form, Script, State, Walk
 from qpass.module_state import OwnState
 from qpass.passes import parameter_nodes
 from qpass.progress import track
 from qpass.recipe import Recipe
 from qpass.replay import Program
-
-#: Positions whose probabilities are compared at a time.
-_POSITIONS = 256
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,8 @@ class Target:
     def kl(self, logits: Tensor) -> float:
         """Sum of KL(float || this) over the tokens, in nats."""
         kept, total = logits[:, :-1][self.valid], 0.0
-        for q, p in zip(kept.split(_POSITIONS), self.log_p.split(_POSITIONS), strict=True):
-            total += float((p.exp() * (p - q.float().log_softmax(-1))).sum(-1).sum(dtype=torch.float64))
+        for q, p in zip(kept.split(POSITIONS), self.log_p.split(POSITIONS), strict=True):
+            total += float(kl_of(p, q.float().log_softmax(-1)).sum(dtype=torch.float64))
         return total
 
 
