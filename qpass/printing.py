@@ -16,6 +16,16 @@ def printed(renderable: Any) -> str:
     return out.getvalue().rstrip()
 
 
+def number_table(*columns: str, words: int = 1) -> Any:
+    """An empty rich table; all columns but the first `words` are numbers, flush right."""
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in table.columns[words:]:
+        column.justify = "right"
+    return table
+
+
 def finite(value: Any) -> Any:
     """Plain data as JSON has them: numbers that are not finite become None."""
     if isinstance(value, float):

@@ -26,7 +26,7 @@ from qpass.measuring.job import FLOAT, Job, Measured, windows_of
 from qpass.measuring.kept_logits import keep_logits
 from qpass.measuring.speed import WARM
 from qpass.pretrained import longest_input
-from qpass.printing import printed
+from qpass.printing import number_table, printed
 from qpass.recipe import resolve_recipe
 
 
@@ -64,11 +64,8 @@ class Comparison:
 
     def __rich__(self) -> Any:
         from rich.console import Group
-        from rich.table import Table
 
-        table = Table(*_COLUMNS, box=None, pad_edge=False)
-        for column in table.columns[1:-1]:
-            column.justify = "right"
+        table = number_table(*_COLUMNS)
         best = self.frontier
         for row in self.rows:
             table.add_row(*_cells(row), "*" if row in best else "")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qpass.errors import QpassError
+from qpass.printing import number_table, printed
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,12 @@ class Warmth:
         return asdict(self)
 
     def __rich__(self) -> Any:
-        from rich.table import Table
-
-        table = Table("seconds from its start", "imported", "loaded", "first token", "steady", box=None, pad_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
+        table = number_table("seconds from its start", "imported", "loaded", "first token", "steady")
         for name, run in (("this time", self.filled), ("from now on", self.warm)):
             table.add_row(name, *(f"{x:.1f}" for x in (run.imported, run.loaded, run.first, run.steady)))
         return table
 
     def __str__(self) -> str:
-        from qpass.printing import printed
-
         return printed(self)
 
 

@@ -20,7 +20,7 @@ from qpass.errors import QpassError
 from qpass.graph.whole import trace_whole
 from qpass.numerics import Quantized
 from qpass.planning.skeleton import call_inputs, on_meta, read_config
-from qpass.printing import printed
+from qpass.printing import number_table, printed
 from qpass.recipe import Recipe, SpecLike, kv_specs, resolve_recipe
 from qpass.sensitivity import takes_bits
 from qpass.sites.core import Site
@@ -88,13 +88,10 @@ class MemoryPlan:
 
     def __rich__(self) -> Any:
         from rich.console import Group
-        from rich.table import Table
 
         unit, size = self.unit
         columns = (f"{name} {unit}" for name in ("float", "nominal", "with scales"))
-        table = Table("kind", "format", "tensors", *columns, box=None, pad_edge=False)
-        for column in table.columns[2:]:
-            column.justify = "right"
+        table = number_table("kind", "format", "tensors", *columns, words=2)
         sums = [self.weights, *([self.cache] if self.context else []), self.total]
         for i, row in enumerate((*self.rows, *sums)):
             numbers = (f"{b / size:,.3f}" for b in (row.float_bytes, row.nominal_bytes, row.bytes))

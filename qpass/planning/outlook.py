@@ -10,7 +10,7 @@ from typing import Any
 
 from qpass.errors import QpassError, nearest
 from qpass.planning.memory import MemoryPlan, Planner, RecipeLike
-from qpass.printing import printed
+from qpass.printing import number_table, printed
 from qpass.recipe import SpecLike, kv_specs
 
 #: One format for every weight, from wide to narrow: what the sizes of a model are told in.
@@ -143,11 +143,7 @@ class Outlook:
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Any:
-    from rich.table import Table
-
-    table = Table(*columns, box=None, pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table(*columns)
     for row in rows:
         table.add_row(*row)
     return table
