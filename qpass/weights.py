@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -155,8 +156,15 @@ def concat_rows(weights: Sequence[Quantized], rows: Sequence[int], keep_single: 
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:
-    """torch.cat for every storage type; 8-bit floats go through their bytes."""
-    dtype = parts[0].dtype
+    """torch.cat for every storage type; 8-bit floats go through their bytes. Parts that lie behind each other already are not
+    copied."""
+    first, dtype = parts[0], parts[0].dtype
+    ends = itertools.accumulate((p.nbytes for p in parts), initial=first.data_ptr())
+    same = all(
+        p.is_contiguous() and p.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for p in parts
+    )
+    if same and all(p.data_ptr() == start for p, start in zip(parts, ends, strict=False)):
+        return first.as_strided((sum(len(p) for p in parts), *first.shape[1:]), first.stride())
     if dtype.is_floating_point and dtype.itemsize == 1:
         return torch.cat([p.contiguous().view(torch.uint8) for p in parts]).view(dtype)
     return torch.cat(list(parts))

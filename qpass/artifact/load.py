@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qpass.artifact.manifest import (
     Manifest,
     QpassFormatError,
+    TensorEntry,
     WeightEntry,
+    bytes_of,
     check_file,
     check_head,
     read_manifest,
@@ -27,7 +33,7 @@ from qpass.backend import QPass
 from qpass.decisions import Decision
 from qpass.errors import QpassError
 from qpass.finish import finish
-from qpass.memory import drop_mapped_pages, for_huge_pages, return_freed_heap
+from qpass.memory import for_huge_pages, return_freed_heap
 from qpass.numerics import PART_NAMES, Quantized
 from qpass.observers import Observed
 from qpass.ops import reference
@@ -109,7 +115,9 @@ def leave_out(module: nn.Module, folder: Path) -> None:
 def fill(module: nn.Module, folder: Path, inner: str = "inductor", mode: str | None = None) -> nn.Module:
     """Put what is stored in `folder` into the places of `module`, and have it compiled; see `load`."""
     manifest = read_manifest(folder)
-    tensors = dict(_tensors(folder, manifest))
+    with _damaged(f"{folder}: its groups"):
+        room = _rows_of_groups(manifest)
+    tensors = dict(_tensors(folder, manifest, room))
     with _damaged(f"{folder}: the recipe"):
         backend = QPass(resolve_recipe(manifest.recipe), inner=inner, mode=mode)
     places = _places(module)
@@ -241,29 +249,78 @@ def _check_sketch(sketch: nn.Module, folder: Path, manifest: Manifest) -> None:
         raise QpassFormatError(f"{folder}/config.json: buffers of {computed:,} bytes would be computed; refused")
 
 
-def _tensors(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor in memory of its own, its bytes checked."""
-    from safetensors import SafetensorError, safe_open
+def _rows_of_groups(manifest: Manifest) -> dict[str, Tensor]:
+    """Memory for the parts of weights that one operator reads, behind each other as it wants them."""
+    room: dict[str, Tensor] = {}
+    for names in manifest.groups:
+        for part in PART_NAMES[:4]:
+            keys = [f"{name}.{part}" for name in names]
+            entries = [manifest.tensors[key] for key in keys if key in manifest.tensors]
+            alike = len({(entry.dtype, *entry.shape[1:]) for entry in entries}) == 1 and all(e.shape for e in entries)
+            if alike and len(entries) == len(names):
+                whole = _empty([sum(entry.shape[0] for entry in entries), *entries[0].shape[1:]], entries[0].dtype)
+                room |= zip(keys, whole.split([entry.shape[0] for entry in entries]), strict=True)
+    return room
 
+
+def _empty(shape: list[int], dtype: str) -> Tensor:
+    return for_huge_pages(torch.empty(shape, dtype=getattr(torch, dtype)))
+
+
+def _tensors(
+    folder: Path, manifest: Manifest, room: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor, its bytes checked: in the memory that `room` has for it, or in its own."""
     for name, file in manifest.files.items():
         check_head(folder, name, file)
     by_file: dict[str, list[str]] = {}
     for name, entry in manifest.tensors.items():
         by_file.setdefault(entry.file, []).append(name)
     for file_name in track(sorted(by_file), "qpass: reading"):
-        try:
-            with safe_open(folder / file_name, framework="pt") as file:
-                if set(file.keys()) != set(by_file[file_name]):
-                    raise QpassFormatError(f"{folder / file_name}: holds other tensors than the manifest says")
-                for name in by_file[file_name]:
-                    mapped, entry = file.get_tensor(name), manifest.tensors[name]
-                    same = str(mapped.dtype) == f"torch.{entry.dtype}" and list(mapped.shape) == entry.shape
-                    if not same or sha256_of(mapped) != entry.sha256:
-                        raise QpassFormatError(f"{folder / file_name}: {name} is damaged; copy the artifact again")
-                    yield name, for_huge_pages(torch.empty_like(mapped)).copy_(mapped)
-                    drop_mapped_pages(mapped)
-        except SafetensorError as error:
-            raise QpassFormatError(f"{folder / file_name}: damaged: {error}") from None
+        path, names = folder / file_name, by_file[file_name]
+        with path.open("rb", buffering=0) as stream:
+            with _damaged(path):
+                start, header = _header(stream, manifest.files[file_name].head)
+            if header.keys() - {"__metadata__"} != set(names):
+                raise QpassFormatError(f"{path}: holds other tensors than the manifest says")
+            for name in sorted(names, key=lambda name: header[name]["data_offsets"]):
+                with _damaged(f"{path}: {name}"):
+                    tensor = _read(stream, start, header[name], manifest.tensors[name], room.get(name))
+                if tensor is None:
+                    raise QpassFormatError(f"{path}: {name} is damaged; copy the artifact again")
+                yield name, tensor
+
+
+def _header(stream: FileIO, head: int) -> tuple[int, dict[str, Any]]:
+    """Of a safetensors file: where its data start, and name -> dtype, shape, data_offsets. `head`: bytes that were checked."""
+    length = int.from_bytes(stream.read(8), "little")
+    if 8 + length != head:
+        raise ValueError(f"a header of {length:,} bytes")
+    return head, json.loads(stream.read(length))
+
+
+def _read(
+    stream: FileIO, start: int, place: dict[str, Any], entry: TensorEntry, tensor: Tensor | None
+) -> Tensor | None:
+    """A tensor as the manifest has it; None if other bytes lie there. It is read, not mapped: a new mapping is read in small
+    pieces, and what was checked could change before it is used."""
+    begin, end = place["data_offsets"]
+    size = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+    if place["shape"] != entry.shape or not 0 <= begin <= end == begin + size <= _size(stream) - start:
+        return None
+    tensor = _empty(entry.shape, entry.dtype) if tensor is None else tensor
+    stream.seek(start + begin)
+    rest = bytes_of(tensor)
+    while rest:
+        count = stream.readinto(rest)
+        if not count:
+            return None
+        rest = rest[count:]
+    return tensor if sha256_of(tensor) == entry.sha256 else None
+
+
+def _size(stream: FileIO) -> int:
+    return os.fstat(stream.fileno()).st_size
 
 
 def _places(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
