@@ -29,7 +29,7 @@ from qpass.graph.torch_private import (
     isolated,
     original_module,
 )
-from qpass.memory import drop_mapped_pages, own_memory, return_freed_heap
+from qpass.memory import drop_mapped_pages, own_copy, own_memory, return_freed_heap
 from qpass.module_state import OwnState, find_held
 from qpass.observers import InputStats
 from qpass.passes import parameter_nodes
@@ -121,7 +121,6 @@ def quantize_module(
                 check_weight(as_rows(param, flipped), group.spec, name)
         if calibration is None:
             check_data_free(group.spec)
-            backend.check_bits_given_out()
     owners = _owners(module)
     if calibration is not None:
         groups = _calibrated(module, backend, calibration, groups, owners, own, kept)
@@ -328,7 +327,8 @@ def _convert(
         done = quantize_group(stored, group.spec, stats)
         kept.put(group, done)
     for param, flipped, made in zip(params, group.transposed, done, strict=True):
-        replacement = QTensor(made.quantized, group.spec, param.shape, param.dtype, flipped)
+        own = made.quantized.map(own_copy)  # a format of 16 bits may be the checkpoint's
+        replacement = QTensor(own, group.spec, param.shape, param.dtype, flipped)
         replacement.outcome = made.outcome
         replacements.append(replacement)
     fuse(replacements)

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
+from qpass.bits import spread_bits, with_bits
 from qpass.calibration import Recording, Seen
 from qpass.calling import Arguments, Lookup, run_as_inference
-from qpass.decisions import Decisions
+from qpass.decisions import Decision, Decisions
 from qpass.errors import Breach, QpassError, nearest
 from qpass.graph.expand import expand
 from qpass.graph.torch_private import (
@@ -60,9 +61,8 @@ from qpass.qtensor import QTensor
 from qpass.ready import check_ready
 from qpass.recipe import Recipe, resolve_recipe
 from qpass.replay import Run, places_of, quantize_in_order
-from qpass.sensitivity import with_bits
 from qpass.sites.classify import Context
-from qpass.sites.core import Edit, Plan, Skip
+from qpass.sites.core import Edit, Match, Plan, Skip
 from qpass.sites.find import find_sites
 from qpass.sites.group import WeightGroup, group_weights
 from qpass.store import Kept, WeightStore, anchor, quantize_group
@@ -121,7 +121,8 @@ class QPass:
         #: Code that was captured; what is recorded between the start and the end of `calibrate`.
         self._codes: set[CodeType] = set()
         self._recording: Recording | None = None
-        self._bits_given_out = False
+        #: Whether calibration decides what the recipe leaves open.
+        self._with_data = False
         self.calibrated_in_pieces = False
         #: What the observers of the last `calibrate` saw, site by site.
         self.observed: tuple[Seen, ...] = ()
@@ -150,12 +151,11 @@ class QPass:
                 self._codes.add(code)
             if self._recording is not None:
                 return self._recording.of_graph(gm, inputs, self)
-            if not any(isinstance(value, QTensor) for value in inputs):
-                self.check_bits_given_out()
             return self._convert(gm, inputs, mode)
 
     def use_data(self) -> None:
         """There will be calibration data: a preset that has another recipe for then is that from here on."""
+        self._with_data = True
         recipe = resolve_recipe(self._given, calibrated=True)
         if recipe != self.recipe:
             self.recipe, self.decisions, self._whole = recipe, Decisions(recipe), weakref.WeakKeyDictionary()
@@ -172,7 +172,7 @@ class QPass:
             raise QpassError("calibrate: inside of calibrate; leave the first block before the next")
         for code in self._codes:
             forget_code(code)
-        before = self.recipe, self.decisions, self._whole
+        before = self.recipe, self.decisions, self._whole, self._with_data
         self.use_data()
         self._recording = recording = Recording(mask)
         done = False
@@ -186,7 +186,7 @@ class QPass:
             done = True
         finally:
             if not done:
-                self.recipe, self.decisions, self._whole = before
+                self.recipe, self.decisions, self._whole, self._with_data = before
             self._recording = None
             recording.runs.clear()
             for code in recording.codes:
@@ -198,15 +198,6 @@ class QPass:
         if self.recipe.bits is not None:
             kept = kept or Kept()
             kept.keep_bits(with_bits(runs, self.recipe.bits, self.decisions, kept.bits()))
-            self._bits_given_out = True
-
-    def check_bits_given_out(self) -> None:
-        """Raises `QpassError` for a recipe with `bits` that has seen no data."""
-        if self.recipe.bits is not None and not self._bits_given_out:
-            raise QpassError(
-                "recipe: bits are given out by what calibration finds: qpass.quantize(model, recipe, calibration=batches), or "
-                "with backend.calibrate()"
-            )
 
     def choose(self, group: WeightGroup, params: list[Tensor], stats: InputStats | None) -> list[QTensor]:
         """Quantize float weights that stay where they are, for the graphs that will be captured."""
@@ -269,11 +260,14 @@ class QPass:
         context = Context(frozenset(tables.values()), frozenset(tables), fragment)
         matches, skips = find_sites(graph, parameters, names, context, self.recipe.k is not None)
         decided = [self.decisions.decide(match, parameters) for match in matches]
-        matches = [replace(m, site=d.site) for m, d in zip(matches, decided, strict=True)]
-        specs = {d.site: d.spec for d in decided if d.spec is not None}
-        skips += list({d.site: d.skip for d in decided if d.skip is not None}.values())
+        if self.recipe.bits is not None and not self._with_data:
+            first = _as_plan(matches, decided, skips)
+            by_name = {node.name: tensor for node, tensor in parameters.items()}
+            groups = [(g, [by_name[name] for name in g.weights]) for g, _ in group_weights(first, parameters)]
+            spread_bits(groups, self.recipe.bits, self.decisions)
+            decided = [self.decisions.decide(match, parameters) for match in matches]
         self.decisions.remember(skips, names, parameters)
-        return Plan(tuple(m for m in matches if m.site in specs), specs, tuple(skips))
+        return _as_plan(matches, decided, skips)
 
     def _held_in_float(
         self, graph: Graph, parameters: Mapping[Node, Tensor], names: Mapping[Node, str], keeping: bool
@@ -372,6 +366,13 @@ class QPass:
                 f"nothing to quantize: no site of the captured graph ({parameters} Parameters) gets a format; "
                 f"give the recipe a format for a kind that the model has{reasons}"
             )
+
+
+def _as_plan(matches: Sequence[Match], decided: Sequence[Decision], skips: Sequence[Skip]) -> Plan:
+    matches = [replace(m, site=d.site) for m, d in zip(matches, decided, strict=True)]
+    specs = {d.site: d.spec for d in decided if d.spec is not None}
+    left = list({d.site: d.skip for d in decided if d.skip is not None}.values())
+    return Plan(tuple(m for m in matches if m.site in specs), specs, (*skips, *left))
 
 
 def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:

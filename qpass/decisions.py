@@ -21,12 +21,14 @@ from qpass.store import anchor
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided for one Parameter, once, for all graphs that use it: a spec, or the reason for none."""
+    """What was decided for one Parameter, once, for all graphs that use it: a spec, or the reason for none. `final`: bits were
+    given out to it."""
 
     site: Site
     spec: QuantSpec | None
     skip: Skip | None = None
     note: str = ""
+    final: bool = False
 
 
 class Decisions:

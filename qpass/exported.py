@@ -47,8 +47,6 @@ def quantize_program(
     backend = QPass(recipe, strict=strict, inner="eager")
     if data is not None:
         backend.use_data()
-    else:
-        backend.check_bits_given_out()
     fqns = program.graph_signature.inputs_to_parameters
     module = copy_captured(program.graph_module)
     inline_no_grad(module)

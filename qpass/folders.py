@@ -57,8 +57,7 @@ def load_quantized(
 
 def check_data(recipe: Recipe, name: object, calibrated: bool) -> None:
     """Raises `QpassError` for a recipe that chooses by data where there are none."""
-    needs = recipe.bits is not None or any(needs_data(spec) for spec in recipe.weight_specs)
-    if needs and not calibrated:
+    if not calibrated and any(needs_data(spec) for spec in recipe.weight_specs):
         raise QpassError(f"recipe {name}: it chooses by data: give --calibration, a text")
 
 

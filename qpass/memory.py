@@ -58,10 +58,15 @@ def _advise(tensor: Tensor, page: int, advice: int) -> None:
 def own_memory(model: nn.Module) -> None:
     """Copy what is left of a mapped checkpoint (norms, biases), so that the mapping can go."""
     for tensor in (*model.parameters(), *model.buffers()):
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
-            storage = tensor.untyped_storage()
-            if storage.nbytes() and not storage.resizable():
-                tensor.data = tensor.data.clone()
+        if type(tensor) in (Tensor, nn.Parameter):
+            tensor.data = own_copy(tensor.data)
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it lies in memory that torch did not allocate: a file, an array of somebody else."""
+    storage = tensor.untyped_storage()
+    mapped = tensor.device.type == "cpu" and storage.nbytes() > 0 and not storage.resizable()
+    return tensor.clone() if mapped else tensor
 
 
 def return_freed_heap() -> None:

@@ -1,4 +1,4 @@
-"""Which weights the output of a model depends on most, and bits given out accordingly.
+"""Which weights the output of a model depends on most.
 
 To second order KL(p || p') = 1/2 E[(sum_t g_t . dW x_t)^2], where x is the input of a linear, dW what rounding changes in its
 weight, and g the derivative by its output of the log-probability of tokens drawn from the model. With rounding errors that are
@@ -8,9 +8,8 @@ information: a number for every weight and format, known before anything is quan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,24 +17,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from qpass import ranks
-from qpass.decisions import Decision, Decisions
 from qpass.errors import QpassError
 from qpass.granularity import PerGroup
 from qpass.graph.calls import LinearCall
 from qpass.graph.vocabulary import value_of
 from qpass.numerics import block_sums, fake_quantize
 from qpass.progress import track
-from qpass.recipe import Recipe
-from qpass.replay import Program, Run
+from qpass.replay import Run
 from qpass.sites.core import Match
-from qpass.sites.group import group_weights
-from qpass.spec import QuantSpec, parse_spec
+from qpass.spec import QuantSpec
 from qpass.weights import CHUNK_ELEMENTS, as_rows, memory_of
 
-#: Elements of a row that share a scale, in all formats that bits are given out as.
+#: Elements of a row whose information is kept as one: those that share a scale where bits are given out.
 GROUP = 32
-#: What a weight may become where bits are given out.
-LADDER = (*(f"int{b}:g{GROUP}:asym:scale=fp16" for b in (2, 3, 4, 5, 6)), f"int8:g{GROUP}:scale=fp16")
 #: Tokens whose derivatives are taken: their mean settles fast, and each costs three forward passes.
 TOKENS = 8192
 
@@ -194,105 +188,3 @@ def _log_likelihood(outputs: Sequence[Tensor], run: Run, generator: torch.Genera
     if not loss.requires_grad:
         raise QpassError("recipe: bits need derivatives of the model, and none of its outputs has one; leave bits out")
     return loss
-
-
-def give_out(
-    sensitivities: Mapping[tuple[object, ...], Sensitivity],
-    bits: float,
-    like: Callable[[Sensitivity], QuantSpec | None],
-) -> dict[tuple[object, ...], QuantSpec]:
-    """A format of LADDER for each weight, so that they have `bits` a number together, scales included, and the sum of their
-    losses is least. `like`: the spec whose algorithms and activations the chosen format takes over; None: not to be changed."""
-    ladder = [parse_spec(text) for text in LADDER]
-    open_ = {key: (known, spec) for key, known in sensitivities.items() if (spec := like(known)) is not None}
-    choices = [
-        [(known.weight.numel() * spec.effective_bits(known.columns), known.loss(spec)) for spec in ladder]
-        for known, _ in track(list(open_.values()), "qpass: giving out bits")
-    ]
-    budget = bits * sum(known.weight.numel() for known, _ in open_.values())
-    return {
-        key: replace(ladder[chosen], algorithms=spec.algorithms, activations=spec.activations)
-        for (key, (_, spec)), chosen in zip(open_.items(), cheapest(choices, budget), strict=True)
-    }
-
-
-def takes_bits(spec: QuantSpec | None, name: str, recipe: Recipe, columns: int) -> bool:
-    """Whether bits are given out to a weight: not if the recipe names it, and only to integers in rows of a group or more."""
-    named = any(fnmatchcase(name, glob) for glob, _ in recipe.overrides)
-    return spec is not None and not named and spec.format.kind == "uniform" and columns >= GROUP
-
-
-def with_bits(
-    runs: Sequence[Run], bits: float, decisions: Decisions, known: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """Give out `bits` a number to the weights of the recorded calls: decisions and runs are of these formats afterwards.
-
-    Returns weight -> spec; `known`: what an earlier call returned, which is taken as it is.
-
-    Left as the recipe says are weights that it names by an override, other formats than integers, rows below GROUP, and what no
-    output depends on.
-    """
-    for run in runs:
-        for group, _ in group_weights(run.program.plan, run.weights):
-            by_name = {node.name: weight for node, weight in run.weights.items()}
-            decisions.learn([by_name[name] for name in group.weights], run.program.plan, group)
-
-    def decided(weight: Tensor) -> Decision:
-        decision = decisions.of(weight)
-        assert decision is not None
-        return decision
-
-    def like(known: Sensitivity) -> QuantSpec | None:
-        decision = decided(known.weight)
-        seen = known.fisher is not None or known.looked_up is not None
-        takes = takes_bits(decision.spec, decision.site.name, decisions.recipe, known.columns)
-        return decision.spec if takes and seen else None
-
-    names = {memory_of(w): decided(w).site.name for run in runs for w in run.weights.values() if decisions.of(w)}
-    if known is None:
-        chosen = give_out(measure(runs), bits, like)
-    else:
-        chosen = {key: parse_spec(known[name]) for key, name in names.items() if name in known}
-
-    def spec_of(weight: Tensor) -> QuantSpec:
-        spec = chosen.get(memory_of(weight)) or decided(weight).spec
-        assert spec is not None
-        return spec
-
-    programs: dict[tuple[object, ...], Program] = {}
-    for run in runs:
-        for weight in run.weights.values():
-            if memory_of(weight) in chosen:
-                decisions.adopt(weight, replace(decided(weight), spec=chosen[memory_of(weight)]))
-        key = id(run.program), tuple(str(chosen.get(memory_of(w))) for w in run.weights.values())
-        if key not in programs:
-            programs[key] = run.program.with_specs(run.weights, spec_of)
-        run.program = programs[key]
-    return {names[key]: str(spec) for key, spec in chosen.items()}
-
-
-def cheapest(choices: Sequence[Sequence[tuple[float, float]]], budget: float) -> list[int]:
-    """One (size, loss) of each item, so that the sizes stay within `budget` and the sum of losses is least.
-
-    Steps along the lower convex hull of each item, best gain for its size first: optimal but for the last step that fits.
-    An item's first choice is its smallest; if even these are too large, they are taken.
-    """
-    steps: list[tuple[float, float, int, int]] = []
-    for item, options in enumerate(choices):
-        at = 0
-        while at + 1 < len(options):
-            gains = [((options[at][1] - loss) / (size - options[at][0]), i)
-                     for i, (size, loss) in enumerate(options) if i > at]  # fmt: skip
-            gain, following = max(gains)
-            if gain <= 0:
-                break
-            steps.append((gain, options[following][0] - options[at][0], item, following))
-            at = following
-    chosen, left = [0] * len(choices), budget - sum(options[0][0] for options in choices)
-    stopped: set[int] = set()
-    for _, size, item, following in sorted(steps, reverse=True):
-        if item not in stopped and size <= left:
-            chosen[item], left = following, left - size
-        else:
-            stopped.add(item)  # its later steps begin where this one ends
-    return chosen

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import qpass
-from qpass.artifact.manifest import NAME, QpassFormatError
+from qpass.artifact.manifest import NAME, QpassFormatError, head_of
 from tests.checkpoint_probe import write
 from tests.models import build, logits_of, tokens
 
@@ -227,6 +228,7 @@ FORGED: dict[str, Any] = {
     "layers": lambda c, config: config.update(num_hidden_layers="x"),
     "activation": lambda c, config: config.update(hidden_act="nonsense"),
     "width": lambda c, config: config.update(hidden_size=10**12),
+    "depth": lambda c, config: config.update(num_hidden_layers=10**7),
     "model type": lambda c, config: config.update(model_type="nonsense"),
 }
 
@@ -244,6 +246,76 @@ def test_forged_content_with_the_right_hash_is_refused(how: str, copy: Path) -> 
     forge(copy, content, config=True)
     with pytest.raises(qpass.QpassError):
         qpass.load(copy, inner="eager")
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+HEADERS: dict[str, Any] = {
+    "a list": lambda header: [1, 2],
+    "entries that are lists": lambda header: {key: [1] for key in header},
+    "no offsets": lambda header: {k: {"dtype": v["dtype"], "shape": v["shape"]} for k, v in header.items()},
+    "offsets of nothing": lambda header: {k: v | {"data_offsets": None} for k, v in header.items()},
+    "overlapping": lambda header: {k: v | {"data_offsets": [0, v["data_offsets"][1]]} for k, v in header.items()},
+    "another type": lambda header: {k: v | {"dtype": "BF16"} for k, v in header.items()},
+    "another shape": lambda header: {k: v | {"shape": [1, *v["shape"]]} for k, v in header.items()},
+    "a tensor too few": lambda header: dict(list(header.items())[1:]),
+    "a tensor too many": lambda header: header | {"x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}},
+}
+
+
+@pytest.mark.parametrize("how", HEADERS)
+def test_a_forged_header_with_the_right_hash_is_refused(how: str, copy: Path) -> None:
+    path = copy / "qpass-00001.safetensors"
+    header, data = header_of(path)
+    text = json.dumps(HEADERS[how](header)).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    content = json.loads((copy / NAME).read_text())
+    content["files"][path.name] = vars(head_of(path, tensors=True))
+    forge(copy, content)
+    for read in (qpass.verify, qpass.load):
+        with pytest.raises(QpassFormatError):
+            read(copy)
+
+
+def test_loading_does_not_depend_on_torchs_default_device(copy: Path) -> None:
+    with torch.device("meta"):
+        assert qpass.verify(copy)
+    skeleton = build("llama")
+    with torch.device("meta"):
+        assert qpass.load(copy, skeleton, inner="eager") is skeleton
+
+
+class Rotating(torch.nn.Module):
+    """With a table of complex numbers, which the class computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(32, 32)
+        self.register_buffer("freqs", torch.polar(torch.ones(16), torch.arange(16.0)), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (16, 2))) * self.freqs).flatten(-2))
+
+
+def test_complex_tables_are_computed_again(tmp_path: Path) -> None:
+    x = torch.randn(2, 32)
+    model = qpass.quantize(Rotating().eval(), "int8", inputs=x, inner="eager")
+    qpass.save(model, tmp_path / "a")
+    with torch.no_grad():
+        assert torch.equal(qpass.load(tmp_path / "a", Rotating(), inner="eager")(x), model(x))
+
+
+def test_a_weight_in_sixteen_bits_is_no_part_of_its_checkpoint(tmp_path: Path) -> None:
+    """Which may be written over."""
+    build("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model = qpass.quantize(model, qpass.Recipe.uniform("int8", ffn="bf16"), inner="eager")
+    parts = [p for w in model.parameters() if isinstance(w, qpass.QTensor) for p in w.quantized.parts if p is not None]
+    assert all(p.untyped_storage().resizable() for p in parts)
 
 
 def test_a_config_chooses_no_code(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,7 +440,7 @@ def test_the_working_folder_and_compiled_models(tmp_path: Path, monkeypatch: pyt
 
 def test_a_copy_is_saved_under_the_recipe_that_its_weights_have(tmp_path: Path) -> None:
     """Whatever else compiles the copy."""
-    copied = copy_of(quantized(recipe="int8"))
+    copied = copy_of(quantized(recipe="int8:channel"))
     copied.compile(backend=qpass.QPass("int4:g16", inner="eager"))
     logits(copied)
     qpass.save(copied, tmp_path / "a")

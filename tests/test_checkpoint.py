@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qpass
-from tests.models import build, logits_of, tokens
+from qpass.artifact.manifest import read_manifest
+from tests.models import build, hf, logits_of, tokens
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {
@@ -176,3 +177,15 @@ def test_memory_is_the_quantized_model_one_block_and_what_was_recorded(recipe: s
     measured = json.loads(out.stdout.splitlines()[-1])
     assert measured["float"] > 8 * measured["block"]
     assert measured["peak"] <= measured["final"] + 1.25 * measured["block"] + measured["recorded"]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_like_repeats_what_stayed_in_float_and_tables_under_any_of_their_names(tied: bool, tmp_path: Path) -> None:
+    hf("LlamaForCausalLM", num_key_value_heads=2, tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
+    recipe = qpass.Recipe.uniform("int8", overrides={"*down_proj*": None, "*0*o_proj*": "int4:g16"})
+    first = qpass.quantize_checkpoint(tmp_path / "float", tmp_path / "a", recipe)
+    qpass.quantize_checkpoint(tmp_path / "float", tmp_path / "b", like=tmp_path / "a")
+    a, b = (read_manifest(tmp_path / name) for name in "ab")
+    assert {n: w.spec for n, w in a.weights.items()} == {n: w.spec for n, w in b.weights.items()}
+    assert not any("down_proj" in name for name in b.weights)
+    assert first == a.hash

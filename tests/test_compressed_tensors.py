@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import qpass
@@ -91,6 +92,19 @@ def test_experts_and_transposed_weights_are_listed(tmp_path: Path) -> None:
     written = qpass.export_compressed_tensors(model, tmp_path / "a")
     assert not written.quantized
     assert any("nn.Linear" in reason for reason in written.floats.values())
+
+
+def test_a_weight_of_two_linears_is_written_for_both(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(32, 32, bias=False), torch.nn.ReLU(), torch.nn.Linear(32, 32, bias=False)
+    )
+    model[2].weight = model[0].weight
+    model = qpass.quantize(model.eval(), "int8", inputs=torch.randn(2, 32), inner="eager")
+    written = qpass.export_compressed_tensors(model, tmp_path / "a")
+    assert set(written.quantized) == {"0", "2"}
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        assert {f"{i}.weight_packed" for i in (0, 2)} <= set(file.keys())
 
 
 def test_folders_and_models_that_are_refused(tmp_path: Path) -> None:

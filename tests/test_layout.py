@@ -33,6 +33,7 @@ LAYERS = [
     {"calling", "module_state", "replay"},
     {"calibration", "decisions"},
     {"sensitivity"},
+    {"bits"},
     {"backend"},
     {"registry"},
     {"cache", "cache_layers", "seeing", "generate"},

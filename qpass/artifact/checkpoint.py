@@ -29,7 +29,7 @@ from qpass.observers import Observed
 from qpass.packing import as_bytes
 from qpass.pretrained import load_pretrained
 from qpass.qtensor import Outcome
-from qpass.recipe import Recipe
+from qpass.recipe import WEIGHT_KINDS, Recipe
 from qpass.sites.group import WeightGroup
 from qpass.store import Kept, Made
 
@@ -84,7 +84,13 @@ def recipe_of(folder: str | Path) -> Recipe:
     """The recipe that gives every weight the format that it has in an artifact."""
     manifest = read_manifest(Path(folder))
     content = {name: value for name, value in manifest.recipe.items() if name != "bits"}
-    return Recipe(**{**content, "overrides": {name: entry.spec for name, entry in manifest.weights.items()}})
+    tied, overrides = set(manifest.aliases.values()), {}
+    for name, entry in manifest.weights.items():
+        if name in tied:  # by its kinds: which of its names a graph has for it is not known here
+            content |= dict.fromkeys({entry.kind, *entry.roles} & {*WEIGHT_KINDS}, entry.spec)
+        else:
+            overrides[name] = entry.spec
+    return Recipe(**{**content, "overrides": overrides | content.get("overrides", {})})
 
 
 class Unfinished(Kept):

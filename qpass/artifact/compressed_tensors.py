@@ -63,7 +63,10 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path, cache: Any =
     """
     folder, model = absolute(folder), original_module(model)
     check_folder(folder, _is_export, "an export")
-    linears = {id(m.weight): (name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears: dict[int, list[str]] = {}
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Linear):
+            linears.setdefault(id(m.weight), []).append(name)
     if not any(isinstance(p, QTensor) for p in model.parameters()):
         raise QpassError(
             "export_compressed_tensors: no weight is quantized: model = qpass.quantize(model, recipe) first"
@@ -78,16 +81,17 @@ def export_compressed_tensors(model: nn.Module, folder: str | Path, cache: Any =
         if not isinstance(param, QTensor):
             tensors[name] = param.detach()
             continue
-        module, _ = linears.get(id(param), ("", None))
-        reason = "a table or the vocabulary projection" if id(param) in tables else _why_not(param, bool(module))
+        modules = linears.get(id(param), [])
+        reason = "a table or the vocabulary projection" if id(param) in tables else _why_not(param, bool(modules))
         if reason is not None:
             tensors[name] = param.dequantize()
             written.floats[name] = reason
             continue
         scheme, stored = _stored(param)
-        tensors.update({f"{module}.{part}": tensor for part, tensor in stored.items()})
-        schemes.setdefault(json.dumps(scheme, sort_keys=True), []).append(module)
-        written.quantized[module] = str(param.spec)
+        for module in modules:  # one weight may be that of several
+            tensors.update({f"{module}.{part}": tensor for part, tensor in stored.items()})
+            schemes.setdefault(json.dumps(scheme, sort_keys=True), []).append(module)
+            written.quantized[module] = str(param.spec)
     scales = {} if cache is None else _cache_scales(model, cache)
     tensors |= scales
     names = dict(model.named_buffers())
@@ -105,8 +109,11 @@ def _is_export(folder: Path) -> bool:
     path = folder / "config.json"
     if not path.is_file() or not (folder / "model.safetensors").is_file():
         return False
-    found = json.loads(path.read_text()).get("quantization_config", {})
-    return bool(found.get("quant_method") == FORMAT and found.get("producer") == METHOD)
+    try:
+        found = json.loads(path.read_text())["quantization_config"]
+        return bool(found["quant_method"] == FORMAT and found["producer"] == METHOD)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _why_not(weight: QTensor, is_linear: bool) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpass.artifact.manifest import (
+    FileEntry,
     Manifest,
     QpassFormatError,
     TensorEntry,
@@ -28,7 +28,7 @@ from qpass.artifact.manifest import (
     read_manifest,
     sha256_of,
 )
-from qpass.artifact.save import absolute
+from qpass.artifact.save import DTYPES, absolute
 from qpass.backend import QPass
 from qpass.decisions import Decision
 from qpass.errors import QpassError
@@ -210,6 +210,7 @@ def _skeleton(folder: Path, manifest: Manifest) -> nn.Module:
         found = getattr(transformers, str(name), None)
         if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
             raise QpassError(f"{folder}: transformers has no class {name!r}; give load(folder, model=skeleton)")
+        _check_depth(content, folder, len(manifest.tensors))
         with torch.device("meta"):
             sketch = found(config)
         _check_sketch(sketch, folder, manifest)
@@ -229,6 +230,15 @@ def _without_choices(content: Any) -> Any:
     if isinstance(content, dict):
         return {k: _without_choices(v) for k, v in content.items() if not _CHOICES.search(k)}
     return [_without_choices(v) for v in content] if isinstance(content, list) else content
+
+
+def _check_depth(content: Any, folder: Path, tensors: int) -> None:
+    """Raises `QpassFormatError` for more layers than there are tensors: modules take time and memory even without weights."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if "layers" in key and isinstance(value, int) and value > tensors:
+                raise QpassFormatError(f"{folder}/config.json: {key} is {value}, for {tensors} tensors; refused")
+            _check_depth(value, folder, tensors)
 
 
 def _check_sketch(sketch: nn.Module, folder: Path, manifest: Manifest) -> None:
@@ -264,7 +274,7 @@ def _rows_of_groups(manifest: Manifest) -> dict[str, Tensor]:
 
 
 def _empty(shape: list[int], dtype: str) -> Tensor:
-    return for_huge_pages(torch.empty(shape, dtype=getattr(torch, dtype)))
+    return for_huge_pages(torch.empty(shape, dtype=getattr(torch, dtype), device="cpu"))
 
 
 def _tensors(
@@ -280,36 +290,43 @@ def _tensors(
         path, names = folder / file_name, by_file[file_name]
         with path.open("rb", buffering=0) as stream:
             with _damaged(path):
-                start, header = _header(stream, manifest.files[file_name].head)
-            if header.keys() - {"__metadata__"} != set(names):
-                raise QpassFormatError(f"{path}: holds other tensors than the manifest says")
-            for name in sorted(names, key=lambda name: header[name]["data_offsets"]):
-                with _damaged(f"{path}: {name}"):
-                    tensor = _read(stream, start, header[name], manifest.tensors[name], room.get(name))
+                starts = _starts(stream, manifest.files[file_name], {name: manifest.tensors[name] for name in names})
+            for name, start in starts.items():
+                tensor = _read(stream, start, manifest.tensors[name], room.get(name))
                 if tensor is None:
                     raise QpassFormatError(f"{path}: {name} is damaged; copy the artifact again")
                 yield name, tensor
 
 
-def _header(stream: FileIO, head: int) -> tuple[int, dict[str, Any]]:
-    """Of a safetensors file: where its data start, and name -> dtype, shape, data_offsets. `head`: bytes that were checked."""
+def _starts(stream: FileIO, file: FileEntry, entries: Mapping[str, TensorEntry]) -> dict[str, int]:
+    """Where each tensor begins in a safetensors file, in this order. They lie behind each other, from the header to the end.
+
+    Raises `QpassFormatError` for a header that says something else than `entries`.
+    """
     length = int.from_bytes(stream.read(8), "little")
-    if 8 + length != head:
-        raise ValueError(f"a header of {length:,} bytes")
-    return head, json.loads(stream.read(length))
+    header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    at, starts = file.head, {}
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+        entry = entries.get(name)
+        if entry is None:
+            raise QpassFormatError(f"{name}, which the manifest does not know")
+        size = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+        said = {"dtype": DTYPES[getattr(torch, entry.dtype)], "shape": entry.shape}
+        said["data_offsets"] = [at - file.head, at - file.head + size]
+        if header[name] != said or size < 0:
+            raise QpassFormatError(f"{name} is {header[name]}, not {said}")
+        starts[name], at = at, at + size
+    if 8 + length != file.head or starts.keys() != entries.keys() or at != file.size:
+        raise QpassFormatError("it holds other tensors than the manifest says")
+    return starts
 
 
-def _read(
-    stream: FileIO, start: int, place: dict[str, Any], entry: TensorEntry, tensor: Tensor | None
-) -> Tensor | None:
+def _read(stream: FileIO, start: int, entry: TensorEntry, tensor: Tensor | None) -> Tensor | None:
     """A tensor as the manifest has it; None if other bytes lie there. It is read, not mapped: a new mapping is read in small
     pieces, and what was checked could change before it is used."""
-    begin, end = place["data_offsets"]
-    size = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
-    if place["shape"] != entry.shape or not 0 <= begin <= end == begin + size <= _size(stream) - start:
-        return None
     tensor = _empty(entry.shape, entry.dtype) if tensor is None else tensor
-    stream.seek(start + begin)
+    stream.seek(start)
     rest = bytes_of(tensor)
     while rest:
         count = stream.readinto(rest)
@@ -317,10 +334,6 @@ def _read(
             return None
         rest = rest[count:]
     return tensor if sha256_of(tensor) == entry.sha256 else None
-
-
-def _size(stream: FileIO) -> int:
-    return os.fstat(stream.fileno()).st_size
 
 
 def _places(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:

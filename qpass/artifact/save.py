@@ -54,7 +54,7 @@ _LARGEST_CARRIED = 1 << 27
 #: Buffers that a module computes itself are stored up to these bytes: they may have been computed, or moved to a type, otherwise.
 _LARGEST_COMPUTED = 1 << 24
 _RENAME_EXCHANGE = 2  # linux/fs.h
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
@@ -116,7 +116,11 @@ def _names(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     places = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     persistent = model.state_dict(keep_vars=True).keys()
-    kept = {n: b for n, b in buffers.items() if n in persistent or b.nbytes <= _LARGEST_COMPUTED}
+    kept = {
+        n: b
+        for n, b in buffers.items()
+        if n in persistent or (b.nbytes <= _LARGEST_COMPUTED and b.dtype in DTYPES)  # others the class computes
+    }
     for name, value in sorted({**places, **kept}.items()):
         if isinstance(value, QState):
             raise QpassError(
@@ -182,10 +186,10 @@ def stream_safetensors(
     order = sorted(described, key=lambda name: (-described[name].dtype.itemsize, name))  # so each is aligned
     for name in order:
         tensor = described[name]
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise QpassError(f"qpass.save: {name} is {tensor.dtype}, which safetensors does not hold")
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [at, at + tensor.nbytes],
         }

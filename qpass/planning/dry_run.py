@@ -17,6 +17,7 @@ from torch import Tensor
 from qpass.algorithms.rounding import needs_data, needs_hessian
 from qpass.artifact.checkpoint import recipe_of
 from qpass.artifact.save import absolute, check_target
+from qpass.bits import LADDER
 from qpass.calibration import WINDOW, WINDOWS
 from qpass.errors import QpassError
 from qpass.folders import check_model
@@ -26,7 +27,7 @@ from qpass.planning.memory import MemoryPlan, Planner, RecipeLike, group_columns
 from qpass.pretrained import load_tokenizer
 from qpass.recipe import Recipe, resolve_recipe
 from qpass.replay import BUDGET
-from qpass.sensitivity import LADDER, TOKENS
+from qpass.sensitivity import TOKENS
 from qpass.spec import QuantSpec, parse_spec
 from qpass.store import quantize_group
 from qpass.texts import tokenized
@@ -102,7 +103,7 @@ def estimate(
     traced = time.perf_counter() - begun
     plan = planner.plan(chosen)
     groups = [(group.spec, params, group_columns(group, params)) for _, group, params in planner.groups(chosen)]
-    if calibration is None and (chosen.bits is not None or any(needs_data(spec) for spec, _, _ in groups)):
+    if calibration is None and any(needs_data(spec) for spec, _, _ in groups):
         raise QpassError(f"the recipe chooses by data: give --calibration, a text ({chosen.to_dict()})")
     tokens = 0 if calibration is None else _tokens(source, Path(calibration))
     with torch.no_grad():
