@@ -6,13 +6,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from qpass.errors import QpassError
+from qpass.formats import FORMATS
 from qpass.spec import QuantSpec
 
 Compute = Literal["float", "int8"]
 
-#: Formats whose kernels multiply int8 activations unless told otherwise: with four bits a product in float is limited by
-#: arithmetic, not by memory. The same on every instruction set.
-INT8_BY_DEFAULT = frozenset({"int4", "nf4", "fp4_e2m1", "mxfp4", "nvfp4"})
+#: Kinds of formats whose kernels can multiply int8 activations.
+_INT8_KINDS = frozenset({"uniform", "codebook"})
+#: Below so many bits they do unless told otherwise: a product in float is limited by arithmetic then, not by memory. The same on
+#: every instruction set.
+_INT8_BELOW = 8
 
 _chosen: list[Compute | None] = [None]
 #: Who remembers how products were computed, and must forget it when that changes.
@@ -55,5 +58,11 @@ class set_compute:
 
 def compute_of(spec: QuantSpec, device: str = "cpu") -> Compute:
     """How a weight in this format is multiplied. The int8 products of the CPU kernels take groups of whole eights."""
-    served = spec.format.name in INT8_BY_DEFAULT and spec.group_size % 8 == 0 and device == "cpu"
-    return "int8" if served and _chosen[0] != "float" else "float"
+    served = spec.format.kind in _INT8_KINDS and spec.group_size % 8 == 0 and device == "cpu"
+    wanted = _chosen[0] or ("int8" if spec.format.bits < _INT8_BELOW else "float")
+    return "int8" if served and wanted == "int8" else "float"
+
+
+def int8_by_default() -> list[str]:
+    """The formats that are multiplied with int8 activations unless something else is asked for."""
+    return sorted(f.name for f in FORMATS.values() if f.kind in _INT8_KINDS and f.bits < _INT8_BELOW)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qpass.compute import INT8_BY_DEFAULT
+from qpass.compute import int8_by_default
 from qpass.ops.cpu.build import Missing, available_isas, find_compiler, kernels
 from qpass.ops.cpu.library import bind
 
@@ -86,6 +86,6 @@ def doctor() -> Diagnosis:
         gpus,
         tuple(available_isas()),
         used,
-        tuple(sorted(INT8_BY_DEFAULT)),
+        tuple(int8_by_default()),
         tuple(problems),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import qpass
-from qpass.compute import INT8_BY_DEFAULT, compute_of
+from qpass.compute import compute_of, int8_by_default
 from qpass.numerics import Quantized, dequantize, quantize
 from qpass.ops import reference
 from qpass.ops.cpu import build
@@ -36,7 +36,9 @@ specs = pytest.mark.parametrize("text", SPECS)
 WRITTEN = ["int8", "int8:asym", "int8:g16", "int4:g32", "int4:g7:asym", "int4:channel:asym", "fp8_e4m3", "fp8_e4m3:channel",
            "fp8_e5m2", "fp8_e5m2:g16"]  # fmt: skip
 CACHES = ["int8", "int4:g32:asym", "fp8_e4m3", "fp8_e5m2:channel", "int8:tensor", "mxfp8", "bf16", "int3:g32"]
-FOUR_BITS = [s for s in SPECS if compute_of(parse_spec(s)) == "int8"]
+with qpass.set_compute("int8"):
+    INT8_PRODUCTS = [s for s in (*SPECS, "int8:g32:scale=fp16", "int6:g8:asym", "int5:g32:asym:scale=fp16", "int5:g192")
+                     if compute_of(parse_spec(s)) == "int8"]  # fmt: skip
 #: Of the largest result: rounding of the sums, and of the result to its type.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -89,13 +91,14 @@ def int8_bound(x: Tensor, values: Tensor, text: str) -> Tensor:
     return bound
 
 
-@pytest.mark.parametrize("text", FOUR_BITS)
+@pytest.mark.parametrize("text", INT8_PRODUCTS)
 @pytest.mark.parametrize("rows", [1, 3, 70])
 @pytest.mark.parametrize("columns", [8, 77, 1100])
 def test_int8_products_stay_within_their_bound(text: str, rows: int, columns: int) -> None:
     stored, values = weight(37, columns, text)
     x = random(rows, values.shape[1], seed=1)
-    found = torch.ops.qpass.linear(x, *stored.parts, None, text)
+    with qpass.set_compute("int8"):
+        found = torch.ops.qpass.linear(x, *stored.parts, None, text)
     expected = x.double() @ values.T
     error = (found - expected).abs()
     assert bool((error <= int8_bound(x, values, text) * 1.0001 + 1e-5 * expected.abs().max()).all())
@@ -513,8 +516,16 @@ def test_doctor_names_what_is_in_use(isa: str) -> None:
 
 def test_set_compute() -> None:
     int4 = parse_spec("int4")
-    assert {compute_of(parse_spec(f)) for f in INT8_BY_DEFAULT} == {"int8"}
+    assert {compute_of(parse_spec(f)) for f in int8_by_default()} == {"int8"}
     assert compute_of(parse_spec("int8")) == compute_of(int4, "cuda") == compute_of(parse_spec("int4:g7")) == "float"
+    with qpass.set_compute("int8"):
+        assert compute_of(parse_spec("int8")) == "int8"
+        assert (
+            compute_of(int4, "cuda")
+            == compute_of(parse_spec("int4:g7"))
+            == compute_of(parse_spec("fp8_e4m3"))
+            == "float"
+        )
     with qpass.set_compute("float"):
         assert compute_of(int4) == "float"
         with qpass.set_compute(None):

@@ -34,16 +34,23 @@ _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf1
 
 @dataclass(frozen=True)
 class ISA:
-    """An instruction set: the features it needs, as the operating system names them, and what the compiler is told."""
+    """An instruction set: the features it needs, as the operating system names them, and what the compiler is told. `more`:
+    (feature, flag) pairs that are used where they are there."""
 
     name: str
     needs: tuple[str, ...]
     flags: tuple[str, ...]
+    more: tuple[tuple[str, str], ...] = ()
 
 
 #: From the best to the one that every machine has.
 ISAS = (
-    ISA("avx512-vnni", ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"), (*_AVX512, "-mavx512vnni")),
+    ISA(
+        "avx512-vnni",
+        ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"),
+        (*_AVX512, "-mavx512vnni"),
+        (("avx512vbmi", "-mavx512vbmi"),),
+    ),
     ISA("avx512", ("avx512f", "avx512bw", "avx512vl", "avx512dq"), _AVX512),
     ISA("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c")),
     ISA("portable", (), ()),
@@ -163,7 +170,7 @@ def compiled(
 def build(isa: ISA, compiler: str) -> Kernels | Missing:
     """The kernels for `isa`; with OpenMP if the compiler has it."""
     start = time.perf_counter()
-    plain = (*_FLAGS, *isa.flags)
+    plain = (*_FLAGS, *isa.flags, *(flag for feature, flag in isa.more if feature in cpu_features()))
     found = compiled(f"kernels-{isa.name}", "kernels.cpp", compiler, [(*plain, "-fopenmp"), plain])
     if isinstance(found, str):
         return Missing(found)

@@ -112,8 +112,15 @@ INLINE const float* zeros_of(const Matrix& m, int64_t r, float* scratch) {
   }
   const uint8_t* row = m.zero + (m.scale_rows == 1 ? 0 : r * m.zero_bytes);
   int64_t done = 0;
-  if (m.spec->kind == CODES && m.spec->bits == 4 && m.spec->zero_point == 1)
-    for (; done + W <= blocks; done += W) store(scratch + done, to_float(load_codes<4>(row + done / 2)));
+  auto packed = [&](auto bits) __attribute__((always_inline)) {
+    constexpr int B = decltype(bits)::value;
+    for (; done + W <= blocks; done += W) store(scratch + done, to_float(load_codes<B>(row + done * B / 8)));
+  };
+  if (m.spec->kind == CODES && m.spec->zero_point == 1) {
+    if (m.spec->bits == 4) packed(std::integral_constant<int, 4>());
+    if (m.spec->bits == 5) packed(std::integral_constant<int, 5>());
+    if (m.spec->bits == 6) packed(std::integral_constant<int, 6>());
+  }
   for (int64_t i = done; i < blocks; i++) scratch[i] = zero_at(m, row, i);
   return scratch;
 }
