@@ -5,6 +5,7 @@
 constexpr int ROWS_AT_ONCE = 4;  // weight rows that share the reading of x
 constexpr int64_t COLUMNS_AT_ONCE = 1024;   // of rows and inputs that stay in the first-level cache
 constexpr int INPUTS_AT_ONCE = W == 16 ? 4 : 2;  // inputs that share the reading of the weight, as registers allow
+constexpr int64_t SHORT_GROUP = 32;  // elements of a group as most specs have it
 constexpr int64_t FEW_INPUTS = 8;  // so many at most that each weight is made a float anew for some of them, and not kept
 
 // One row of a weight in its stored form by M inputs `x_stride` apart, padded with zeros to a multiple of W. Row after row is one
@@ -18,7 +19,28 @@ INLINE void dot_stored(const Matrix& m, int64_t row, const float* x, int64_t x_s
   int64_t whole = m.k / W * W, group = m.blocks > 1 ? m.spec->group : m.k;
   F total[M];
   UNROLL for (F& t : total) t = zero();
-  for (int64_t k = 0, g = 0; k < m.k; g++) {
+  int64_t k = 0, g = 0;
+  if (group == SHORT_GROUP) {  // one sum each, which the next does not wait for
+    F other[M];
+    UNROLL for (F& t : other) t = zero();
+    auto add_group = [&](F* to) __attribute__((always_inline)) {
+      F zeros = Zeros ? all(z[g]) : zero(), scale = all(s[g]), sum[M];
+      prefetch(p + k * Read::bits / 8);
+      UNROLL for (int i = 0; i < SHORT_GROUP / W; i++, k += W) {
+        F v = Read::at(p, k, book);
+        if (Zeros) v = sub(v, zeros);
+        UNROLL for (int j = 0; j < M; j++) {
+          F xs = load(x + j * x_stride + k);
+          sum[j] = i ? fma(v, xs, sum[j]) : mul(v, xs);
+        }
+      }
+      UNROLL for (int j = 0; j < M; j++) to[j] = fma(sum[j], scale, to[j]);
+      g++;
+    };
+    while (k + 2 * SHORT_GROUP <= m.k) add_group(total), add_group(other);
+    UNROLL for (int j = 0; j < M; j++) total[j] = add(total[j], other[j]);
+  }
+  for (; k < m.k; g++) {
     int64_t end = least(m.k, k + group), vectors = least(end, whole);
     F zeros = Zeros ? all(z[g]) : zero(), acc[M][LANES];
     for (auto& lanes : acc) UNROLL for (F& a : lanes) a = zero();

@@ -156,7 +156,37 @@ INLINE void dot_int8(const Row8* rows, const Scales& groups, int64_t whole_steps
     for (; step < whole_steps; step++) one(step, nullptr, stored(step));
     if (step < steps) one(step, nullptr, tail);
   }
-  UNROLL for (int m = 0; m < M; m++) UNROLL for (int r = 0; r < R; r++) out[m * R + r] = sum(acc[m][r]);
+  UNROLL for (int m = 0; m < M; m++) UNROLL for (int r = 0; r < R; r++) {
+    const float* sums = in.sums + (m0 + m) * in.sums_stride;
+    for (int64_t g = 0; g < in.sums_stride; g += W) acc[m][r] = sub(acc[m][r], mul(load(rows[r].shift + g), load(sums + g)));
+    out[m * R + r] = sum(acc[m][r]);
+  }
+}
+
+// Scales of row r, and shifts of integer zero points, in whole vectors padded with zeros. Not near the end of the matrix: what is
+// read beyond the row is that of the next ones. Gives whether it could.
+INLINE bool prepare_in_vectors(const Matrix& w, int64_t r, int64_t padded, float* scales, float* shift) {
+  const Spec& s = *w.spec;
+  bool halves = s.scale == SCALE_FP16 || s.scale == SCALE_BF16, zeros = w.zero && s.zero_point == 1 && s.kind == CODES;
+  if (w.scale_rows == 1 || !(halves || s.scale == SCALE_FP32) || bool(w.zero) != zeros) return false;
+  if ((w.n - r) * w.blocks < padded || (zeros && (w.n - r) * w.zero_bytes < padded * s.bits / 8)) return false;
+  const uint8_t *stored = w.scale + r * w.blocks * (halves ? 2 : 4), *codes = w.zero + r * w.zero_bytes;
+  F bias = all(offset_of(s));
+  for (int64_t g = 0; g < padded; g += W) {
+    F scale = s.scale == SCALE_FP16 ? load_fp16(stored + 2 * g) : halves ? load_bf16(stored + 2 * g) : load((const float*)stored + g);
+    scale = first_lanes(scale, least(W, w.blocks - g));
+    store(scales + g, scale);
+    auto shift_by = [&](I zero) __attribute__((always_inline)) { store(shift + g, mul(scale, sub(to_float(zero), bias))); };
+    if (!zeros) continue;
+    switch (s.bits) {
+      case 2: shift_by(load_codes<2>(codes + g / 4)); break;
+      case 3: shift_by(load_codes<3>(codes + g * 3 / 8)); break;
+      case 4: shift_by(load_codes<4>(codes + g / 2)); break;
+      case 5: shift_by(load_codes<5>(codes + g * 5 / 8)); break;
+      default: shift_by(load_codes<6>(codes + g * 6 / 8));
+    }
+  }
+  return true;
 }
 
 // Fills `row` for row r of w; what it points to is in `memory`, padded with zeros, or in w.
@@ -165,9 +195,13 @@ INLINE void prepare_row(const Matrix& w, int64_t r, const Scales& groups, int64_
   int64_t blocks = w.blocks, padded = round_up(blocks, W), whole = w.row_bytes / Factors::bytes * Factors::bytes;
   float *scales = memory, *zeros = scales + padded + W, *spread = zeros + padded;
   row.bytes = w.row(r);
-  std::memcpy(row.tail, row.bytes + whole, w.row_bytes - whole);
-  row.scales = scales_of(w, r, scales);
+  if (whole < w.row_bytes) std::memcpy(row.tail, row.bytes + whole, w.row_bytes - whole);
   row.shift = zeros;
+  if ((w.zero || !groups.whole) && groups.per_step != W && prepare_in_vectors(w, r, padded, scales, zeros)) {
+    row.scales = scales;
+    return;
+  }
+  row.scales = scales_of(w, r, scales);
   if (w.zero || !groups.whole) {
     if (row.scales != scales) std::memcpy(scales, row.scales, blocks * sizeof(float));
     std::memset(scales + blocks, 0, (padded + W - blocks) * sizeof(float));
@@ -196,12 +230,7 @@ INLINE int64_t some_rows(const Matrix& w, const Row8* rows, int64_t n, const Inp
   float y[M * R];
   for (; m + M <= m_end; m += M) {
     dot_int8<R, M, Factors, Steps>(rows, groups, w.row_bytes / Factors::bytes, in.padded / (W * Factors::lane), book, in, m, y);
-    for (int i = 0; i < M * R; i++) {
-      F zeros = zero();
-      const float *sums = in.sums + (m + i / R) * in.sums_stride, *shift = rows[i % R].shift;
-      for (int64_t g = 0; g < in.sums_stride; g += W) zeros = fma(load(shift + g), load(sums + g), zeros);
-      out.put(m + i / R, n + i % R, (in.sums_stride ? y[i] - sum(zeros) : y[i]) * w.spec->unit);
-    }
+    for (int i = 0; i < M * R; i++) out.put(m + i / R, n + i % R, y[i] * w.spec->unit);
   }
   return m;
 }

@@ -159,6 +159,7 @@ template <int B> INLINE I load_codes(const uint8_t* p) {
 INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 INLINE F look_up(const float* table, I codes) { return _mm512_permutexvar_ps(codes, load(table)); }
 INLINE I indices(const uint32_t* p) { return _mm512_loadu_si512(p); }
+INLINE F first_lanes(F x, int64_t n) { return _mm512_maskz_mov_ps(__mmask16((1u << n) - 1), x); }  // zeros behind them
 INLINE F pick(F from, I lanes) { return _mm512_permutexvar_ps(lanes, from); }
 INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }  // b where one is NaN
 INLINE F nearest(F x) { return _mm512_roundscale_ps(x, 8); }
@@ -229,6 +230,10 @@ INLINE F look_up(const float* table, I codes) {
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
 }
 INLINE I indices(const uint32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE F first_lanes(F x, int64_t n) {
+  __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(n)), lanes)));
+}
 INLINE F pick(F from, I lanes) { return _mm256_permutevar8x32_ps(from, lanes); }
 INLINE F larger(F a, F b) { return _mm256_max_ps(a, b); }  // b where one is NaN
 INLINE F nearest(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -271,6 +276,7 @@ template <int B> INLINE I load_codes(const uint8_t* p) {
 INLINE F to_float(I x) { EACH(float(x.v[i])); }
 INLINE F look_up(const float* table, I codes) { EACH(table[codes.v[i]]); }
 INLINE I indices(const uint32_t* p) { I r; std::memcpy(r.v, p, sizeof r.v); return r; }
+INLINE F first_lanes(F x, int64_t n) { EACH(i < n ? x.v[i] : 0.0f); }
 INLINE F pick(F from, I lanes) { EACH(from.v[lanes.v[i]]); }
 INLINE F larger(F a, F b) { EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }  // b where one is NaN
 INLINE F nearest(F x) { EACH(std::nearbyintf(x.v[i])); }

@@ -59,6 +59,7 @@ INLINE void from_dtype(const void* x, int64_t count, int32_t dtype, float* out) 
     const uint16_t* halves = (const uint16_t*)x;
     int64_t i = 0;
     for (; i + W <= count; i += W) store(out + i, dtype == X_BF16 ? load_bf16(halves + i) : load_fp16(halves + i));
+    if (i < count && count >= W) i = count - W, store(out + i, dtype == X_BF16 ? load_bf16(halves + i) : load_fp16(halves + i)), i = count;
     for (; i < count; i++) out[i] = dtype == X_BF16 ? from_bf16(halves[i]) : from_fp16(halves[i]);
   }
 }
