@@ -5,7 +5,8 @@
 
 `--text`: documents separated by lines of <|endoftext|>; the first `--window` tokens of each of the first `--windows`.
 `--tokens`: a uint16 array, cut into windows. `--calibration`: text for recipes that need data ("int4:g128:gptq"); its documents
-are cut into windows, and the first so many used. Formats whose products take int8 activations are measured with float ones too.
+are cut into windows, and the first so many used; without it bits are given out by the weights alone. Formats whose products take
+int8 activations are measured with float ones too.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ def calibration_windows(args: argparse.Namespace) -> torch.Tensor | None:
     return torch.tensor(cut[: args.calibration_windows])
 
 
-def read_recipe(text: str) -> qpass.Recipe:
+def read_recipe(text: str, calibrated: bool) -> qpass.Recipe:
     """A preset, a spec, or sites: "int4:g32:gptq;embedding=int8:g32;vocab=int8:g32;bits=5"."""
     spec, *sites = text.split(";")
     if not sites:
-        return resolve_recipe(spec)
+        return resolve_recipe(spec, calibrated)
     given: dict[str, Any] = dict(site.split("=", 1) for site in sites)
     bits = {"bits": float(given.pop("bits"))} if "bits" in given else {}
     return qpass.Recipe.uniform(spec, **given, **bits)
@@ -87,7 +88,7 @@ def main() -> None:
     data, results = calibration_windows(args), {}
     for recipe in args.recipes.split(","):
         start = time.perf_counter()
-        resolved = read_recipe(recipe)
+        resolved = read_recipe(recipe, data is not None)
         calibration = data.split(args.batch) if data is not None and needs_calibration(resolved) else None
         model = qpass.quantize(copy.deepcopy(reference), resolved, calibration=calibration, inner="eager")
         seconds = time.perf_counter() - start

@@ -1,7 +1,10 @@
-"""A decode step on the CPU: qpass beside transformers, torchao, llama.cpp and onnxruntime, on the same random Llama.
+"""A decode step on the CPU: qpass beside transformers, torchao, llama.cpp and onnxruntime, on the same Llama.
 
-    python benchmarks/decode_cpu.py [--contexts 128 2048] [--batches 1 4] [--prefill 512] [--engines REGEX] [--isa avx2]
-                                    [--rounds 7] [--json build/decode_cpu.json] [--chart docs/decode_cpu.svg] [--profile]
+    python benchmarks/decode_cpu.py [--model FOLDER] [--contexts 128 2048] [--batches 1 4] [--prefill 512]
+                                    [--engines REGEX] [--isa avx2] [--rounds 7] [--json build/decode_cpu.json]
+                                    [--chart docs/decode_cpu.svg] [--profile]
+
+`--model`: a Llama of transformers; without it, one of 418 M random weights.
 
 Every round takes some steps of each engine in turn, so that all see the same machine; medians and quartiles over all steps.
 `bandwidth`: bytes of weights and cache that a step must read, by its time, as a share of the measured read bandwidth.
@@ -24,7 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import Engine, Step, of_llama_cpp, of_onnxruntime, of_qpass, of_torchao, of_transformers, random_llama
+from engines import (
+    Engine,
+    Step,
+    is_read,
+    of_llama_cpp,
+    of_onnxruntime,
+    of_qpass,
+    of_torchao,
+    of_transformers,
+    random_llama,
+)
+from transformers import AutoModelForCausalLM
 
 import qpass
 from qpass.ops.cpu.build import use_isa
@@ -39,7 +53,7 @@ _STEPS = 3
 
 def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list[Engine], dict[str, str]]:
     """Those whose name matches, and why others are absent."""
-    count = sum(p.numel() for n, p in reference.named_parameters() if p.dim() > 1 and "embed_tokens" not in n)
+    count = sum(p.numel() for n, p in reference.named_parameters() if p.dim() > 1 and is_read(reference, n))
 
     def plain(dtype: torch.dtype, compiled: bool) -> Callable[[str], Engine]:
         model = reference if dtype == torch.float32 else copy.deepcopy(reference).to(dtype)
@@ -55,15 +69,19 @@ def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list
         "llama.cpp Q4_0": lambda n: of_llama_cpp(n, reference, "Q4_0", threads),
         "onnxruntime int4 g128 (products only)": lambda n: of_onnxruntime(n, reference, threads),
         "qpass int8": lambda n: of_qpass(n, reference, "int8"),
-        "qpass w8a8": lambda n: of_qpass(n, reference, "int8@int8"),
-        "qpass int4 g128": lambda n: of_qpass(n, reference, "int4:g128"),
-        "qpass int4 g32 asym": lambda n: of_qpass(n, reference, "int4:g32:asym"),
+        "qpass int8, int8 products": lambda n: of_qpass(n, reference, "int8", compute="int8"),
+        "qpass int8:channel": lambda n: of_qpass(n, reference, "int8:channel"),
+        "qpass w8a8": lambda n: of_qpass(n, reference, "w8a8"),
+        "qpass int4": lambda n: of_qpass(n, reference, "int4"),
+        "qpass int4:g128": lambda n: of_qpass(n, reference, "int4:g128"),
+        "qpass int4:g32:asym": lambda n: of_qpass(n, reference, "int4:g32:asym"),
         "qpass nf4": lambda n: of_qpass(n, reference, "nf4"),
-        "qpass fp8": lambda n: of_qpass(n, reference, "fp8_e4m3"),
+        "qpass fp8": lambda n: of_qpass(n, reference, "fp8"),
     }
     if long:
         known["qpass int8, int8 cache"] = lambda n: of_qpass(n, reference, "int8", kv="int8")
-        known["qpass int4 g128, int4 cache"] = lambda n: of_qpass(n, reference, "int4:g128", kv="int4:g32")
+        known["qpass int4, int8 cache"] = lambda n: of_qpass(n, reference, "int4", kv="int8")
+        known["qpass int4:g128, int4 cache"] = lambda n: of_qpass(n, reference, "int4:g128", kv="int4:g32")
     found, absent = [], {}
     for name, make in known.items():
         if not re.search(wanted, name):
@@ -91,17 +109,20 @@ def compare(found: list[Engine], batch: int, context: int, rows: int, rounds: in
     for e in found:
         if context > e.largest or (batch > 1 and "llama.cpp" in e.name):
             continue
+        qpass.set_compute(e.compute)
         fresh = e.start(batch, 0, rows * 2 + 8)
         first[e.name] = fresh(ids)
         steps[e.name] = e.start(batch, context, (rounds * (_STEPS + 1) + 3) * rows)
         for _ in range(2):
             steps[e.name](ids)
+    computes = {e.name: e.compute for e in found}
     memory = torch.ones(1 << 27)
     steps[_READ] = lambda _: memory.sum()
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
             time.sleep(0.2)  # threads of the engine before may still spin
+            qpass.set_compute(computes.get(name))
             step(ids)
             for _ in range(_STEPS if rows == 1 else 1):
                 start = time.perf_counter()
@@ -185,6 +206,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--contexts", type=int, nargs="*", default=[128, 2048])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512])
@@ -201,13 +223,16 @@ def main() -> None:
     with use_isa(args.isa) if args.isa else contextlib.nullcontext():
         isa = qpass.doctor().kernels["isa"]
         print(f"{threads} threads, kernels {isa}")
-        reference = random_llama(**{**SHAPE, "layers": args.layers})
+        if args.model:
+            reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        else:
+            reference = random_llama(**{**SHAPE, "layers": args.layers})
         found, absent = engines(reference, args.engines, threads, long=max(args.contexts, default=0) > 1024)
         results: list[dict[str, Any]] = []
         profiles: dict[str, dict[str, float]] = {}
 
         def save() -> None:  # after each table: a whole run takes an hour
-            about = {"machine": platform.machine(), "threads": threads, "isa": isa,
+            about = {"model": args.model and args.model.name, "machine": platform.machine(), "threads": threads, "isa": isa,
                      "torch": torch.__version__, "absent": absent}  # fmt: skip
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({**about, "rows": results, "profiles": profiles}, indent=1))

@@ -6,9 +6,9 @@ import copy
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 class Engine:
     """`start(batch, context, room)`: a step function whose cache holds `context` tokens and has room for as many more.
 
-    `bytes_read`: of weights, in a step. `largest`: the longest context it can be put at.
+    `bytes_read`: of weights, in a step. `largest`: the longest context it can be put at. `compute`: of qpass's products.
     """
 
     name: str
@@ -33,6 +33,12 @@ class Engine:
     bytes_read: int
     cache_bytes_per_token: int
     largest: int = 1 << 30
+    compute: Literal["float", "int8"] | None = None
+
+
+def is_read(model: Any, name: str) -> bool:
+    """Whether a step reads all of a Parameter: of a table only if it is the vocabulary projection too."""
+    return "embed_tokens" not in name or model.config.tie_word_embeddings
 
 
 def random_llama(layers: int, hidden: int, ffn: int, heads: int, key_heads: int, vocab: int) -> Any:
@@ -94,11 +100,14 @@ def of_transformers(
     return Engine(name, start, bytes_read, _key_bytes(model.config, bits))
 
 
-def of_qpass(name: str, reference: Any, spec: str, kv: str | None = None, dtype: torch.dtype = torch.float32) -> Engine:
-    """qpass.quantize with one spec at every weight."""
-    model = qpass.quantize(copy.deepcopy(reference).to(dtype), qpass.Recipe.uniform(spec))
-    read = sum(getattr(p, "stored_nbytes", p.nbytes) for n, p in model.named_parameters() if "embed_tokens" not in n)
-    return of_transformers(name, model, dtype, compiled=False, bytes_read=read, kv=kv)
+def of_qpass(
+    name: str, reference: Any, recipe: str, kv: str | None = None, compute: Literal["float", "int8"] | None = None
+) -> Engine:
+    """qpass.quantize."""
+    model = qpass.quantize(copy.deepcopy(reference), recipe)
+    read = sum(getattr(p, "stored_nbytes", p.nbytes) for n, p in model.named_parameters() if is_read(model, n))
+    found = of_transformers(name, model, torch.float32, compiled=False, bytes_read=read, kv=kv)
+    return replace(found, compute=compute)
 
 
 def of_torchao(name: str, reference: Any, bits: int) -> Engine | str:
@@ -118,8 +127,10 @@ def of_torchao(name: str, reference: Any, bits: int) -> Engine | str:
         quantize_(model, config)
     except Exception as error:
         return f"torchao cannot: {' '.join(str(error).split())[:100]}"
-    weights = sum(p.numel() for n, p in reference.named_parameters() if "embed_tokens" not in n and p.dim() > 1)
-    return of_transformers(name, model, torch.bfloat16, True, int(weights * (bits + (0.25 if bits == 4 else 0)) / 8))
+    weights = {n: p.numel() for n, p in reference.named_parameters() if is_read(reference, n) and p.dim() > 1}
+    tied = sum(count for n, count in weights.items() if "embed_tokens" in n)  # stays in 16 bits
+    read = (sum(weights.values()) - tied) * (bits + (0.25 if bits == 4 else 0)) / 8 + 2 * tied
+    return of_transformers(name, model, torch.bfloat16, True, int(read))
 
 
 def of_llama_cpp(name: str, reference: Any, kind: str, threads: int) -> Engine | str:
@@ -163,6 +174,7 @@ def _write_gguf(path: Path, model: Any, kind: str) -> int:
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("no_vocab")
@@ -172,7 +184,7 @@ def _write_gguf(path: Path, model: Any, kind: str) -> int:
     quantized = getattr(gguf.GGMLQuantizationType, kind)
     read = 0
     for name, p in model.named_parameters():
-        value = p.detach().numpy()
+        value = p.detach().float().numpy()
         short = name.removeprefix("model.").removesuffix(".weight")
         if short in ("embed_tokens", "norm", "lm_head"):
             target = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[short]
@@ -185,7 +197,7 @@ def _write_gguf(path: Path, model: Any, kind: str) -> int:
             writer.add_tensor(target + ".weight", value)
             continue
         packed = gguf.quants.quantize(value, quantized)
-        read += 0 if short == "embed_tokens" else packed.nbytes
+        read += packed.nbytes if is_read(model, name) else 0
         writer.add_tensor(target + ".weight", packed, raw_dtype=quantized)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

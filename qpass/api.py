@@ -42,7 +42,7 @@ from qpass.seeing.diff import Diff
 from qpass.seeing.sides import Side, diff_of, diff_of_two, side_in_float, side_of
 from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.store import Kept, fuse, quantize_group
-from qpass.weights import as_rows, check_row, check_weight, memory_of
+from qpass.weights import as_rows, check_weight, memory_of
 
 #: A group of weights and the Parameters that it stands for.
 Planned = tuple[WeightGroup, list[Tensor]]
@@ -90,7 +90,7 @@ def quantize(
     same call again changes nothing. Of an ExportedProgram a quantized copy is returned, with the stored weights as buffers; it is
     not compiled, and takes `calibration` and `strict` only.
     Raises `QpassError`, the model unchanged, for what cannot be quantized: a weight with NaN, on the meta device, already
-    quantized, a group larger than a row, no site at all.
+    quantized, no site at all.
     """
     if isinstance(model, ExportedProgram):
         if inputs is not None:
@@ -116,7 +116,6 @@ def quantize_module(
     groups = _discover(module, backend, inputs, own)
     for group, params in groups:
         for name, flipped, param in zip(group.names, group.transposed, params, strict=True):
-            check_row(as_rows(param, flipped).shape[-1], group.spec, name)
             if not kept.goes_on:  # or when its turn comes: nothing is lost then
                 check_weight(as_rows(param, flipped), group.spec, name)
         if calibration is None:

@@ -42,27 +42,18 @@ def from_rows(rows: Tensor, shape: Sequence[int], transposed: bool) -> Tensor:
 
 
 def check_weight(weight: Tensor, spec: QuantSpec, name: str) -> None:
-    """Raises `QpassError`, naming the weight, for what cannot be quantized: no data, NaN or inf, a group over the row."""
+    """Raises `QpassError`, naming the weight, for what cannot be quantized: no data, NaN or inf."""
     if weight.is_meta:
         raise QpassError(f"{name}: the weight is on the meta device; load the real weights first")
     if type(weight).__name__ == "DTensor":
         raise QpassError(f"{name}: the weight is a DTensor; quantize each rank's local model, before sharding")
     if not weight.is_floating_point():
         raise QpassError(f"{name}: the weight is {weight.dtype}, not a float type; is the model already quantized?")
-    check_row(weight.shape[-1], spec, name)
     if weight.numel():
         low, high = torch.aminmax(weight.detach())
         if not (torch.isfinite(low) and torch.isfinite(high)):
             kind = "NaN" if torch.isnan(low) else "inf"
             raise QpassError(f"{name}: the weight holds {kind}; repair the checkpoint, or leave this site in float")
-
-
-def check_row(columns: int, spec: QuantSpec, name: str) -> None:
-    """Raises `QpassError`, naming the weight, for a group that is larger than a row."""
-    if spec.format.scale == "float" and spec.group_size > columns:
-        raise QpassError(
-            f"{name}: group size {spec.group_size} is larger than the row of {columns}; use g{columns} or less, or 'channel'"
-        )
 
 
 def quantize_weight(

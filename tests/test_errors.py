@@ -41,11 +41,6 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "unknown site": (lambda: build("llama"), {"qvk": "int8"}, "unknown site 'qvk': did you mean 'qkv'"),
     "unknown token": (lambda: build("llama"), "int4:g32:asymm", "unknown part 'asymm': did you mean 'asym'"),
     "no such file": (lambda: build("llama"), "nowhere.yaml", "nowhere.yaml does not exist"),
-    "group larger than the row": (
-        lambda: build("llama"),
-        "int4:g256",
-        "model.embed_tokens.weight: group size 256 is larger",
-    ),
     "NaN": (lambda: with_value(float("nan")), "int8", f"{Q_PROJ}: the weight holds NaN"),
     "inf": (lambda: with_value(float("inf")), "int8", f"{Q_PROJ}: the weight holds inf"),
     "meta": (on_meta, "int8", "model.embed_tokens.weight: the weight is on the meta device; load"),

@@ -147,7 +147,9 @@ def test_quantized_by_someone_else(make: Callable[[], nn.Module], message: str, 
 
 def test_quantized_by_qpass() -> None:
     model = qpass.quantize(build("llama"), "int8", inner="eager")
-    with pytest.raises(qpass.QpassError, match=r"already quantized \(int8:channel\); start from its float checkpoint"):
+    with pytest.raises(
+        qpass.QpassError, match=r"already quantized \(int8:g32:scale=fp16\); start from its float checkpoint"
+    ):
         qpass.quantize(model, "int4:g16")
     with torch.no_grad():
         torch.compile(model, backend=qpass.QPass("int4:g16", inner="eager"))(tokens())

@@ -48,15 +48,15 @@ def test_kv_sets_both_halves_and_k_or_v_one() -> None:
 
 def test_the_command_prints_them() -> None:
     out = CliRunner().invoke(app, ["recipes", "--json"])
-    assert json.loads(out.stdout)["int8"]["ffn"] == "int8:channel"
+    assert json.loads(out.stdout)["int8"]["ffn"] == "int8:g32:scale=fp16"
     assert "int4:g32:asym" in CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "200"}).stdout
 
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("int4+kv=int8", {"ffn": "int4:g32:asym", "vocab": "int8:g32", "k": "int8:channel", "v": "int8:channel"}),
-        ("int8+vocab=int4:g32+ffn=float", {"vocab": "int4:g32", "ffn": None, "qkv": "int8:channel", "k": None}),
+        ("int4+kv=int8", {"ffn": "int4:g32:asym", "vocab": "int4:g32:asym", "bits": 5.35, "k": "int8:channel"}),
+        ("int8+vocab=int4:g32+ffn=float", {"vocab": "int4:g32", "ffn": None, "qkv": "int8:g32:scale=fp16", "k": None}),
         (
             "w8a8+k=int8+v=int4:g32:asym",
             {"k": "int8:channel", "v": "int4:g32:asym", "qkv": "int8:channel@int8:channel"},

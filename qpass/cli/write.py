@@ -36,7 +36,7 @@ def generate(
     from qpass.folders import is_artifact, load_float, load_quantized, recipe_for
     from qpass.generate import generate as tokens_of
     from qpass.generate import pieces
-    from qpass.measuring.job import FLOAT
+    from qpass.measuring.job import FLOAT, peak_rss
     from qpass.measuring.speed import weight_bytes
     from qpass.pretrained import load_tokenizer
 
@@ -76,7 +76,8 @@ def generate(
         return
     print()
     speed = "" if rate is None else f", {rate:,.1f} tokens/s (median step)"
-    typer.echo(f"{len(made)} tokens{speed}, {weight_bytes(model) / 1e6:,.1f} MB of weights", err=True)
+    sizes = f"{weight_bytes(model) / 1e6:,.1f} MB of weights, at most {peak_rss() / 1e6:,.0f} MB resident"
+    typer.echo(f"{len(made)} tokens{speed}, {sizes}", err=True)
 
 
 def _ids(tokenizer: Any, text: str, chat: bool | None) -> Any:

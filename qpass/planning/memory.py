@@ -26,7 +26,7 @@ from qpass.recipe import Recipe, SpecLike, kv_specs, resolve_recipe
 from qpass.sites.core import Site
 from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.spec import QuantSpec
-from qpass.weights import as_rows, check_row, concat_rows
+from qpass.weights import as_rows, concat_rows
 
 RecipeLike = str | Path | Recipe | Mapping[str, Any]
 #: Tokens of the traced call.
@@ -150,18 +150,13 @@ class Planner:
         return MemoryPlan(tuple(rows), parameters, self.context, self.batch, tuple(notes))
 
     def groups(self, recipe: Recipe) -> list[tuple[Site, WeightGroup, list[Tensor]]]:
-        """What will be quantized together: the site of its first weight, the group, its Parameters; tied ones once. Raises
-        `QpassError` for a group that is larger than a row."""
+        """What will be quantized together: the site of its first weight, the group, its Parameters; tied ones once."""
         assert self._whole is not None
         plan = QPass(recipe).plan_parameters(self._whole.graph, self._whole.parameters, self._whole.names)
         by_name = {node.name: p for node, p in self._whole.parameters.items()}
         found = [(g, [by_name[name] for name in g.weights]) for g, _ in group_weights(plan, self._whole.parameters)]
         sites = {m.weight.name: m.site for m in plan.matches if m.weight is not None}
-        groups = [(sites[group.weights[0]], group, params) for group, params in each_once(found, set(), key=id)]
-        for _, group, params in groups:
-            for name, param, flipped in zip(group.names, params, group.transposed, strict=True):
-                check_row(param.shape[-2 if flipped else -1], group.spec, name)
-        return groups
+        return [(sites[group.weights[0]], group, params) for group, params in each_once(found, set(), key=id)]
 
     def _rows(self, recipe: Recipe) -> list[MemoryRow]:
         groups = self.groups(recipe)

@@ -243,7 +243,7 @@ def test_a_model_is_the_same_as_another_that_was_quantized_alike() -> None:
     diff = qpass.diff(compiled("nanogpt"), compiled("nanogpt"))
     assert diff.same
     assert diff.graphs[0].count("kept") > 0
-    assert {s.after.format for s in diff.sites if s.after} == {"int8:channel"}
+    assert {s.after.format for s in diff.sites if s.after} == {"int8:g32:scale=fp16"}
 
 
 def test_two_formats_differ_at_every_site() -> None:
@@ -254,7 +254,7 @@ def test_two_formats_differ_at_every_site() -> None:
     for site in diff.sites:
         assert site.before is not None
         assert site.after is not None
-        assert (site.before.format, site.after.format) == ("int8:channel", "int4:g16")
+        assert (site.before.format, site.after.format) == ("int8:g32:scale=fp16", "int4:g16")
         assert site.before.nbytes > site.after.nbytes
 
 

@@ -47,7 +47,7 @@ class StoredWeight:
     @property
     def block_size(self) -> int:
         """Columns that share a scale."""
-        return self.spec.group_size or self.columns
+        return self.spec.group_size if self.blocks > 1 else self.columns
 
     def codes(self) -> Tensor:
         """[rows, columns] int8 of a uniform format."""
@@ -188,7 +188,7 @@ class Blocks:
 
 def block_inputs(b: Build, w: StoredWeight) -> Blocks:
     """Initializers of MatMulNBits. A scale of a whole row is repeated for blocks of a size that the operator takes."""
-    bits, size = w.container, w.spec.group_size or _block_of(w.columns)
+    bits, size = w.container, w.block_size if w.blocks > 1 else _block_of(w.columns)
     count = -(-w.columns // size)
     half = 1 << (bits - 1)
 
