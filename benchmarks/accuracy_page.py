@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qpass
+from qpass.recipe import PRESETS
 
 TINYPY = Path(__file__).parent.parent / "examples" / "tinypy"
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
@@ -37,7 +38,7 @@ METHODS = {
     "AWQ, search, GPTQ": "{}:asym:awq:search:gptq",
 }  # fmt: skip
 EIGHT = {
-    "weights int8": "int8", "weights int8 g32": "int8:g32", "weights fp8 (cast)": "fp8_e4m3",
+    "weights int8": "int8:channel", "weights int8 g32": "int8:g32", "weights fp8 (cast)": "fp8_e4m3",
     "weights fp8, scale a row": "fp8_e4m3:channel", "weights int8, GPTQ": "int8:gptq", "weights fp8, scale a row, GPTQ":
     "fp8_e4m3:channel:gptq", "W8A8, a scale a token": "int8@int8", "W8A8, a scale a token, smooth": "int8:smooth@int8",
     "W8A8 in groups of 32": "int8:g32@int8:g32", "W8A8 static": "int8@int8:static",
@@ -50,8 +51,9 @@ EIGHT = {
 #: Sizes of a real model: name -> recipe. AWQ and GPTQ with bits given out, beside what needs no data.
 FRONTIER = {
     "bits 5.35 (preset int4 with data)": "int4:g32:asym:awq:gptq;bits=5.35", "bits 4.65": "int4:g32:asym:awq:gptq;bits=4.65",
-    "bits 6.1": "int4:g32:asym:awq:gptq;bits=6.1", "int8 g32": "int8:g32:scale=fp16", "int8": "int8",
-    "preset int4": "int4", "int4 g128": "int4:g128", "bits 5.4, GPTQ": "int4:g32:asym:gptq;bits=5.4",
+    "bits 6.1": "int4:g32:asym:awq:gptq;bits=6.1", "preset int8": "int8:g32:scale=fp16", "int8, a scale a row": "int8:channel",
+    "preset int4, no data": "int4", "int4 g32, tables int8 g32": "int4:g32:asym;embedding=int8:g32;vocab=int8:g32",
+    "int4 g128": "int4:g128", "bits 5.4, GPTQ": "int4:g32:asym:gptq;bits=5.4",
     "bits 5.4, round to nearest": "int4:g32:asym;bits=5.4", "bits 4.1": "int4:g32:asym:awq:gptq;bits=4.1",
 }  # fmt: skip
 #: llama.cpp (llama-cpp-python 0.3.36) on the same weights and windows: MB without the vocabulary, perplexity, top-1, KL. It
@@ -145,8 +147,8 @@ def quantized(reference: Any, recipe: str, calibration: Sequence[Tensor]) -> tup
     if recipe in THEIRS:
         THEIRS[recipe](model, calibration)
         return model, None
-    resolved = read_recipe(recipe)
-    data = calibration if needs_calibration(resolved) else None
+    resolved = read_recipe(recipe, calibrated=False)
+    data = calibration if needs_calibration(resolved) and recipe not in PRESETS else None
     model = qpass.quantize(model, resolved, calibration=data, inner="eager")
     report = qpass.report(model)
     return model, report.resident_quantized + report.resident_float

@@ -4,15 +4,16 @@
                                   [--outliers F] [--json OUT]
 
 Weights stay in float. The windows are those of benchmarks/accuracy.py, read `--chunk` tokens at a time: a chunk sees its own
-tokens as floats and all before it as they are stored. Recall: a sentence stands at a quarter, half or three quarters of so many
-tokens of text, and greedy decoding must give its last words; so many of three. --outliers F: in every head two of the keys'
-channels (a pair that rotary embedding turns) are F times as large, and those of its queries F times smaller, which changes
+tokens as floats and all before it as they are stored. Recall: ten sentences stand at ten depths of so many tokens of text, and
+greedy decoding must give their last words; so many of those that the float model gives. --outliers F: in every head two of the
+keys' channels (a pair that rotary embedding turns) are F times as large, and those of its queries F times smaller, which changes
 nothing in float.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,14 @@ DEFAULT = (
     "int4:g32:asym", "int4:g32:asym:rotated", "k=int4:t32:zero=float:scale=fp16,v=int4:g32:zero=float:scale=fp16",
     "int3", "int2", "int2:g32:asym",
 )  # fmt: skip
-NEEDLES = (
-    (" My locker number is 58213.", " My locker number is", " 58213"),
-    (" The password of the garden gate is PELICAN.", " The password of the garden gate is", " PELICAN"),
-    (" Doctor Quimby lives in the town of Aberlour.", " Doctor Quimby lives in the town of", " Aberlour"),
-)
+#: What is said, and how it ends: the question is all before the end.
+FACTS = (
+    (" My locker number is", " 58213"), (" The password of the garden gate is", " PELICAN"),
+    (" Doctor Quimby lives in the town of", " Aberlour"), (" The spare key hangs behind the", " barometer"),
+    (" The ferry to Lindholm leaves at", " 06:45"), (" The captain's parrot is called", " Magellan"),
+    (" The treasure is buried under the old", " windmill"), (" Flight 417 departs from gate", " B29"),
+    (" The secret ingredient of the soup is", " saffron"), (" Aunt Matilda was born in the year", " 1873"),
+)  # fmt: skip
 
 
 def new_cache(config: Any, length: int, text: str | None, calibration: Any) -> Any:
@@ -45,8 +49,9 @@ def new_cache(config: Any, length: int, text: str | None, calibration: Any) -> A
 
 
 @torch.no_grad()
-def by_chunks(model: Any, ids: Tensor, cache: Any, chunk: int) -> Tensor:
-    return torch.cat([model(part, past_key_values=cache, use_cache=True).logits for part in ids.split(chunk, 1)], 1)
+def by_chunks(model: Any, ids: Tensor, cache: Any, chunk: int, keep: int = 0) -> Tensor:
+    parts = ids.split(chunk, 1)
+    return torch.cat([model(p, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits for p in parts], 1)
 
 
 @torch.no_grad()
@@ -63,21 +68,38 @@ def with_key_outliers(model: Any, factor: float) -> Any:
 
 
 @torch.no_grad()
-def recalls(model: Any, tokenizer: Any, words: list[int], length: int, make: Any) -> int:
-    """How many of the three needles, each at a place of its own, come back."""
-    found = 0
-    for (sentence, question, answer), place in zip(NEEDLES, (0.25, 0.5, 0.75), strict=True):
-        needle, asked, wanted = (tokenizer(t, add_special_tokens=False).input_ids for t in (sentence, question, answer))
-        at = int(length * place)
-        ids = torch.tensor([words[:at] + needle + words[at:length] + asked])
-        cache = make(ids.shape[1] + len(wanted) + 1)
-        model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token, given = ids[:, -1:], []
+def recalls(model: Any, tokenizer: Any, words: list[int], length: int, make: Any) -> list[bool]:
+    """Which of the facts come back from a text that holds them all."""
+
+    def encoded(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    each, ids = length // len(FACTS), []
+    for i, (question, answer) in enumerate(FACTS):
+        sentence = encoded(f"{question}{answer}.")
+        ids += words[i * each : (i + 1) * each - len(sentence)] + sentence
+    longest = max(len(encoded(q)) + len(encoded(a)) for q, a in FACTS)
+    read = make(len(ids) + longest + 1)
+    by_chunks(model, torch.tensor([ids]), read, 512, keep=1)
+    found = []
+    for question, answer in FACTS:
+        cache, token, given, wanted = copy.deepcopy(read), torch.tensor([encoded(question)]), [], encoded(answer)
         for _ in wanted:
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
             given.append(int(token))
-        found += given == wanted
+        found.append(given == wanted)
     return found
+
+
+def compare(reference: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token: KL, the log-probabilities, whether the likeliest next token is the same."""
+    return (reference.exp() * (reference - log_q)).sum(-1), log_q, log_q.argmax(-1) == reference.argmax(-1)
+
+
+def _recalled(row: dict[str, Any], in_float: dict[str, Any], key: str) -> str:
+    """What is recalled of what the float model recalls."""
+    both = sum(a and b for a, b in zip(row[key], in_float[key], strict=True))
+    return f"{both}/{sum(in_float[key])}"
 
 
 def main() -> None:
@@ -106,30 +128,39 @@ def main() -> None:
     ids = windows(args.text)
     calibration = (model, [windows(args.calibration or args.text)])
     words = tokenizer(Path(args.text).read_text()[:60000], add_special_tokens=False).input_ids
-    reference = by_chunks(model, ids, DynamicCache(config=model.config), args.chunk).log_softmax(-1)
+    formats = (None, *args.formats)
+    measured: dict[str | None, list[tuple[Tensor, float, float]]] = {text: [] for text in formats}
+    sizes: dict[str | None, float] = {}
+    for window in ids.split(1):  # one at a time: the logits of a long one take gigabytes
+        reference = by_chunks(model, window, DynamicCache(config=model.config), args.chunk).log_softmax(-1)[0]
+        for text in formats:
+            cache = new_cache(model.config, window.shape[1], text, calibration)
+            found = []
+            for part, p in zip(window.split(args.chunk, 1), reference.split(args.chunk), strict=True):
+                found.append(compare(p, by_chunks(model, part, cache, args.chunk).log_softmax(-1)[0]))
+            kl, log_q, same = (torch.cat(x) for x in zip(*found, strict=True))
+            loss = -log_q[:-1].gather(-1, window[0, 1:, None]).mean()
+            measured[text].append((kl, float(loss), float(same.float().mean())))
+            sizes[text] = getattr(cache, "nbytes", 0) / window.shape[1] or sum(
+                2 * la.keys[0, :, 0].nbytes for la in cache.layers
+            )
     rows: list[dict[str, Any]] = []
-    for text in (None, *args.formats):
-        cache = new_cache(model.config, args.window, text, calibration)
-        log_q = by_chunks(model, ids, cache, args.chunk).log_softmax(-1)
-        kl = (reference.exp() * (reference - log_q)).sum(-1)
-        loss = -log_q[:, :-1].gather(-1, ids[:, 1:, None]).mean()
-        per_token = getattr(cache, "nbytes", 0) / (len(ids) * args.window) or sum(
-            2 * la.keys[0, :, 0].nbytes for la in cache.layers
-        )
+    for text in formats:
+        kl = torch.stack([k for k, _, _ in measured[text]])
+        losses, same = (torch.tensor(x) for x in list(zip(*measured[text], strict=True))[1:])
         row: dict[str, Any] = {
-            "format": text or "float", "bytes_per_token": per_token, "kl": float(kl.mean()),
-            "kl_by_quarter": [float(q.mean()) for q in kl.chunk(4, 1)], "perplexity": float(loss.exp()),
-            "standard_error": float(kl.mean(1).std() / len(ids) ** 0.5),
-            "top1": float((log_q.argmax(-1) == reference.argmax(-1)).float().mean()),
+            "format": text or "float", "bytes_per_token": sizes[text], "kl": float(kl.mean()),
+            "kl_by_quarter": [float(q.mean()) for q in kl.chunk(4, 1)], "perplexity": float(losses.mean().exp()),
+            "standard_error": float(kl.mean(1).std() / len(ids) ** 0.5), "top1": float(same.mean()),
         }  # fmt: skip
         for length in args.recall:
             make = lambda n, text=text: new_cache(model.config, n, text, calibration)  # noqa: E731
             row[f"recall_{length}"] = recalls(model, tokenizer, words, length, make)
         rows.append(row)
         quarters = " ".join(f"{q:.5f}" for q in row["kl_by_quarter"])
-        recalled = " ".join(f"{row[f'recall_{n}']}/3" for n in args.recall)
+        recalled = " ".join(_recalled(row, rows[0], f"recall_{n}") for n in args.recall)
         print(
-            f"| {row['format']} | {per_token:,.0f} | {row['perplexity']:.3f} | {row['kl']:.5f} | {row['standard_error']:.5f} "
+            f"| {row['format']} | {sizes[text]:,.0f} | {row['perplexity']:.3f} | {row['kl']:.5f} | {row['standard_error']:.5f} "
             f"| {quarters} | {row['top1']:.4f} | {recalled} |", flush=True,
         )  # fmt: skip
     if args.json:

@@ -1,0 +1,171 @@
+"""A real model from end to end, behind `make test-long`: SmolLM2-135M-Instruct, made by examples/smollm2.py."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+
+import qpass
+
+ROOT = Path(__file__).parent.parent
+TEXTS = ROOT / "examples" / "smollm2"
+RECIPE = "int4+kv=int8"
+QUESTION = "What is the capital of France?"
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """Its folder, in the user's cache."""
+    made = subprocess.run([sys.executable, ROOT / "examples" / "smollm2.py"], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(made.stderr.strip()[-200:])
+    return Path(made.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def artifact(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chain") / "int4"
+    qpass.quantize_checkpoint(smollm2, folder, RECIPE)
+    return folder
+
+
+def in_float(smollm2: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+def prompt(smollm2: Path) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    chat = [{"role": "user", "content": QUESTION}]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids
+    return torch.as_tensor(ids)
+
+
+def greedy(model: Any, ids: torch.Tensor, new: int = 24) -> list[int]:
+    with torch.no_grad():
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    return [int(token) for token in found[0, ids.shape[1] :]]
+
+
+IN_A_FRESH_PROCESS = """
+import json, sys, torch, qpass
+model = qpass.load(sys.argv[1], inner="eager")
+assert not any(p.dtype == torch.float32 and p.dim() > 1 and not isinstance(p, qpass.QTensor) for p in model.parameters())
+ids = torch.tensor(json.loads(sys.argv[2]))
+with torch.no_grad():
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+print(json.dumps(found[0, ids.shape[1]:].tolist()))
+"""
+
+
+def test_saved_and_loaded_elsewhere_it_writes_the_same(smollm2: Path, artifact: Path) -> None:
+    ids = prompt(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
+    expected = greedy(qpass.quantize(model, RECIPE, inner="eager"), ids)
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, str(artifact), json.dumps(ids.tolist())]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert json.loads(out.splitlines()[-1]) == expected
+    assert "Paris" in AutoTokenizer.from_pretrained(smollm2).decode(expected)
+
+
+def test_onnxruntime_genai_chats_as_qpass_does(smollm2: Path, tmp_path: Path) -> None:
+    """Five and six bits lie in eight there, with the same values."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    export = pytest.importorskip("qpass_export")
+    exported = export.export_onnx(in_float(smollm2), tmp_path, recipe="int4")
+    assert exported.path.is_file()
+    ids = prompt(smollm2)
+    model = genai.Model(str(tmp_path))
+    params = genai.GeneratorParams(model)
+    params.set_search_options(max_length=ids.shape[1] + 24)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(ids[0].numpy().astype("int32"))
+    found: list[int] = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    with qpass.set_compute("float"):
+        expected = greedy(qpass.quantize(in_float(smollm2), "int4", inner="eager"), ids)
+    assert found[: len(expected)] == expected[: len(found)]
+
+
+def test_transformers_reads_the_export_for_vllm(smollm2: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = qpass.quantize(in_float(smollm2), "int4:g32:asym", inner="eager")
+    qpass.export_compressed_tensors(model, tmp_path / "served")
+    config = CompressedTensorsConfig(dequantize=True)
+    served = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "served", dtype=torch.float32, quantization_config=config
+    ).eval()
+    ids = prompt(smollm2)
+    with torch.no_grad(), qpass.set_compute("float"):
+        ours, theirs = model(ids).logits, served(ids).logits
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-3 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("recipe", ["int8", RECIPE, "nf4", "int4:g128"])
+def test_the_plan_is_within_a_percent_of_the_bytes(recipe: str, smollm2: Path) -> None:
+    planned = qpass.plan_memory(smollm2, recipe, dtype=torch.float32).weights.bytes
+    report = qpass.report(qpass.quantize(in_float(smollm2), recipe, inner="eager"))
+    assert planned == pytest.approx(report.resident_quantized + report.resident_float, rel=0.01)
+
+
+def test_compare_goes_on_after_a_kill(smollm2: Path, tmp_path: Path) -> None:
+    command = [
+        str(Path(sys.executable).with_name("qpass")), "compare", str(smollm2), "--recipes", "int8,int4:g128", "--data",
+        str(TEXTS / "validation.txt"), "--windows", "1", "--window", "128", "--steps", "0", "--inner", "eager", "--folder",
+        str(tmp_path), "--json",
+    ]  # fmt: skip
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("*.json")):  # the first row is there
+        time.sleep(0.05)
+        assert killed.poll() is None
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [row["recipe"] for row in json.loads(out)["rows"]] == ["float", "int8", "int4:g128"]
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}.items()
+
+
+SHARDED = """
+import sys, torch, qpass
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.distributed.init_process_group("gloo")
+rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+ids = AutoTokenizer.from_pretrained(sys.argv[1])(open(sys.argv[2]).read()[:16000], return_tensors="pt").input_ids
+windows = ids[0, : 8 * 128].view(8, 1, 128)
+recipe = qpass.Recipe.uniform(None, ffn="int4:g32:asym:gptq")
+qpass.quantize(model, recipe, calibration=list(windows[rank::world]), inner="eager")
+if rank == 0:
+    qpass.save(model, sys.argv[3])
+"""
+
+
+def test_two_processes_calibrate_it_as_one_does(smollm2: Path, tmp_path: Path) -> None:
+    found = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        (tmp_path / "sharded.py").write_text(SHARDED)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        command += [str(tmp_path / "sharded.py"), str(smollm2), str(TEXTS / "calibration.txt"), str(folder)]
+        subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+        found.append(qpass.load(folder, inner="eager"))
+    ids = prompt(smollm2)
+    with torch.no_grad():
+        one, two = (model(ids).logits for model in found)
+        plain = in_float(smollm2)(ids).logits
+    assert float((one - two).abs().mean()) < 0.2 * float((one - plain).abs().mean()), "sums are rounded differently"
