@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accuracy import needs_calibration, read_recipe
 from accuracy_torchao import PAIRS, THEIRS, installed
+from chart import Point, scatter
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -269,6 +270,18 @@ def page(subjects: Sequence[str], known: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw_frontier(known: dict[str, Any], path: Path) -> None:
+    """KL against bytes of the real model, beside llama.cpp's files."""
+    there = {name: known.get(f"SmolLM2-135M-Instruct|{recipe}") for name, recipe in FRONTIER.items()}
+    points = [Point(f"llama.cpp {name}", mb, kl, ours=False) for name, (mb, _, _, kl) in LLAMA_CPP.items()]
+    points += [
+        Point(name, found["bytes"] / 1e6, found["kl"], ours=True, line="with data" if "awq" in FRONTIER[name] else "")
+        for name, found in there.items()
+        if found is not None
+    ]
+    scatter(points, path, "SmolLM2-135M-Instruct: KL to the float model, by size", "MB (10^6 bytes; float: 538)", "KL")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
@@ -295,6 +308,7 @@ def main() -> None:
     names = list(dict.fromkeys([*names, *(key.partition("|")[0] for key in known)]))
     if args.page:
         args.page.write_text(page(names, known))
+        draw_frontier(known, args.page.parent / "frontier.svg")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chart import bars
 from engines import (
     Engine,
     Step,
@@ -185,25 +186,6 @@ def profile(engine: Engine, context: int) -> dict[str, float]:
     return {"step": whole, **parts, "everything else": whole - sum(parts.values())}
 
 
-def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars of tokens a second, as SVG."""
-    rows = sorted(rows, key=lambda r: r["tokens_per_second"])
-    top, height = max(r["tokens_per_second"] for r in rows), 24
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="760" height="{height * len(rows) + 40}" font-family="sans-serif" '
-        'font-size="13">',
-        f'<rect width="100%" height="100%" fill="white"/><text x="10" y="22" font-weight="bold">{title}</text>',
-    ]
-    for i, r in enumerate(rows):
-        y, width = 36 + i * height, 400 * r["tokens_per_second"] / top
-        color = "#2563eb" if r["engine"].startswith("qpass") else "#9ca3af"
-        lines.append(f'<text x="270" y="{y + 14}" text-anchor="end">{r["engine"]}</text>')
-        lines.append(f'<rect x="278" y="{y + 2}" width="{width:.0f}" height="{height - 8}" fill="{color}"/>')
-        lines.append(f'<text x="{284 + width:.0f}" y="{y + 14}">{r["tokens_per_second"]:.0f}</text>')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, "</svg>", ""]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
@@ -254,7 +236,8 @@ def main() -> None:
                 save()
     if args.chart and args.contexts:
         first = [r for r in results if r["batch"] == 1 and r["context"] == args.contexts[0] and r["rows"] == 1]
-        draw(first, args.chart, f"tokens a second, batch 1, {args.contexts[0]} tokens of context, {isa}")
+        rates = [(r["engine"], r["tokens_per_second"]) for r in first]
+        bars(rates, args.chart, f"tokens a second, batch 1, {args.contexts[0]} tokens of context, {isa}")
 
 
 if __name__ == "__main__":
