@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qpass.ops.triton import operators
+from qpass.ops.triton import caches, launching, operators
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
          torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1"}  # fmt: skip
@@ -128,10 +128,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     if interpreted():
         pytest.skip("kernels are interpreted in this process")
     recorded: list[Launch] = []
-    for file in operators.KERNELS:
-        module = operators._module(file)
-        for name in operators.KERNELS[file]:
+    for file, names in launching.KERNELS.items():
+        module = launching.kernels_of(file)
+        for name in names:
             monkeypatch.setattr(module, name, _Recorder(getattr(module, name), recorded))
-    monkeypatch.setattr(operators, "runs_on", lambda device: True)
-    monkeypatch.setattr(operators, "_permutes_bytes", lambda device: True)
+    monkeypatch.setattr(launching, "runs_on", lambda device: True)
+    for module in (launching, operators, caches):
+        monkeypatch.setattr(module, "permutes_bytes", lambda device: True)
     return recorded

@@ -62,7 +62,7 @@ def test_every_fused_format_is_tested() -> None:
 
 @pytest.mark.parametrize("text", ["int8", "int4:g32:asym", "nf4", *OTHER_SPECS])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 33), (7, 95), (70, 64)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 95), (70, 64)])
 def test_wide(text: str, dtype: torch.dtype, rows: int, columns: int, device: str, poisoned: None) -> None:
     """Odd columns, many rows, formats and types that the fused kernel does not take."""
     stored, values = weight(19, columns, text, device)
@@ -74,8 +74,8 @@ def test_wide(text: str, dtype: torch.dtype, rows: int, columns: int, device: st
 @pytest.mark.parametrize("rows", [1, 20])
 def test_programs_that_share_the_columns(text: str, dtype: torch.dtype, rows: int, device: str, poisoned: None) -> None:
     """The last to finish adds up; the result is the same again, and the counters are 0 again."""
-    stored, values = weight(37, 4096, text, device)
-    x = random(rows, 4096, seed=1).to(dtype).to(device)
+    stored, values = weight(37, 2048, text, device)
+    x = random(rows, 2048, seed=1).to(dtype).to(device)
     check(x, text, stored, values, random(37).to(device))
     results = [operators.linear(x, *stored.parts, None, text) for _ in range(3)]
     assert all(torch.equal(r, results[0]) for r in results)

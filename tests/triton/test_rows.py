@@ -18,7 +18,7 @@ SPECS = ["int8", "int8:tensor", "int8:g48:asym", "int6", "int5:g20", "int5:g4:as
 
 @pytest.mark.parametrize("text", SPECS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(41, 77), (3, 2500), (5, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 77), (2, 2500), (5, 1)], ids=str)
 def test_rows_are_those_of_the_reference(
     text: str, dtype: torch.dtype, shape: tuple[int, int], device: str, poisoned: None
 ) -> None:

@@ -50,7 +50,7 @@ class Parts:
 
 
 @cache
-def _expected(text: str, columns: int) -> tuple[int, int, tuple[torch.dtype, ...], int]:
+def layout_of(text: str, columns: int) -> tuple[int, int, tuple[torch.dtype, ...], int]:
     """Of columns in a spec: bytes of a row, its blocks, types of its scales, their kind."""
     spec = parse_spec(text)
     fmt = spec.format
@@ -73,7 +73,7 @@ def parts_of(parts: tuple[Tensor | None, ...], columns: int, text: str) -> Parts
     data, scale, zero, outer = parts
     spec = parse_spec(text)
     fmt = spec.format
-    width, blocks, scale_types, kind = _expected(text, columns)
+    width, blocks, scale_types, kind = layout_of(text, columns)
     bytes_too = (torch.uint8,) if fmt.kind == "float8" else ()
     if data is None or data.dtype not in (fmt.storage, *bytes_too) or not data.numel() or data.shape[-1] != width:
         return None
@@ -95,10 +95,10 @@ def parts_of(parts: tuple[Tensor | None, ...], columns: int, text: str) -> Parts
         return None
     if any(p is not None and p.device != data.device for p in (scale, zero, outer)):
         return None
-    scale, zero, outer = (None if p is None else _as_bytes(p).contiguous() for p in (scale, zero, outer))
-    return Parts(spec, rows, blocks, _as_bytes(data).contiguous(), scale, zero, outer, kind)
+    scale, zero, outer = (None if p is None else as_bytes(p).contiguous() for p in (scale, zero, outer))
+    return Parts(spec, rows, blocks, as_bytes(data).contiguous(), scale, zero, outer, kind)
 
 
-def _as_bytes(part: Tensor) -> Tensor:
+def as_bytes(part: Tensor) -> Tensor:
     """8-bit types as bytes; signed integers too."""
     return part.view(torch.uint8) if part.dtype.itemsize == 1 and part.dtype != torch.uint8 else part

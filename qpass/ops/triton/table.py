@@ -42,6 +42,8 @@ class Tiles:
     stages: int
 
 
+#: Programs that fill a multiprocessor, and the least tiles along the columns that are worth a program.
+_PROGRAMS, _LEAST_TILES = 2, 4
 #: Rows of x up to which, bits of a code -> tiles. Compiled for sm_80, sm_89 and sm_90 they spill no register.
 TILES: tuple[tuple[int, int, Tiles], ...] = (
     (16, 4, Tiles(16, 128, 16, 4, 4)),
@@ -51,8 +53,35 @@ TILES: tuple[tuple[int, int, Tiles], ...] = (
     (64, 4, Tiles(64, 128, 16, 8, 3)),
     (64, 8, Tiles(64, 128, 16, 8, 4)),
 )
-#: Programs that fill a multiprocessor, and the least tiles along the columns that are worth a program.
-_PROGRAMS, _LEAST_TILES = 2, 4
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """Tokens that a program takes at a time; its warps and copies ahead."""
+
+    tokens: int
+    warps: int
+    stages: int
+
+
+#: Rows of a program (queries times query heads of a head of the cache) up to which -> tiles. Beyond, the cache is dequantized.
+ATTENTION: tuple[tuple[int, AttentionTiles], ...] = (
+    (16, AttentionTiles(64, 4, 3)),
+    (64, AttentionTiles(32, 4, 2)),
+)
+#: The least tokens of the cache that are worth a program.
+_LEAST_TOKENS = 256
+
+
+def attention_tiles(rows: int) -> AttentionTiles | None:
+    """For `rows` of a program; None where the kernel does not serve."""
+    return next((tiles for most, tiles in ATTENTION if rows <= most), None)
+
+
+def token_parts(tokens: int, heads: int, multiprocessors: int) -> int:
+    """How many programs share the tokens of each of `heads` heads of the cache, of all sequences."""
+    wanted = -(-_PROGRAMS * multiprocessors // heads)
+    return max(1, min(wanted, -(-tokens // _LEAST_TOKENS)))
 
 
 def tiles_of(rows: int, bits: int) -> Tiles:
