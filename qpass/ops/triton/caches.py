@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qpass.ops import reference
-from qpass.ops.triton.launching import HALVES, kernels_of, nf4_table, permutes_bytes, serves
+from qpass.ops.triton.launching import HALVES, attempt, kernels_of, nf4_table, permutes_bytes, serves
 from qpass.ops.triton.stored import as_bytes, layout_of
 from qpass.ops.triton.table import FUSED, attention_tiles, device_of, token_parts
 from qpass.rotation import rotate
@@ -126,12 +126,25 @@ def attention(
     found = None
     if serves(q, *keys, *values, mask, *floats, start, sinks) and q.dtype in HALVES and q.numel() and v_columns:
         found = _halves(q, keys, k_spec, values, v_columns, v_spec, floats)
-    if found is None:
-        return reference.attention(
-            q, *keys, k_spec, *values, v_columns, v_spec, mask, is_causal, scale, *floats, start, soft_cap, sinks
+    if found is not None:
+        y = attempt(
+            f"attention {k_spec}, {v_spec} of {q.dtype}",
+            lambda: _in_frames(
+                q, *found, k_scale, v_scale, v_columns, mask, is_causal, scale, floats, start, soft_cap, sinks
+            ),
         )
-    k, v = found
-    floats = tuple(None if x is None else x.to(q.dtype) for x in floats)  # type: ignore[assignment]
+        if y is not None:
+            return y
+    return reference.attention(
+        q, *keys, k_spec, *values, v_columns, v_spec, mask, is_causal, scale, *floats, start, soft_cap, sinks
+    )
+
+
+def _in_frames(q: Tensor, k: Half, v: Half, k_scale: Tensor | None, v_scale: Tensor | None, v_columns: int, mask: Tensor | None,
+               is_causal: bool, scale: float | None, floats: tuple[Tensor | None, ...], start: Tensor | None, soft_cap: float,
+               sinks: Tensor | None) -> Tensor:  # fmt: skip
+    """With queries and float tokens (k_first, v_first, k_last, v_last) in the frames in which keys and values are stored."""
+    floats = tuple(None if x is None else x.to(q.dtype) for x in floats)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     q, k_floats = _in_frame(q, k.spec, k_scale, floats[::2], 1)
     _, v_floats = _in_frame(q, v.spec, v_scale, floats[1::2], -1)
@@ -212,8 +225,8 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
         heads, tokens, chunk, 0 if k_first is None else k_first.shape[2], 0 if k_last is None else k_last.shape[2],
         float(factor), float(soft_cap), *k.sizes, *v.sizes, *strides,
         **k_constants, **v_constants, PRMT=permutes_bytes(q.device), MASK=kind, ONE_ROW=one_row, CAUSAL=is_causal,
-        SOFT_CAP=soft_cap != 0, FLOATS=k_last is not None, PARTS=parts, QUERIES=queries, GROUPS=groups, D=columns, DV=v_columns, R=padded,
-        S=tiles.tokens, BD=wide_k, BV=wide_v, SCAN=4096 if one_row else max(64, 16384 // padded),
+        SOFT_CAP=soft_cap != 0, FLOATS=k_last is not None, PARTS=parts, QUERIES=queries, GROUPS=groups, D=columns,
+        DV=v_columns, R=padded, S=tiles.tokens, BD=wide_k, BV=wide_v, SCAN=4096 if one_row else max(64, 16384 // padded),
         JOIN=max(1, 8192 // (padded * wide_v)),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -51,6 +53,28 @@ def permutes_bytes(device: torch.device) -> bool:
 def nf4_table(kinds: set[str], dtype: torch.dtype, device: torch.device) -> Tensor | None:
     """What kernels look nf4 up in where they cannot permute bytes."""
     return _patterns(dtype, device) if "NF4" in kinds and not permutes_bytes(device) else None
+
+
+_failed: set[str] = set()
+
+
+def attempt(what: str, call: Callable[[], Tensor]) -> Tensor | None:
+    """The result of a call that launches a kernel; None if it does not compile or cannot be launched here, now or before.
+
+    One warning says so. It is an error where kernels are interpreted, and when memory runs out.
+    """
+    if what in _failed:
+        return None
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if kernels_of("triton_private").interpreted():
+            raise
+        _failed.add(what)
+        warnings.warn(f"the GPU kernel for {what} failed and a slower way is taken: {error}", stacklevel=2)
+        return None
 
 
 @cache

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from qpass.ops import reference
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.caches import attention as attention
-from qpass.ops.triton.launching import HALVES, codebook, kernels_of, nf4_table, permutes_bytes, serves
+from qpass.ops.triton.launching import HALVES, attempt, codebook, kernels_of, nf4_table, permutes_bytes, serves
 from qpass.ops.triton.stored import Parts, parts_of
 from qpass.ops.triton.table import device_of, fused_kind, most_rows, split_of, tiles_of
 from qpass.rotation import rotate
@@ -45,8 +45,10 @@ def linear(
     kind = fused_kind(spec, k)
     fused = kind is not None and x.dtype in HALVES and count <= most_rows(parts.spec)
     if fused and (bias is None or bias.shape == (parts.rows,)) and parts.data.data_ptr() % 16 == 0:
-        assert kind is not None
-        return _fused(x.reshape(count, k).contiguous(), parts, bias, kind).view(*x.shape[:-1], parts.rows)
+        rows = x.reshape(count, k).contiguous()
+        y = attempt(f"linear {spec} of {x.dtype}", lambda: _fused(rows, parts, bias, str(kind)))
+        if y is not None:
+            return y.view(*x.shape[:-1], parts.rows)
     weight = dequantize(*stored, k, spec, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
 
@@ -139,9 +141,11 @@ def dequantize(
     parts = _readable(stored, columns, spec, dtype)
     if parts is None:
         return reference.dequantize(*stored, columns, spec, dtype)
-    if parts.spec.rotated:
-        return rotate(_rows(parts, None, columns, torch.float32)).to(dtype).view(*data.shape[:-1], columns)
-    return _rows(parts, None, columns, dtype).view(*data.shape[:-1], columns)
+    made_as = torch.float32 if parts.spec.rotated else dtype
+    y = attempt(f"dequantize {spec}", lambda: _rows(parts, None, columns, made_as))
+    if y is None:
+        return reference.dequantize(*stored, columns, spec, dtype)
+    return (rotate(y).to(dtype) if parts.spec.rotated else y).view(*data.shape[:-1], columns)
 
 
 def embedding(
@@ -157,9 +161,11 @@ def embedding(
     """[..] -> [.., columns]: only the named rows are read. An index outside of the table gives a row of NaN."""
     stored = (data, scale, zero_point, outer_scale)
     parts = _readable(stored, columns, spec, dtype) if indices.device == data.device else None
-    if parts is None or parts.spec.rotated:
-        return reference.embedding(indices, *stored, columns, spec, dtype)
-    return _rows(parts, indices.contiguous().view(-1), columns, dtype).view(*indices.shape, columns)
+    if parts is not None and not parts.spec.rotated:
+        y = attempt(f"embedding {spec}", lambda: _rows(parts, indices.contiguous().view(-1), columns, dtype))
+        if y is not None:
+            return y.view(*indices.shape, columns)
+    return reference.embedding(indices, *stored, columns, spec, dtype)
 
 
 for _name, _function in (("embedding", embedding), ("dequantize", dequantize)):

@@ -10,7 +10,6 @@ from functools import cache
 
 import torch
 
-from qpass.errors import QpassError
 from qpass.spec import QuantSpec, parse_spec
 
 #: Format -> (how the codes of a word become floats, in unpacking.py; rows of x up to which that kernel serves). Of more rows, and
@@ -27,8 +26,9 @@ FUSED: dict[str, tuple[str, int]] = {
     "fp8_e5m2": ("E5M2", 64),
 }
 
-#: The first GPUs with bfloat16 products and asynchronous copies, and the first with products of fp8.
-LEAST, FP8 = (8, 0), (8, 9)
+#: Compute capability of the first GPUs with bfloat16 products and asynchronous copies (Ampere). fp8 weights need no hardware for
+#: fp8: their bits are moved to where bfloat16 has them.
+LEAST = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,6 @@ class Device:
         """Whether the kernels run there; on older devices the reference does."""
         return self.capability is None or self.capability >= LEAST
 
-    @property
-    def multiplies_fp8(self) -> bool:
-        """Whether there are products of fp8."""
-        return self.capability is not None and self.capability >= FP8
-
 
 @cache
 def device_of(device: torch.device) -> Device:
@@ -139,14 +134,3 @@ def device_of(device: torch.device) -> Device:
     found = torch.cuda.get_device_properties(device)
     capability = None if torch.version.hip else (found.major, found.minor)
     return Device(capability, found.multi_processor_count)
-
-
-def require_fp8(device: torch.device) -> None:
-    """Raises `QpassError` where products of fp8 are asked for and the device has none."""
-    found = device_of(device)
-    if not found.multiplies_fp8:
-        name = "AMD" if found.capability is None else "sm_{}{}".format(*found.capability)
-        raise QpassError(
-            f"products of fp8 need sm_89 (Ada) or newer, this is {name}; take int8 activations, or fp8 weights alone, which are "
-            "dequantized without hardware for fp8"
-        )
