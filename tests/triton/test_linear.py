@@ -86,7 +86,7 @@ def test_programs_that_share_the_columns(text: str, dtype: torch.dtype, rows: in
 
 def test_without_counters_programs_share_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stored, values = weight(37, 4096, "int8", device)
-    monkeypatch.setattr(workspace, "counters", lambda *_: None)
+    monkeypatch.setattr(operators, "counters", lambda *_: None)
     check(random(2, 4096, seed=1).bfloat16().to(device), "int8", stored, values)
 
 

@@ -12,6 +12,7 @@ from qpass.ops import reference
 from qpass.ops.triton.launching import HALVES, attempt, kernels_of, nf4_table, permutes_bytes, serves
 from qpass.ops.triton.stored import as_bytes, layout_of
 from qpass.ops.triton.table import FUSED, attention_tiles, device_of, token_parts
+from qpass.ops.triton.workspace import counters
 from qpass.rotation import rotate
 from qpass.spec import QuantSpec, parse_spec
 
@@ -197,7 +198,7 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
     assert tiles is not None
     k_first, k_last, v_first, v_last = (None if f is None else f.contiguous() for f in floats)
     parts = token_parts(tokens, batch * heads, device.multiprocessors)
-    shared = kernels_of("workspace").counters(batch * heads, q.device)
+    shared = counters(batch * heads, q.device)
     if shared is None:  # in a graph that is captured before anything ran: zeros of its own, which the graph sets
         shared = torch.zeros(batch * heads, dtype=torch.int32, device=q.device)
     chunk = -(-tokens // parts)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.memory import outside_of_graphs
 from qpass.ops.triton.table import device_of
 
 #: Files of kernels, and the kernels that are launched.
@@ -79,10 +80,11 @@ def attempt(what: str, call: Callable[[], Tensor]) -> Tensor | None:
 
 @cache
 def _patterns(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(kernels_of("unpacking").nf4_patterns(dtype), dtype=torch.int32, device=device)
+    patterns = kernels_of("unpacking").nf4_patterns(dtype)
+    return outside_of_graphs(lambda: torch.tensor(patterns, dtype=torch.int32, device=device))
 
 
 @cache
 def codebook(values: tuple[float, ...], device: torch.device) -> Tensor:
     """[16] float32 values of a format."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return outside_of_graphs(lambda: torch.tensor(values, dtype=torch.float32, device=device))

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qpass import numerics
 from qpass.ops import reference
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.caches import attention as attention
 from qpass.ops.triton.launching import HALVES, attempt, codebook, kernels_of, nf4_table, permutes_bytes, serves
 from qpass.ops.triton.stored import Parts, parts_of
 from qpass.ops.triton.table import device_of, fused_kind, most_rows, split_of, tiles_of
+from qpass.ops.triton.workspace import counters
 from qpass.rotation import rotate
 from qpass.spec import parse_spec
 
@@ -63,7 +65,7 @@ def _fused(x: Tensor, parts: Parts, bias: Tensor | None, kind: str) -> Tensor:
     words = k * bits // 32
     programs = -(-n // tiles.outputs)
     split = split_of(n, words, tiles, device.multiprocessors)
-    shared = kernels_of("workspace").counters(programs, x.device) if split > 1 else None
+    shared = counters(programs, x.device) if split > 1 else None
     if shared is None:
         split = 1
     chunk = -(-words // split)
@@ -166,6 +168,14 @@ def embedding(
         if y is not None:
             return y.view(*indices.shape, columns)
     return reference.embedding(indices, *stored, columns, spec, dtype)
+
+
+def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
+    """[.., K] -> the parts that the spec has. In a CUDA graph no scale is checked, which would ask the device: one that overflows
+    is infinite there."""
+    captured = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    done = numerics.quantize(x, parse_spec(spec), static_scale=static_scale, checked=not captured)
+    return [part.contiguous() for part in done.parts if part is not None]
 
 
 for _name, _function in (("embedding", embedding), ("dequantize", dequantize)):

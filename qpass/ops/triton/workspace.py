@@ -4,8 +4,7 @@ A kernel must not share counters with one that may run at the same time. Outside
 ring, so large that a launch which still runs has long ended when its turn comes again. A graph keeps those it was captured with
 for good: it takes them from a second piece of memory, never twice.
 
-Neither may be allocated from the memory of a graph, which Inductor checks and gives back: that is done in a thread of its own,
-which the routing to a graph's memory does not reach.
+Neither may be allocated from the memory of a graph (`outside_of_graphs`).
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from qpass.memory import outside_of_graphs
 
 #: Of 4 bytes each. A launch takes as many as it has tiles of outputs, up to some thousand.
 _RING, _OF_GRAPHS = 1 << 18, 1 << 22
@@ -58,16 +59,9 @@ def counters(count: int, device: torch.device) -> Tensor | None:
 
 
 def _make(device: torch.device) -> _Counters:
-    def allocate() -> None:
-        ring, of_graphs = (torch.zeros(size, dtype=torch.int32, device=device) for size in (_RING, _OF_GRAPHS))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        _made[device] = _Counters(ring, of_graphs)
+    def zeros(size: int) -> Tensor:
+        return outside_of_graphs(lambda: torch.zeros(size, dtype=torch.int32, device=device))
 
-    if device.type != "cuda":
-        allocate()
-        return _made[device]
-    thread = threading.Thread(target=allocate)
-    thread.start()
-    thread.join()
+    ring, of_graphs = zeros(_RING), zeros(_OF_GRAPHS)
+    _made[device] = _Counters(ring, of_graphs)
     return _made[device]
