@@ -7,7 +7,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from qpass.memory import outside_of_graphs
 from qpass.ops.triton.table import device_of
 
 #: Files of kernels, and the kernels that are launched.
-KERNELS = {"linear": ("linear_kernel",), "rows": ("rows_kernel",), "attention": ("attention_kernel",)}
+KERNELS = {"linear": ("linear_kernel",), "rows": ("rows_kernel",), "attention": ("attention_kernel",),
+           "quantizing": ("quantize_kernel",)}  # fmt: skip
 #: Types that kernels multiply.
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -56,10 +57,11 @@ def nf4_table(kinds: set[str], dtype: torch.dtype, device: torch.device) -> Tens
     return _patterns(dtype, device) if "NF4" in kinds and not permutes_bytes(device) else None
 
 
+Result = TypeVar("Result")
 _failed: set[str] = set()
 
 
-def attempt(what: str, call: Callable[[], Tensor]) -> Tensor | None:
+def attempt(what: str, call: Callable[[], Result]) -> Result | None:
     """The result of a call that launches a kernel; None if it does not compile or cannot be launched here, now or before.
 
     One warning says so. It is an error where kernels are interpreted, and when memory runs out.

@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qpass import numerics
+from qpass.granularity import PerTensor, PerTokens
 from qpass.ops import reference
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.caches import attention as attention
 from qpass.ops.triton.launching import HALVES, attempt, codebook, kernels_of, nf4_table, permutes_bytes, serves
-from qpass.ops.triton.stored import Parts, parts_of
+from qpass.ops.triton.stored import Parts, as_bytes, parts_of
 from qpass.ops.triton.table import device_of, fused_kind, most_rows, split_of, tiles_of
 from qpass.ops.triton.workspace import counters
 from qpass.rotation import rotate
-from qpass.spec import parse_spec
+from qpass.spec import QuantSpec, parse_spec
 
 _FLOATS = (torch.float32, *HALVES)
 #: Columns of a row that a program of rows_kernel takes at most.
@@ -170,12 +171,57 @@ def embedding(
     return reference.embedding(indices, *stored, columns, spec, dtype)
 
 
+#: Formats that quantize_kernel writes, and the widest row that it takes.
+_WRITTEN, _WIDEST = frozenset({"int8", "int4", "fp8_e4m3", "fp8_e5m2"}), 4096
+
+
 def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
     """[.., K] -> the parts that the spec has. In a CUDA graph no scale is checked, which would ask the device: one that overflows
     is infinite there."""
     captured = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    done = numerics.quantize(x, parse_spec(spec), static_scale=static_scale, checked=not captured)
+    parsed = parse_spec(spec)
+    if static_scale is None and _is_written(x, parsed):
+        rows = rotate(x.float()) if parsed.rotated else x
+        made = attempt(f"quantize {spec} of {rows.dtype}", lambda: _quantize(rows.contiguous(), parsed))
+        if made is not None and (captured or len(made) < 2 or not bool(torch.isinf(made[1]).any())):
+            return made
+    done = numerics.quantize(x, parsed, static_scale=static_scale, checked=not captured)
     return [part.contiguous() for part in done.parts if part is not None]
+
+
+def _is_written(x: Tensor, spec: QuantSpec) -> bool:
+    """Whether the kernel does it: rows that fit a program, a scale for each of them or for groups of a power of two."""
+    if x.dtype not in _FLOATS or not x.numel() or x.shape[-1] > _WIDEST or not serves(x):
+        return False
+    if spec.format.name not in _WRITTEN or spec.double_quantized or spec.float_zero or spec.static:
+        return False
+    group = spec.group_size
+    return not isinstance(spec.granularity, PerTensor | PerTokens) and (not group or group & (group - 1) == 0)
+
+
+def _quantize(x: Tensor, spec: QuantSpec) -> list[Tensor]:
+    """The parts of contiguous rows."""
+    rows, fmt, k = kernels_of("rows"), spec.format, x.shape[-1]
+    made = reference.quantized_like(x, str(spec))
+    slots: list[Tensor | None] = [None] * 4
+    for slot, part in zip(spec.stored_parts, made, strict=True):
+        slots[slot] = as_bytes(part)
+    data, scale, zero, _ = slots
+    assert data is not None
+    group, count = spec.group_size, x.numel() // k
+    padded = max(1 << (k - 1).bit_length(), group, 2)
+    per_program = max(1, min(8, 2048 // padded))
+    low, high = spec.qrange if fmt.kind == "uniform" else (fmt.qmin, fmt.qmax)
+    info = torch.finfo(spec.scale_dtype)
+    tiny = info.smallest_normal * (info.eps if spec.scale_dtype == torch.float16 else 1)  # as numerics has it
+    kind = rows.UNIFORM if fmt.kind == "uniform" else rows.FLOAT8_E4M3 if fmt.name == "fp8_e4m3" else rows.FLOAT8_E5M2
+    kernels_of("quantizing").quantize_kernel[(-(-count // per_program),)](
+        x, data, scale, zero, count, k, data.shape[-1], 0 if scale is None else scale.shape[-1],
+        KIND=kind.value, BITS=fmt.bits, FROM=int(fmt.qmin) if fmt.kind == "uniform" else 0,
+        LOW=float(low), HIGH=float(high), GROUP=group or padded, TINY=tiny, SYMMETRIC=spec.symmetric,
+        ROWS=per_program, COLUMNS=padded, num_warps=4,
+    )  # fmt: skip
+    return made
 
 
 for _name, _function in (("embedding", embedding), ("dequantize", dequantize)):
