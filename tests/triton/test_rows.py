@@ -8,7 +8,7 @@ import torch
 from qpass.numerics import dequantize
 from qpass.ops.triton import operators
 from qpass.spec import parse_spec
-from tests.triton.test_linear import FUSED_SPECS, TOLERANCE, weight
+from tests.triton.test_linear import FUSED_SPECS, weight
 
 SPECS = ["int8", "int8:tensor", "int8:g48:asym", "int6", "int5:g20", "int5:g4:asym", "int4:g32:asym", "int4:g7",
          "int4:tensor:asym", "int4:g64:zero=float", "int4:g40:scale=fp16", "int3:g24", "int3:g32:asym", "int2:g16:asym",
@@ -17,8 +17,10 @@ SPECS = ["int8", "int8:tensor", "int8:g48:asym", "int6", "int5:g20", "int5:g4:as
 
 
 @pytest.mark.parametrize("text", SPECS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(5, 77), (2, 2500), (5, 1)], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str
+)
+@pytest.mark.parametrize("shape", [(5, 77), (2, 2500), pytest.param((5, 1), marks=pytest.mark.long)], ids=str)
 def test_rows_are_those_of_the_reference(
     text: str, dtype: torch.dtype, shape: tuple[int, int], device: str, poisoned: None
 ) -> None:
@@ -69,7 +71,7 @@ def test_every_code(text: str, device: str) -> None:
         data = torch.where((codes & 0x7C) == 0x7C, 0, codes).to(torch.uint8).view(data.dtype)
     parts = (data[None].to(device), *stored.parts[1:])
     values = operators.dequantize(*parts, columns, text, torch.float32).cpu()[0]
-    for start in range(0, 512, 64):  # 64 rows, each of which takes one column
+    for start in range(0, 256, 64):  # 64 rows, each of which takes one column
         x = torch.zeros(64, columns, dtype=torch.bfloat16)
         x[torch.arange(64), start + torch.arange(64)] = 1
         found = operators.linear(x.to(device), *parts, None, text).cpu()[:, 0].float()

@@ -12,7 +12,7 @@ import triton.language as tl
 from qpass.ops.triton.unpacking import (
     E4M3,
     E5M2,
-    INT4,
+    for_words,
     looked_up,
     plane_values,
     planes_of,
@@ -25,32 +25,28 @@ NO_MASK, BOOL_MASK, FLOAT_MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(
 
 
 @triton.jit
-def _block_scales(scale, token, width, NG: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr):
-    """float32 scales of the groups of tokens, or of whole tokens: [S, NG] or [S]."""
+def _block_scales(scale, token, width, NG: tl.constexpr, GROUP: tl.constexpr, PLANES: tl.constexpr, SCALE: tl.constexpr,
+                  DTYPE: tl.constexpr):  # fmt: skip
+    """float32 scales of whole tokens [S]; of groups for each word [S, W], as plane_values takes them."""
     if GROUP > 0:
         block = tl.minimum(tl.arange(0, NG)[None, :], width - 1)
         scales = scale_values(tl.load(scale + token[:, None] * width + block), 1.0, SCALE)
+        if DTYPE == tl.bfloat16:
+            scales = scales.to(DTYPE)
+        scales = for_words(scales, GROUP // (2 * PLANES))
     else:
         scales = scale_values(tl.load(scale + token), 1.0, SCALE)
     return scales
 
 
 @triton.jit
-def _spread(per_group, PLANES: tl.constexpr, GROUP: tl.constexpr):
-    """[S, NG] of groups of columns -> [S, columns / PLANES] of a plane."""
-    S: tl.constexpr = per_group.shape[0]
-    NG: tl.constexpr = per_group.shape[1]
-    SPAN: tl.constexpr = GROUP // PLANES
-    return tl.reshape(tl.broadcast_to(per_group[:, :, None], (S, NG, SPAN)), (S, NG * SPAN))
-
-
-@triton.jit
 def _zeros_of(zero, token, blocks, zero_width, NG: tl.constexpr, KIND: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr,
               UNIT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Zero points as plane_values takes them: [S, 1], or spread over a plane."""
+    """Zero points as plane_values takes them: [S, 1], or for each word."""
     if GROUP > 0:
         block = tl.minimum(tl.arange(0, NG)[None, :], blocks - 1)
-        zeros = _spread(zero_codes(zero, token[:, None], block, zero_width, KIND) / UNIT, PLANES, GROUP).to(DTYPE)
+        zeros = zero_codes(zero, token[:, None], block, zero_width, KIND) / UNIT
+        zeros = for_words(zeros.to(DTYPE), GROUP // (2 * PLANES))
     else:
         zeros = (zero_codes(zero, token, token * 0, zero_width, KIND) / UNIT).to(DTYPE)[:, None]
     return zeros
@@ -246,18 +242,20 @@ def attention_kernel(
             kp = tl.load(k_data + token[:, None] * k_words + wk[None, :], mask=(wk < k_words)[None, :], other=0)
             vp = tl.load(v_data + token[:, None] * v_words + wv[None, :], mask=(wv < v_words)[None, :], other=0)
             if k_zero is None:
-                kz: tl.constexpr = (8 if K_KIND == INT4 else 128) / K_UNIT
+                kz = 0.0
             else:
                 kz = _zeros_of(k_zero + b * kz_batch + h * kz_head, token, k_blocks, k_zero_width, K_NG, K_KIND,
                                K_PLANES, K_GROUP, K_UNIT, DTYPE)  # fmt: skip
             scores = tl.zeros((R, S), tl.float32)
             kp = looked_up(kp, table, K_KIND, DTYPE, PRMT)
+            k_scales = 1.0
             if k_scale is not None:
-                k_scales = _block_scales(k_scale + b * ks_batch + h * ks_head, token, k_blocks, K_NG, K_GROUP, K_SCALE)
+                k_scales = _block_scales(
+                    k_scale + b * ks_batch + h * ks_head, token, k_blocks, K_NG, K_GROUP, K_PLANES, K_SCALE, DTYPE
+                )
             for plane in tl.static_range(K_PLANES):
-                values = _numbers(plane_values(kp[plane], kz, plane, K_KIND, DTYPE), K_KIND, K_CAST)
-                if K_GROUP > 0:
-                    values = (values * _spread(k_scales, K_PLANES, K_GROUP)).to(DTYPE)
+                values = plane_values(kp[plane], kz, k_scales, plane, K_KIND, DTYPE, K_GROUP > 0)
+                values = _numbers(values, K_KIND, K_CAST)
                 scores = tl.dot(planes[plane], tl.trans(values), scores)
             scores *= factor * K_UNIT
             if K_GROUP == 0 and k_scale is not None:
@@ -266,8 +264,11 @@ def attention_kernel(
                 scores, token, there, mask, mask_row, mask_token, query, soft_cap, SOFT_CAP, MASK, ONE_ROW, CAUSAL
             )
             weights, shrink, top, total = _step(scores, top, total)
+            v_scales = 1.0
             if v_scale is not None:
-                v_scales = _block_scales(v_scale + b * vs_batch + h * vs_head, token, v_blocks, V_NG, V_GROUP, V_SCALE)
+                v_scales = _block_scales(
+                    v_scale + b * vs_batch + h * vs_head, token, v_blocks, V_NG, V_GROUP, V_PLANES, V_SCALE, DTYPE
+                )
             if TAKEN_OUT:
                 above = tl.max(v_scales, 0)
                 above = tl.where(above == 0, 1.0, above)
@@ -276,15 +277,14 @@ def attention_kernel(
                 weights *= v_scales[None, :]
             weights = weights.to(DTYPE)
             if v_zero is None:
-                vz: tl.constexpr = (8 if V_KIND == INT4 else 128) / V_UNIT
+                vz = 0.0
             else:
                 vz = _zeros_of(v_zero + b * vz_batch + h * vz_head, token, v_blocks, v_zero_width, V_NG, V_KIND,
                                V_PLANES, V_GROUP, V_UNIT, DTYPE)  # fmt: skip
             vp = looked_up(vp, table, V_KIND, DTYPE, PRMT)
             for plane in tl.static_range(V_PLANES):
-                values = _numbers(plane_values(vp[plane], vz, plane, V_KIND, DTYPE), V_KIND, V_CAST)
-                if V_GROUP > 0:
-                    values = (values * _spread(v_scales, V_PLANES, V_GROUP)).to(DTYPE)
+                values = plane_values(vp[plane], vz, v_scales, plane, V_KIND, DTYPE, V_GROUP > 0)
+                values = _numbers(values, V_KIND, V_CAST)
                 if plane == 0:
                     v0 = _added(v0, shrink, weights, values, above, TAKEN_OUT)
                 elif plane == 1:

@@ -12,8 +12,8 @@ import triton.language as tl
 from qpass.ops.triton.unpacking import (
     BYTE_SCALE,
     E4M3_SCALE,
-    INT4,
     INTEGER_ZERO,
+    for_words,
     looked_up,
     plane_values,
     planes_of,
@@ -54,7 +54,6 @@ def linear_kernel(
     w = tl.arange(0, BW)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, words)
-    MIDDLE: tl.constexpr = (8 if KIND == INT4 else 128) / UNIT
     acc = tl.zeros((BM, BN), tl.float32)
     if ZERO == INTEGER_ZERO and GROUP == 0:
         of_row = (zero_codes(zero, row, row * 0, zero_stride, KIND) / UNIT).to(DTYPE)[:, None]
@@ -65,35 +64,35 @@ def linear_kernel(
         xs = tl.load(x + m[:, None] * K + columns, mask=(m[:, None] < M) & (columns < last * CODES), other=0)
         xs = planes_of(xs, PLANES)
         looked = looked_up(packed, table, KIND, DTYPE, PRMT)
+        scales = 1.0
         if GROUP == 0:
-            zeros = of_row if ZERO == INTEGER_ZERO else MIDDLE
+            zeros = of_row if ZERO == INTEGER_ZERO else 0.0
         elif GROUP >= BK:
             block = at * CODES // GROUP
             sums = tl.zeros((BM, BN), tl.float32)
             scales = _scales(scale, outer, row, block, scale_stride, outer_stride, SCALE)
-            zeros = MIDDLE
+            zeros = 0.0
             if ZERO == INTEGER_ZERO:
                 zeros = (zero_codes(zero, row, block, zero_stride, KIND) / UNIT).to(DTYPE)[:, None]
         else:
             NG: tl.constexpr = BK // GROUP
-            SPAN: tl.constexpr = GROUP // PLANES
+            GROUP_WORDS: tl.constexpr = GROUP // CODES
             block = tl.minimum(at * CODES // GROUP + tl.arange(0, NG)[None, :], blocks - 1)
             scales = _scales(scale, outer, row[:, None], block, scale_stride, outer_stride, SCALE)
             if DTYPE == tl.bfloat16:
                 scales = scales.to(DTYPE)
-            scales = tl.reshape(tl.broadcast_to(scales[:, :, None], (BN, NG, SPAN)), (BN, NG * SPAN))
-            zeros = MIDDLE
+            scales = for_words(scales, GROUP_WORDS)
+            zeros = 0.0
             if ZERO == INTEGER_ZERO:
                 zeros = zero_codes(zero, row[:, None], block, zero_stride, KIND) / UNIT
-                zeros = tl.reshape(tl.broadcast_to(zeros[:, :, None], (BN, NG, SPAN)), (BN, NG * SPAN)).to(DTYPE)
+                zeros = for_words(zeros.to(DTYPE), GROUP_WORDS)
         for plane in tl.static_range(PLANES):
-            values = plane_values(looked[plane], zeros, plane, KIND, DTYPE)
+            values = plane_values(looked[plane], zeros, scales, plane, KIND, DTYPE, GROUP > 0 and GROUP < BK)
             if GROUP == 0:
                 acc = tl.dot(xs[plane], tl.trans(values), acc)
             elif GROUP >= BK:
                 sums = tl.dot(xs[plane], tl.trans(values), sums)
             else:
-                values = (values * scales).to(DTYPE)  # of float16 in float32: small scales are no float16
                 acc = tl.dot(xs[plane], tl.trans(values), acc)
         if GROUP >= BK:
             acc += sums * scales[None, :]

@@ -80,11 +80,17 @@ _NF4_FP16 = tl.constexpr(prmt_lookup(nf4_patterns(torch.float16)))
 
 
 @triton.jit
-def _halves(words, DTYPE: tl.constexpr):
-    """[.., W] words -> [.., 2 W]: both halves of each as bits of DTYPE."""
-    low = words.to(tl.int16).to(DTYPE, bitcast=True)
-    high = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    return tl.reshape(tl.join(low, high), (words.shape[0], 2 * words.shape[1]))
+def _joined(low, high):
+    """Values of the lower and of the upper halves of words [R, W] -> [R, 2 W]."""
+    return tl.reshape(tl.join(low, high), (low.shape[0], 2 * low.shape[1]))
+
+
+@triton.jit
+def _scaled(values, scale, SCALED: tl.constexpr):
+    """Values times scales in their type; of float16 in float32, for small scales are no float16."""
+    if SCALED:
+        values = (values * scale).to(values.dtype)
+    return values
 
 
 @triton.jit
@@ -114,44 +120,75 @@ def looked_up(words, table, KIND: tl.constexpr, DTYPE: tl.constexpr, PRMT: tl.co
 
 
 @triton.jit
-def plane_values(words, zero, PLANE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """[R, W] words -> [R, 2 W]: the values of codes `PLANE` and `PLANE` + half a word, over `unit_of`.
-
-    `zero`: the code of the value 0, counted from 0, over `unit_of`: a number, or a tensor of DTYPE that broadcasts.
-    """
-    if KIND == NF4:  # looked up before
-        values = _halves(words, DTYPE)
-    elif KIND == INT4:  # odd planes lie four bits higher, and are as much larger
-        UP4: tl.constexpr = _FP16_UP if DTYPE == tl.float16 else _BF16_UP
-        if PLANE % 2 == 0:
-            values = (_halves((words >> (4 * PLANE)) & 0x000F000F, DTYPE) * UP4 - zero).to(DTYPE)
-        else:
-            values = (_halves((words >> (4 * PLANE - 4)) & 0x00F000F0, DTYPE) * (UP4 / 16) - zero).to(DTYPE)
+def _bits(words, PLANE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
+    """Words of codes -> words of which the halves are bits of DTYPE, of values as they are in `_value`."""
+    if KIND == INT4:  # odd planes lie four bits higher, and are as much larger
+        bits = (words >> (8 * (PLANE // 2))) & (0x00F000F0 if PLANE % 2 else 0x000F000F)
     elif KIND == INT8:
-        UP8: tl.constexpr = _FP16_UP if DTYPE == tl.float16 else _BF16_UP
-        values = (_halves((words >> (8 * PLANE)) & 0x00FF00FF, DTYPE) * UP8 - zero).to(DTYPE)
+        bits = (words >> (8 * PLANE)) & 0x00FF00FF
     elif KIND == E2M1:  # sign 8, exponent 6 (bias 1), mantissa 1, to where the type has them
         AT: tl.constexpr = 9 if DTYPE == tl.float16 else 6
-        E2M1_UP: tl.constexpr = 2.0**14 if DTYPE == tl.float16 else 2.0**126
-        pair = words >> (4 * PLANE)
-        pair = ((pair & 0x00080008) << 12) | ((pair & 0x00070007) << AT)
-        values = (_halves(pair, DTYPE) * E2M1_UP).to(DTYPE)
+        bits = words >> (4 * PLANE)
+        bits = ((bits & 0x00080008) << 12) | ((bits & 0x00070007) << AT)
+    elif KIND == NF4:  # looked up before
+        bits = words
     else:
         # The byte's top in the top of the half. Bit 31 comes down as copies of itself, which the masks take off.
-        pair = words << 8 if PLANE == 0 else words
-        if KIND == E4M3:
-            if DTYPE == tl.float16:
-                pair = (pair & -0x7FFF8000) | ((pair >> 1) & 0x3F803F80)
-                values = (_halves(pair, DTYPE) * 2.0**8).to(DTYPE)
-            else:
-                pair = (pair & -0x7FFF8000) | ((pair >> 4) & 0x07F007F0)
-                values = (_halves(pair, DTYPE) * 2.0**120).to(DTYPE)
+        bits = words << 8 if PLANE == 0 else words
+        if KIND == E4M3 and DTYPE == tl.float16:
+            bits = (bits & -0x7FFF8000) | ((bits >> 1) & 0x3F803F80)
+        elif KIND == E4M3:
+            bits = (bits & -0x7FFF8000) | ((bits >> 4) & 0x07F007F0)
         elif DTYPE == tl.float16:  # E5M2 is the top of a float16
-            values = _halves(pair & -0x00FF0100, DTYPE)
+            bits = bits & -0x00FF0100
         else:
-            pair = (pair & -0x7FFF8000) | ((pair >> 3) & 0x0FE00FE0)
-            values = (_halves(pair, DTYPE) * 2.0**112).to(DTYPE)
+            bits = (bits & -0x7FFF8000) | ((bits >> 3) & 0x0FE00FE0)
+    return bits
+
+
+@triton.jit
+def _value(half, zero, PLANE: tl.constexpr, KIND: tl.constexpr):
+    """Halves as `_bits` gives them -> values over `unit_of`."""
+    DTYPE: tl.constexpr = half.dtype
+    HALF: tl.constexpr = DTYPE == tl.float16
+    if KIND == INT4 or KIND == INT8:
+        UP: tl.constexpr = (_FP16_UP if HALF else _BF16_UP) / (16 if KIND == INT4 and PLANE % 2 else 1)
+        MIDDLE: tl.constexpr = (8 if KIND == INT4 else 128) / (512 if HALF else 64)
+        # The zero point by itself: a product and sum with a number that is none of the code's takes more instructions.
+        values = ((half * UP - MIDDLE).to(DTYPE) - zero).to(DTYPE)
+    elif KIND == E2M1:  # what the biases of the exponents differ by, as in the rest
+        E2M1_UP: tl.constexpr = 2.0**14 if HALF else 2.0**126
+        values = (half * E2M1_UP).to(DTYPE)
+    elif KIND == E4M3:
+        E4M3_UP: tl.constexpr = 2.0**8 if HALF else 2.0**120
+        values = (half * E4M3_UP).to(DTYPE)
+    elif KIND == E5M2 and not HALF:
+        values = (half * 2.0**112).to(DTYPE)
+    else:
+        values = half
     return values
+
+
+@triton.jit
+def plane_values(
+    words, zero, scale, PLANE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr
+):
+    """[R, W] words -> [R, 2 W]: the values of codes `PLANE` and `PLANE` + half a word, over `unit_of`.
+
+    `zero`: zero points of integers over `unit_of`, of DTYPE for each word, or 0. `scale`: for each word, if SCALED.
+    """
+    bits = _bits(words, PLANE, KIND, DTYPE)
+    low = _value(bits.to(tl.int16).to(DTYPE, bitcast=True), zero, PLANE, KIND)
+    high = _value((bits >> 16).to(tl.int16).to(DTYPE, bitcast=True), zero, PLANE, KIND)
+    return _joined(_scaled(low, scale, SCALED), _scaled(high, scale, SCALED))
+
+
+@triton.jit
+def for_words(per_group, GROUP_WORDS: tl.constexpr):
+    """[R, G] of groups of columns -> [R, W] of their words."""
+    R: tl.constexpr = per_group.shape[0]
+    G: tl.constexpr = per_group.shape[1]
+    return tl.reshape(tl.broadcast_to(per_group[:, :, None], (R, G, GROUP_WORDS)), (R, G * GROUP_WORDS))
 
 
 @triton.jit
@@ -191,10 +228,10 @@ def scale_values(stored, outer, SCALE: tl.constexpr):
 
 @triton.jit
 def zero_codes(zero, row, block, width, KIND: tl.constexpr):
-    """Integer zero points of `block`s of `row`s, counted from 0, as float32; `width`: stored bytes of a row."""
+    """Integer zero points of `block`s of `row`s as float32; `width`: stored bytes of a row."""
     if KIND == INT4:
         byte = tl.load(zero + row * width + block // 2)
-        codes = (byte >> ((block % 2) * 4).to(tl.uint8)) & 15
+        codes = ((byte >> ((block % 2) * 4).to(tl.uint8)) & 15).to(tl.int32) - 8
     else:
-        codes = tl.load(zero + row * width + block) ^ 128  # bytes of signed codes
+        codes = (tl.load(zero + row * width + block) ^ 128).to(tl.int32) - 128  # bytes of signed codes
     return codes.to(tl.float32)
