@@ -62,8 +62,8 @@ class Code:
 
     ptx: str
     instructions: Counter[str]
-    #: Instructions of the longest loop.
-    loop_length: int
+    #: Of the longest loop.
+    in_loop: Counter[str]
     registers: int
     shared: int
 
@@ -79,32 +79,42 @@ class Code:
             usage = subprocess.run(
                 [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True
             ).stdout
-        found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", text)
         registers = re.search(r"REG:(\d+)", usage)
         assert registers is not None
-        return cls(made.asm["ptx"], Counter(found), _loop_length(text), int(registers[1]), made.metadata.shared)
+        return cls(
+            made.asm["ptx"], Counter(_instructions(text)), Counter(_loop(text)), int(registers[1]), made.metadata.shared
+        )
 
     def count(self, *prefixes: str) -> int:
         """Instructions that begin so."""
         return sum(n for name, n in self.instructions.items() if name.startswith(prefixes))
 
     @property
+    def loop_length(self) -> int:
+        """Instructions of the longest loop."""
+        return self.in_loop.total()
+
+    @property
     def spills(self) -> int:
-        """Accesses to local memory."""
-        return self.count("LDL", "STL")
+        """Accesses to local memory in that loop. A few before and after it cost nothing that counts."""
+        return sum(n for name, n in self.in_loop.items() if name.startswith(("LDL", "STL")))
 
 
-def _loop_length(text: str) -> int:
-    """Of the longest stretch of disassembled code that a branch jumps back over."""
-    longest, seen, count = 0, {}, 0
-    for line in text.splitlines():
+def _instructions(text: str) -> list[str]:
+    """Names of the instructions of disassembled code."""
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", text)
+
+
+def _loop(text: str) -> list[str]:
+    """Instructions of the longest stretch that a branch jumps back over, or of everything where there is no loop."""
+    lines, seen, longest = text.splitlines(), {}, []
+    for i, line in enumerate(lines):
         if label := re.match(r"\s*\.(L_x_\d+):", line):
-            seen[label[1]] = count
-        if re.search(r"/\*[0-9a-f]{4,}\*/\s+\S", line):
-            count += 1
+            seen[label[1]] = i
         if (branch := re.search(r"BRA.*`\(\.(L_x_\d+)\)", line)) and branch[1] in seen:
-            longest = max(longest, count - seen[branch[1]])
-    return longest
+            inside = _instructions("\n".join(lines[seen[branch[1]] : i + 1]))
+            longest = max(longest, inside, key=len)
+    return longest or _instructions(text)
 
 
 class _Recorder:

@@ -12,7 +12,6 @@ import torch
 
 from qpass.ops.triton.triton_private import interpreted
 
-
 #: Those that run kernels.
 RUN = ("test_linear.py", "test_rows.py", "test_attention.py", "test_quantizing.py")
 

@@ -45,7 +45,7 @@ def check(x: Tensor, text: str, stored: Quantized, values: Tensor, bias: Tensor 
 
 @pytest.mark.parametrize("text", FUSED_SPECS)
 @dtypes
-@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 37, 96), (3, 130, 1184), (17, 37, 256), (64, 5, 264)])
+@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 37, 96), (3, 130, 608), (17, 37, 256), (64, 5, 264)])
 def test_fused(
     text: str, dtype: torch.dtype, rows: int, outputs: int, columns: int, device: str, poisoned: None,
     monkeypatch: pytest.MonkeyPatch,

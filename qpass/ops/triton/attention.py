@@ -305,22 +305,8 @@ def attention_kernel(
     mine = counters + tl.program_id(0)
     if tl.atomic_add(mine, 1, sem="acq_rel", scope="gpu") == PARTS - 1:
         tl.store(mine, 0)
-        _join(
-            part_sums,
-            part_tops,
-            part_totals,
-            sinks,
-            y,
-            row,
-            head,
-            real,
-            tl.program_id(0).to(tl.int64) * PARTS * R,
-            PARTS,
-            R,
-            DV,
-            BV,
-            JOIN,
-        )
+        whole = tl.program_id(0).to(tl.int64) * PARTS * R
+        _join(part_sums, part_tops, part_totals, sinks, y, row, head, real, whole, PARTS, R, DV, BV, JOIN)
 
 
 @triton.jit

@@ -130,6 +130,7 @@ def attention(
     if found is not None:
         y = attempt(
             f"attention {k_spec}, {v_spec} of {q.dtype}",
+            q.device,
             lambda: _in_frames(
                 q, *found, k_scale, v_scale, v_columns, mask, is_causal, scale, floats, start, soft_cap, sinks
             ),
@@ -164,7 +165,9 @@ def _halves(
     batch, heads, _, _ = k.data.shape
     if batch != q.shape[0] or q.shape[1] % heads or max(q.shape[-1], v_columns) > 256:
         return None
-    if attention_tiles(q.shape[1] // heads * q.shape[2]) is None or (floats[0] is not None and floats[2] is None):
+    if attention_tiles(q.shape[1] // heads * q.shape[2], q.shape[2]) is None or (
+        floats[0] is not None and floats[2] is None
+    ):
         return None
     return k, v
 
@@ -194,7 +197,7 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
     queries, columns = q.shape[2:]
     groups = q.shape[1] // heads
     device, rows = device_of(q.device), groups * queries
-    tiles = attention_tiles(rows)
+    tiles = attention_tiles(rows, queries)
     assert tiles is not None
     k_first, k_last, v_first, v_last = (None if f is None else f.contiguous() for f in floats)
     parts = token_parts(tokens, batch * heads, device.multiprocessors)

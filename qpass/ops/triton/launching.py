@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -61,15 +62,18 @@ Result = TypeVar("Result")
 _failed: set[str] = set()
 
 
-def attempt(what: str, call: Callable[[], Result]) -> Result | None:
-    """The result of a call that launches a kernel; None if it does not compile or cannot be launched here, now or before.
+def attempt(what: str, device: torch.device, call: Callable[[], Result]) -> Result | None:
+    """The result of a call that launches a kernel on a device; None if it does not compile or cannot be launched, now or before.
 
     One warning says so. It is an error where kernels are interpreted, and when memory runs out.
     """
     if what in _failed:
         return None
     try:
-        return call()
+        with (
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        ):  # Triton launches on the current one
+            return call()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

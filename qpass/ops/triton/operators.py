@@ -49,7 +49,7 @@ def linear(
     fused = kind is not None and x.dtype in HALVES and count <= most_rows(parts.spec)
     if fused and (bias is None or bias.shape == (parts.rows,)) and parts.data.data_ptr() % 16 == 0:
         rows = x.reshape(count, k).contiguous()
-        y = attempt(f"linear {spec} of {x.dtype}", lambda: _fused(rows, parts, bias, str(kind)))
+        y = attempt(f"linear {spec} of {x.dtype}", x.device, lambda: _fused(rows, parts, bias, str(kind)))
         if y is not None:
             return y.view(*x.shape[:-1], parts.rows)
     weight = dequantize(*stored, k, spec, x.dtype)
@@ -145,7 +145,7 @@ def dequantize(
     if parts is None:
         return reference.dequantize(*stored, columns, spec, dtype)
     made_as = torch.float32 if parts.spec.rotated else dtype
-    y = attempt(f"dequantize {spec}", lambda: _rows(parts, None, columns, made_as))
+    y = attempt(f"dequantize {spec}", data.device, lambda: _rows(parts, None, columns, made_as))
     if y is None:
         return reference.dequantize(*stored, columns, spec, dtype)
     return (rotate(y).to(dtype) if parts.spec.rotated else y).view(*data.shape[:-1], columns)
@@ -165,7 +165,9 @@ def embedding(
     stored = (data, scale, zero_point, outer_scale)
     parts = _readable(stored, columns, spec, dtype) if indices.device == data.device else None
     if parts is not None and not parts.spec.rotated:
-        y = attempt(f"embedding {spec}", lambda: _rows(parts, indices.contiguous().view(-1), columns, dtype))
+        y = attempt(
+            f"embedding {spec}", data.device, lambda: _rows(parts, indices.contiguous().view(-1), columns, dtype)
+        )
         if y is not None:
             return y.view(*indices.shape, columns)
     return reference.embedding(indices, *stored, columns, spec, dtype)
@@ -182,7 +184,7 @@ def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[T
     parsed = parse_spec(spec)
     if static_scale is None and _is_written(x, parsed):
         rows = rotate(x.float()) if parsed.rotated else x
-        made = attempt(f"quantize {spec} of {rows.dtype}", lambda: _quantize(rows.contiguous(), parsed))
+        made = attempt(f"quantize {spec} of {rows.dtype}", x.device, lambda: _quantize(rows.contiguous(), parsed))
         if made is not None and (captured or len(made) < 2 or not bool(torch.isinf(made[1]).any())):
             return made
     done = numerics.quantize(x, parsed, static_scale=static_scale, checked=not captured)

@@ -44,12 +44,12 @@ class Tiles:
 
 #: Programs that fill a multiprocessor, and the least tiles along the columns that are worth a program.
 _PROGRAMS, _LEAST_TILES = 2, 4
-#: Rows of x up to which, bits of a code -> tiles. Compiled for sm_80, sm_89 and sm_90 they spill no register.
+#: Rows of x up to which, bits of a code -> tiles. Compiled for sm_80, sm_89 and sm_90 they spill no register in their loops.
 TILES: tuple[tuple[int, int, Tiles], ...] = (
     (16, 4, Tiles(16, 128, 16, 4, 4)),
     (16, 8, Tiles(16, 128, 32, 4, 3)),
     (32, 4, Tiles(32, 128, 16, 4, 3)),
-    (32, 8, Tiles(32, 64, 32, 4, 3)),
+    (32, 8, Tiles(32, 64, 16, 4, 4)),
     (64, 4, Tiles(64, 128, 16, 8, 3)),
     (64, 8, Tiles(64, 128, 16, 8, 4)),
 )
@@ -73,9 +73,9 @@ ATTENTION: tuple[tuple[int, AttentionTiles], ...] = (
 _LEAST_TOKENS = 256
 
 
-def attention_tiles(rows: int) -> AttentionTiles | None:
-    """For `rows` of a program; None where the kernel does not serve."""
-    return next((tiles for most, tiles in ATTENTION if rows <= most), None)
+def attention_tiles(rows: int, queries: int) -> AttentionTiles | None:
+    """For `rows` of a program, of so many queries; None where the kernel does not serve. Masks of several take registers."""
+    return next((tiles for most, tiles in ATTENTION if rows <= most and (queries == 1 or most > 16)), None)
 
 
 def token_parts(tokens: int, heads: int, multiprocessors: int) -> int:
