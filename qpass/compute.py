@@ -66,7 +66,7 @@ def compute_of(spec: QuantSpec, device: str = "cpu") -> Compute:
     The int8 products of the CPU kernels take groups of whole eights. A GPU multiplies codes where both the weight and its input
     have them (of more than 16 rows, if they are integers), and floats otherwise: a weight alone is dequantized in registers.
     """
-    if device != "cpu":
+    if device == "cuda":
         return "int8" if multiplies_integers(spec) else "fp8" if multiplies_fp8(spec, device) else "float"
     served = spec.format.name in INT8_BY_DEFAULT and spec.group_size % 8 == 0 and device == "cpu"
     return "int8" if served and _chosen[0] != "float" else "float"
