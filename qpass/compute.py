@@ -79,7 +79,7 @@ def multiplies_integers(spec: QuantSpec) -> bool:
 
 def multiplies_fp8(spec: QuantSpec, device: str) -> bool:
     """Whether the device multiplies a weight and its input as fp8. Elsewhere both are dequantized: the result is the same."""
-    codes = spec.format.kind == "float8" and spec.format.scale == "float" and _activations_are(spec, "fp8_e4m3")
+    codes = spec.format.name == "fp8_e4m3" and _activations_are(spec, "fp8_e4m3")
     return codes and (spec.granularity is None or _of_whole_rows(spec)) and has_fp8_products(device)
 
 
