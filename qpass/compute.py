@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
+
 from qpass.errors import QpassError
 from qpass.formats import FORMATS
+from qpass.granularity import PerAxis, PerTensor
 from qpass.spec import QuantSpec
 
-Compute = Literal["float", "int8"]
+Compute = Literal["float", "int8", "fp8"]
+#: What a caller may choose.
+_CHOICES = (None, "float", "int8")
+#: Compute capability of the first GPUs with products of fp8 (Ada).
+_FP8_PRODUCTS = (8, 9)
 
 #: Kinds of formats whose kernels can multiply int8 activations.
 _INT8_KINDS = frozenset({"uniform", "codebook"})
@@ -39,7 +46,7 @@ class set_compute:
     """
 
     def __init__(self, compute: Compute | None) -> None:
-        if compute not in (None, "float", "int8"):
+        if compute not in _CHOICES:
             raise QpassError(f"compute {compute!r}: 'float', 'int8' or None")
         self._compute, self._before = compute, _chosen[0]
         self._set(compute)
@@ -57,10 +64,45 @@ class set_compute:
 
 
 def compute_of(spec: QuantSpec, device: str = "cpu") -> Compute:
-    """How a weight in this format is multiplied. The int8 products of the CPU kernels take groups of whole eights."""
+    """How a weight in this format is multiplied, on "cpu" or a GPU.
+
+    The int8 products of the CPU kernels take groups of whole eights. A GPU multiplies codes where both the weight and its input
+    have them (of more than 16 rows, if they are integers), and floats otherwise: a weight alone is dequantized in registers.
+    """
+    if device == "cuda":
+        return "int8" if multiplies_integers(spec) else "fp8" if multiplies_fp8(spec, device) else "float"
     served = spec.format.kind in _INT8_KINDS and spec.group_size % 8 == 0 and device == "cpu"
     wanted = _chosen[0] or ("int8" if spec.format.bits < _INT8_BELOW else "float")
     return "int8" if served and wanted == "int8" else "float"
+
+
+def multiplies_integers(spec: QuantSpec) -> bool:
+    """Whether the products of a weight and its input in codes can be summed as integers: no scale changes along a row."""
+    return _of_whole_rows(spec) and spec.format.kind == "uniform" and _activations_are(spec, "int8")
+
+
+def multiplies_fp8(spec: QuantSpec, device: str) -> bool:
+    """Whether the device multiplies a weight and its input as fp8. Elsewhere both are dequantized: the result is the same."""
+    codes = spec.format.name == "fp8_e4m3" and _activations_are(spec, "fp8_e4m3")
+    return codes and (spec.granularity is None or _of_whole_rows(spec)) and has_fp8_products(device)
+
+
+def _activations_are(spec: QuantSpec, name: str) -> bool:
+    """With a scale for each row, or one for all."""
+    activations = spec.activations
+    scaled = activations is not None and (activations.static or isinstance(activations.granularity, PerAxis))
+    return scaled and activations is not None and activations.format.name == name
+
+
+def _of_whole_rows(spec: QuantSpec) -> bool:
+    return isinstance(spec.granularity, PerAxis | PerTensor) and not spec.double_quantized and not spec.float_zero
+
+
+def has_fp8_products(device: str) -> bool:
+    """Whether GPUs of this kind, "cuda", multiply fp8."""
+    if device != "cuda" or not torch.cuda.is_available() or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability() >= _FP8_PRODUCTS
 
 
 def int8_by_default() -> list[str]:

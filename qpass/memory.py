@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from torch import Tensor, nn
 
 # linux/mman.h
@@ -25,6 +28,20 @@ def drop_mapped_pages(tensor: Tensor) -> None:
     if sys.platform != "linux" or storage.device.type != "cpu" or storage.resizable():
         return
     _advise(tensor, mmap.PAGESIZE, _MADV_PAGEOUT)
+
+
+def outside_of_graphs(make: Callable[[], Tensor]) -> Tensor:
+    """A tensor to keep on a GPU, ready for every stream. It is made in another thread: what this one allocates may belong to a
+    CUDA graph, which Inductor checks and gives back, and this one may be tracing."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_made_and_there, make).result()
+
+
+def _made_and_there(make: Callable[[], Tensor]) -> Tensor:
+    made = make()
+    if made.device.type == "cuda":
+        torch.cuda.synchronize(made.device)
+    return made
 
 
 def for_huge_pages(tensor: Tensor) -> Tensor:

@@ -266,9 +266,13 @@ def _load(stored: Tensor, fmt: Format, length: int) -> Tensor:
 
 
 def quantize(
-    x: Tensor, spec: QuantSpec, tensor_range: tuple[Tensor, Tensor] | None = None, static_scale: Tensor | None = None
+    x: Tensor,
+    spec: QuantSpec,
+    tensor_range: tuple[Tensor, Tensor] | None = None,
+    static_scale: Tensor | None = None,
+    checked: bool = True,
 ) -> Quantized:
-    """[.., K] float -> Quantized, by round to nearest. See `choose_qparams` for `tensor_range`.
+    """[.., K] float -> Quantized, by round to nearest. See `choose_qparams` for `tensor_range` and `checked`.
 
     `static_scale`: broadcasts to x; the scale of a static spec, which is kept by whoever gave it.
     """
@@ -276,7 +280,7 @@ def quantize(
         return Quantized(x.to(spec.format.storage))
     if spec.rotated:
         x = rotate(x.float())
-    qparams = choose_qparams(x, spec, tensor_range)
+    qparams = choose_qparams(x, spec, tensor_range, checked=checked)
     return quantize_to(x if static_scale is None else x.float() / static_scale, spec, qparams)
 
 

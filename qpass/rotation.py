@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qpass.memory import outside_of_graphs
+
 
 def rotation(columns: int) -> Tensor:
     """[columns, columns] float32: symmetric and orthogonal, so its own inverse.
@@ -34,4 +36,11 @@ def _rotation(columns: int) -> np.ndarray:  # an array: a tensor made while torc
 
 def rotate(x: Tensor) -> Tensor:
     """[.., K] -> [.., K] in x's dtype, rotated in float32; again, and it is x."""
-    return (x.float() @ rotation(x.shape[-1]).to(x.device)).to(x.dtype)
+    kept = x.device.type == "cuda" and type(x) is Tensor  # a CUDA graph copies nothing from the host
+    matrix = _on_gpu(x.shape[-1], x.device) if kept else rotation(x.shape[-1]).to(x.device)
+    return (x.float() @ matrix).to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _on_gpu(columns: int, device: torch.device) -> Tensor:
+    return outside_of_graphs(lambda: rotation(columns).to(device))

@@ -47,6 +47,8 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+#: Of ops/triton: what is compiled for GPUs, and imports triton.
+KERNELS = {"unpacking", "linear", "rows", "attention", "quantizing"}
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
 
 
@@ -96,4 +98,15 @@ def test_the_exporter_is_above_and_unknown_to_qpass() -> None:
 @pytest.mark.parametrize("heavy", ["transformers", "torchao", "triton", "onnx"])
 def test_heavy_packages_are_imported_by_their_users_only(heavy: str) -> None:
     users = {str(p) for p in FILES if any(n.split(".")[0] == heavy for n in imports(p, top_level_only=True))}
-    assert users <= ({"cache.py", "cache_layers.py"} if heavy == "transformers" else set())
+    if heavy == "triton":
+        assert users == {f"ops/triton/{name}.py" for name in KERNELS}
+    else:
+        assert users <= ({"cache.py", "cache_layers.py"} if heavy == "transformers" else set())
+
+
+def test_files_of_kernels_are_imported_by_each_other_only() -> None:
+    """Everything else asks for them when a kernel is to run."""
+    files = {f"qpass.ops.triton.{name}" for name in KERNELS}
+    for path in FILES:
+        if path.parent.name != "triton" or path.stem not in KERNELS:
+            assert not files & imports(path), path

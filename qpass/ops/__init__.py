@@ -1,7 +1,7 @@
 """The operators that quantized graphs call: `torch.ops.qpass.*`.
 
 `schemas.py` says what they take, `reference.py` what they give, on every device, `activations.py` those for quantized inputs;
-`cpu/` has the kernels for CPU tensors.
+`cpu/` has the kernels for CPU tensors, `triton/` those for GPU tensors.
 """
 
 from __future__ import annotations

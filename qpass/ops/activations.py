@@ -7,23 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.granularity import PerAxis, PerTensor
+from qpass.compute import has_fp8_products
+from qpass.compute import multiplies_fp8 as multiplies_fp8
+from qpass.compute import multiplies_integers as multiplies_integers
 from qpass.numerics import Quantized, choose_qparams, codes_of, for_whole_tensor, quantize_to, round_to
 from qpass.ops.cpu.build import cpu_features
 from qpass.ops.schemas import LIBRARY
-from qpass.spec import QuantSpec, parse_spec
+from qpass.spec import parse_spec
 
 #: From so many rows of the input on the product of integers is faster than a kernel that reads the weight for a few.
 _ROWS = 8
-
-
-def multiplies_integers(spec: QuantSpec) -> bool:
-    """Whether the products of a weight and its input in codes can be summed as integers: no scale changes along a row."""
-    activations = spec.activations
-    if activations is None or spec.double_quantized or spec.float_zero:
-        return False
-    whole_rows = isinstance(spec.granularity, PerAxis | PerTensor) and not activations.group_size
-    return whole_rows and spec.format.kind == "uniform" and activations.format.name == "int8"
 
 
 def quantize_input(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, spec: str) -> list[Tensor]:
@@ -56,12 +49,18 @@ def integer_linear(
     spec: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Codes [.., K] -> [.., N]: (x - x_zero) (W - zero)^T in integers, times both scales. See `multiplies_integers`."""
+    """Codes [.., K] -> [.., N]: (x - x_zero) (W - zero)^T in integers, times both scales. See `multiplies_integers`.
+
+    Or x W^T of fp8, on GPUs that have such products; on others through floats. See `multiplies_fp8`.
+    """
     parsed, k = parse_spec(spec), x.shape[-1]
     rows = x.reshape(-1, k)
-    if scale is None or not int8_products_pay(rows, data.shape[0]):
+    if x.dtype.is_floating_point and fp8_products_serve(rows, data, dtype):
+        return _fp8_product(rows, x_scale, data, scale, bias, dtype).view(*x.shape[:-1], -1)
+    if x.dtype.is_floating_point or scale is None or not int8_products_pay(rows, data.shape[0]):
         floats = rows.float() if x_zero_point is None else rows.float() - x_zero_point.reshape(-1, 1)
         floats = floats * x_scale.reshape(-1, 1)
+        floats = floats.to(dtype) if x.dtype.is_floating_point else floats
         y = torch.ops.qpass.linear(floats, data, scale, zero_point, outer_scale, bias, spec)
         return y.to(dtype).view(*x.shape[:-1], -1)
     codes, zero = codes_of(Quantized(data, scale, zero_point), parsed, k)
@@ -86,6 +85,30 @@ def int8_products_pay(rows: Tensor, outputs: int) -> bool:
     if rows.device.type == "cpu":
         return len(rows) >= _ROWS and bool(cpu_features() & {"avx512_vnni", "avx_vnni", "amx_int8"})
     return rows.device.type == "cuda" and len(rows) > 16 and rows.shape[1] % 8 == 0 and outputs % 8 == 0
+
+
+def fp8_products_serve(rows: Tensor, data: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies these codes [M, K] and [N, K]: with scales of rows E4M3, in sixteens, to bfloat16."""
+    known = rows.dtype == data.dtype == torch.float8_e4m3fn
+    whole = rows.shape[1] % 16 == 0 and data.shape[0] % 16 == 0 and rows.numel() > 0
+    return known and whole and dtype == torch.bfloat16 and has_fp8_products(rows.device.type)
+
+
+def _fp8_product(
+    rows: Tensor, x_scale: Tensor, data: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[M, K] and [N, K] -> [M, N]. Sums are float32: fast accumulation on Hopper keeps 14 bits of them."""
+    m, n = len(rows), len(data)
+    ones = rows.new_ones((1, 1), dtype=torch.float32) if scale is None else scale.float().reshape(1, -1)
+    y = torch._scaled_mm(
+        rows.contiguous(),
+        data.contiguous().t(),
+        scale_a=x_scale.float().reshape(-1, 1).expand(m, 1).contiguous(),
+        scale_b=ones.expand(1, n).contiguous(),
+        out_dtype=dtype,
+        use_fast_accum=False,
+    )
+    return y if bias is None else (y.float() + bias.float()).to(dtype)
 
 
 LIBRARY.impl("integer_linear", integer_linear, "CompositeExplicitAutograd")

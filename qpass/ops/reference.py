@@ -157,8 +157,27 @@ def read_cache(
         assert start is not None
         positions = torch.arange(last.shape[2], device=values.device) + start
         inside = positions < values.shape[2]  # what a residual window has beyond the end is not read
-        values.index_copy_(2, positions[inside], last[:, :, inside].to(dtype))
+        if values.device.type == "cpu":
+            values.index_copy_(2, positions[inside], last[:, :, inside].to(dtype))
+        else:
+            put_inside(values, positions, inside, last.to(dtype))
     return values
+
+
+def put_inside(values: Tensor, positions: Tensor, inside: Tensor, last: Tensor) -> None:
+    """values[:, :, positions] = last where `inside`, without asking the device how many these are: CUDA graphs allow no question.
+
+    Positions outside write what the first one writes, once more; if that is outside too, what is at the end already.
+    """
+    if not len(positions):
+        return
+    end = values.shape[2] - 1
+    first = torch.where(inside[0], last[:, :, :1], values[:, :, end:])
+    values.index_copy_(
+        2,
+        torch.where(inside, positions, positions[0].clamp(max=end)),
+        torch.where(inside[:, None], last, first),
+    )
 
 
 def _read_cache_fake(data: Tensor, scale: object, zero: object, outer: object, columns: int, spec: str, dtype: torch.dtype,

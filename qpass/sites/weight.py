@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from qpass.compute import multiplies_fp8, multiplies_integers
 from qpass.graph.calls import EmbeddingCall, LinearCall, Route
 from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import set_value, shape_of, value_of
-from qpass.ops.activations import multiplies_integers
 from qpass.sites.core import REPLACED, Edit, Match, current
 from qpass.sites.group import WeightGroup
 from qpass.spec import QuantSpec
@@ -81,7 +81,7 @@ def _linears(insert: _Insert, group: WeightGroup, matches: Sequence[Match], stor
         whole = shape_of(parts[0])[0]  # type: ignore[arg-type, index]
         parts = [_cut(insert, part, whole, call.rows) for part in parts]
     bias = _bias_of(call) if len(matches) == 1 else stored.bias
-    if spec.activations is not None and _is_quantized(spec.activations, stored) and multiplies_integers(spec):
+    if spec.activations is not None and _is_quantized(spec.activations, stored) and _multiplies_codes(spec, parts[0]):
         codes, *of_input = _codes(insert, _input(insert, call, None), spec.activations, stored)
         zero = of_input[1] if len(of_input) > 1 else None
         fused = insert(torch.ops.qpass.integer_linear.default, codes, of_input[0], zero, *parts, bias, str(spec), dtype)
@@ -94,6 +94,11 @@ def _linears(insert: _Insert, group: WeightGroup, matches: Sequence[Match], stor
     set_value(fused, value_of(call.node).new_empty((*shape_of(call.node)[:-1], sum(rows))))  # type: ignore[index]
     pieces = insert(_aten.split_with_sizes.default, fused, rows, -1)
     return [insert(operator.getitem, pieces, i) for i in range(len(matches))]
+
+
+def _multiplies_codes(spec: QuantSpec, data: Node | None) -> bool:
+    """Whether the products are of codes; of fp8 only on a GPU that has them."""
+    return multiplies_integers(spec) or (data is not None and multiplies_fp8(spec, value_of(data).device.type))
 
 
 def _is_quantized(activations: QuantSpec, stored: Stored) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qpass.compute import compute_of
 from qpass.ops import reference
+from qpass.ops import triton as on_gpu
 from qpass.ops.cpu.attention import attention
 from qpass.ops.cpu.build import Kernels, cpu_features, kernels
 from qpass.ops.cpu.library import c_functions, remember
@@ -196,13 +197,18 @@ def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[T
     return parts
 
 
-def _on_any_device(on_cpu: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, *rest: (on_cpu if x.device.type == "cpu" else elsewhere)(x, *rest)
+def _on_any_device(
+    on_cpu: Callable[..., Any], on_gpu: Callable[..., Any], elsewhere: Callable[..., Any]
+) -> Callable[..., Any]:
+    by_device = {"cpu": on_cpu, "cuda": on_gpu}
+    return lambda x, *rest: by_device.get(x.device.type, elsewhere)(x, *rest)
 
 
 for _name, _function in (("embedding", embedding), ("dequantize", dequantize)):
     LIBRARY.impl(_name, _function, "CPU")
 _bound_calls: dict[str, Callable[..., Any]] = {"linear": linear, "attention": attention, "quantize": quantize}
 for _name, _on_cpu in _bound_calls.items():  # the CPU's own key is binding.cpp's
-    LIBRARY.impl(_name, _on_any_device(_on_cpu, getattr(reference, _name)), "CompositeExplicitAutograd")
+    _reference = getattr(reference, _name)
+    _gpu = getattr(on_gpu.operators, _name, _reference)
+    LIBRARY.impl(_name, _on_any_device(_on_cpu, _gpu, _reference), "CompositeExplicitAutograd")
     LIBRARY.impl(f"{_name}_checked", _on_cpu, "CPU")

@@ -1,0 +1,230 @@
+"""torch.ops.qpass on GPU tensors: shapes, types and layout are seen to here; what no kernel takes, the reference does."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qpass import numerics
+from qpass.granularity import PerTensor, PerTokens
+from qpass.ops import reference
+from qpass.ops.schemas import LIBRARY
+from qpass.ops.triton.caches import attention as attention
+from qpass.ops.triton.launching import HALVES, attempt, codebook, kernels_of, nf4_table, permutes_bytes, serves
+from qpass.ops.triton.stored import Parts, as_bytes, parts_of
+from qpass.ops.triton.table import device_of, fused_kind, most_rows, split_of, tiles_of
+from qpass.ops.triton.workspace import counters
+from qpass.rotation import rotate
+from qpass.spec import QuantSpec, parse_spec
+
+_FLOATS = (torch.float32, *HALVES)
+#: Columns of a row that a program of rows_kernel takes at most.
+_COLUMNS = 2048
+
+
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
+def linear(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    outer_scale: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+) -> Tensor:
+    """[.., K] -> [.., N]. Few rows through a kernel that reads the stored weight, more through the dequantized one."""
+    k, stored = x.shape[-1], (data, scale, zero_point, outer_scale)
+    if not serves(x, *stored, bias) or x.dtype not in _FLOATS or not x.numel():
+        return reference.linear(x, *stored, bias, spec)
+    parts = parts_of(stored, k, spec)
+    if parts is None:
+        return reference.linear(x, *stored, bias, spec)
+    count = x.numel() // k
+    kind = fused_kind(spec, k)
+    fused = kind is not None and x.dtype in HALVES and count <= most_rows(parts.spec)
+    if fused and (bias is None or bias.shape == (parts.rows,)) and parts.data.data_ptr() % 16 == 0:
+        rows = x.reshape(count, k).contiguous()
+        y = attempt(f"linear {spec} of {x.dtype}", x.device, lambda: _fused(rows, parts, bias, str(kind)))
+        if y is not None:
+            return y.view(*x.shape[:-1], parts.rows)
+    weight = dequantize(*stored, k, spec, x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
+
+
+def _fused(x: Tensor, parts: Parts, bias: Tensor | None, kind: str) -> Tensor:
+    """[M, K] -> [M, N]."""
+    kernels, unpacking = kernels_of("linear"), kernels_of("unpacking")
+    (m, k), n, bits = x.shape, parts.rows, parts.spec.format.bits
+    device = device_of(x.device)
+    tiles = tiles_of(m, bits)
+    data = parts.data.view(torch.int32)
+    words = k * bits // 32
+    programs = -(-n // tiles.outputs)
+    split = split_of(n, words, tiles, device.multiprocessors)
+    shared = counters(programs, x.device) if split > 1 else None
+    if shared is None:
+        split = 1
+    chunk = -(-words // split)
+    chunk = -(-chunk // tiles.words) * tiles.words
+    split = -(-words // chunk)
+    number = getattr(unpacking, kind).value
+    y = x.new_empty((m, n))
+    kernels.linear_kernel[(programs, split)](
+        x, data, parts.scale, parts.zero, parts.outer, None if bias is None else bias.contiguous(),
+        nf4_table({kind}, x.dtype, x.device),
+        y, x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else None, shared if split > 1 else None,
+        m, n, k, words, parts.blocks, parts.scale_stride, parts.zero_stride, parts.outer_stride, chunk,
+        KIND=number, PLANES=16 // bits, UNIT=unpacking.unit_of(number, x.dtype), PRMT=permutes_bytes(x.device),
+        GROUP=parts.spec.group_size, SCALE=parts.scale_kind, ZERO=int(parts.zero is not None), SPLIT=split,
+        BM=tiles.rows, BN=tiles.outputs, BW=tiles.words, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return y
+
+
+# --- embedding, dequantize --------------------------------------------------------------------------------------------
+
+
+@cache
+def _rows_kind(text: str) -> int | None:
+    """How rows_kernel reads codes of a format; None if it does not."""
+    rows, fmt = kernels_of("rows"), parse_spec(text).format
+    if fmt.kind == "uniform" and fmt.bits in (2, 3, 4, 5, 6, 8):
+        return rows.UNIFORM.value
+    if fmt.codebook is not None and fmt.bits == 4 and len(fmt.codebook) == 16:
+        return rows.CODEBOOK.value
+    if fmt.kind == "float8":
+        return rows.FLOAT8_E4M3.value if fmt.storage == torch.float8_e4m3fn else rows.FLOAT8_E5M2.value
+    return None
+
+
+def _rows(parts: Parts, ids: Tensor | None, columns: int, dtype: torch.dtype) -> Tensor:
+    """[rows, columns] in `dtype`, or [ids, columns]."""
+    fmt, kind = parts.spec.format, _rows_kind(str(parts.spec))
+    count = parts.rows if ids is None else ids.numel()
+    y = parts.data.new_empty((count, columns), dtype=dtype)
+    if not count:
+        return y
+    tile = min(_COLUMNS, 1 << max(5, (columns - 1).bit_length()))
+    table = codebook(fmt.codebook, y.device) if fmt.codebook else None
+    kernels_of("rows").rows_kernel[(count, -(-columns // tile))](
+        parts.data, parts.scale, parts.zero, parts.outer, table, ids, y,
+        parts.rows, columns, parts.data.shape[-1], parts.blocks, parts.zero_width,
+        parts.scale_stride, parts.zero_stride, parts.outer_stride,
+        KIND=kind, BITS=fmt.bits, MIDDLE=int(-fmt.qmin) if fmt.kind == "uniform" else 0, GROUP=parts.spec.group_size,
+        SCALE=parts.scale_kind, FLOAT_ZERO=parts.spec.float_zero, COLUMNS=tile, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def _readable(stored: tuple[Tensor | None, ...], columns: int, spec: str, dtype: torch.dtype) -> Parts | None:
+    """The parts, if rows_kernel reads them."""
+    if not serves(*stored) or dtype not in _FLOATS or not columns or _rows_kind(spec) is None:
+        return None
+    parts = parts_of(stored, columns, spec)
+    only = None if parts is None else parts.spec.of_caches_only
+    return parts if only in (None, "rotated") else None
+
+
+def dequantize(
+    data: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    outer_scale: Tensor | None,
+    columns: int,
+    spec: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Stored parts -> [.., columns] in `dtype`."""
+    stored = (data, scale, zero_point, outer_scale)
+    parts = _readable(stored, columns, spec, dtype)
+    if parts is None:
+        return reference.dequantize(*stored, columns, spec, dtype)
+    made_as = torch.float32 if parts.spec.rotated else dtype
+    y = attempt(f"dequantize {spec}", data.device, lambda: _rows(parts, None, columns, made_as))
+    if y is None:
+        return reference.dequantize(*stored, columns, spec, dtype)
+    return (rotate(y).to(dtype) if parts.spec.rotated else y).view(*data.shape[:-1], columns)
+
+
+def embedding(
+    indices: Tensor,
+    data: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    outer_scale: Tensor | None,
+    columns: int,
+    spec: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[..] -> [.., columns]: only the named rows are read. An index outside of the table gives a row of NaN."""
+    stored = (data, scale, zero_point, outer_scale)
+    parts = _readable(stored, columns, spec, dtype) if indices.device == data.device else None
+    if parts is not None and not parts.spec.rotated:
+        y = attempt(
+            f"embedding {spec}", data.device, lambda: _rows(parts, indices.contiguous().view(-1), columns, dtype)
+        )
+        if y is not None:
+            return y.view(*indices.shape, columns)
+    return reference.embedding(indices, *stored, columns, spec, dtype)
+
+
+#: Formats that quantize_kernel writes, and the widest row that it takes.
+_WRITTEN, _WIDEST = frozenset({"int8", "int4", "fp8_e4m3", "fp8_e5m2"}), 4096
+
+
+def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
+    """[.., K] -> the parts that the spec has. In a CUDA graph no scale is checked, which would ask the device: one that overflows
+    is infinite there."""
+    captured = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    parsed = parse_spec(spec)
+    if static_scale is None and _is_written(x, parsed):
+        rows = rotate(x.float()) if parsed.rotated else x
+        made = attempt(f"quantize {spec} of {rows.dtype}", x.device, lambda: _quantize(rows.contiguous(), parsed))
+        if made is not None and (captured or len(made) < 2 or not bool(torch.isinf(made[1]).any())):
+            return made
+    done = numerics.quantize(x, parsed, static_scale=static_scale, checked=not captured)
+    return [part.contiguous() for part in done.parts if part is not None]
+
+
+def _is_written(x: Tensor, spec: QuantSpec) -> bool:
+    """Whether the kernel does it: rows that fit a program, a scale for each of them or for groups of a power of two."""
+    if x.dtype not in _FLOATS or not x.numel() or x.shape[-1] > _WIDEST or not serves(x):
+        return False
+    if spec.format.name not in _WRITTEN or spec.double_quantized or spec.float_zero or spec.static:
+        return False
+    group = spec.group_size
+    return not isinstance(spec.granularity, PerTensor | PerTokens) and (not group or group & (group - 1) == 0)
+
+
+def _quantize(x: Tensor, spec: QuantSpec) -> list[Tensor]:
+    """The parts of contiguous rows."""
+    rows, fmt, k = kernels_of("rows"), spec.format, x.shape[-1]
+    made = reference.quantized_like(x, str(spec))
+    slots: list[Tensor | None] = [None] * 4
+    for slot, part in zip(spec.stored_parts, made, strict=True):
+        slots[slot] = as_bytes(part)
+    data, scale, zero, _ = slots
+    assert data is not None
+    group, count = spec.group_size, x.numel() // k
+    padded = max(1 << (k - 1).bit_length(), group, 2)
+    per_program = max(1, min(8, 2048 // padded))
+    low, high = spec.qrange if fmt.kind == "uniform" else (fmt.qmin, fmt.qmax)
+    info = torch.finfo(spec.scale_dtype)
+    tiny = info.smallest_normal * (info.eps if spec.scale_dtype == torch.float16 else 1)  # as numerics has it
+    kind = rows.UNIFORM if fmt.kind == "uniform" else rows.FLOAT8_E4M3 if fmt.name == "fp8_e4m3" else rows.FLOAT8_E5M2
+    kernels_of("quantizing").quantize_kernel[(-(-count // per_program),)](
+        x, data, scale, zero, count, k, data.shape[-1], 0 if scale is None else scale.shape[-1],
+        KIND=kind.value, BITS=fmt.bits, FROM=int(fmt.qmin) if fmt.kind == "uniform" else 0,
+        LOW=float(low), HIGH=float(high), GROUP=group or padded, TINY=tiny, SYMMETRIC=spec.symmetric,
+        ROWS=per_program, COLUMNS=padded, num_warps=4,
+    )  # fmt: skip
+    return made
+
+
+for _name, _function in (("embedding", embedding), ("dequantize", dequantize)):
+    LIBRARY.impl(_name, _function, "CUDA")

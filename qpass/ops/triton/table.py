@@ -1,0 +1,136 @@
+"""Which kernel multiplies a weight of a format with so many rows, in what tiles: one table, the same for every call.
+
+Not measured yet: the numbers come from counting (bytes in flight, registers and instructions of the compiled code).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from qpass.spec import QuantSpec, parse_spec
+
+#: Format -> (how the codes of a word become floats, in unpacking.py; rows of x up to which that kernel serves). Of more rows, and
+#: of formats that are not here, the weight is dequantized by a kernel of its own and multiplied by cuBLAS.
+FUSED: dict[str, tuple[str, int]] = {
+    "int8": ("INT8", 64),
+    "int4": ("INT4", 64),
+    "nf4": ("NF4", 64),
+    "fp4_e2m1": ("E2M1", 64),
+    "mxfp4": ("E2M1", 64),
+    "nvfp4": ("E2M1", 64),
+    "fp8_e4m3": ("E4M3", 64),
+    "mxfp8": ("E4M3", 64),
+    "fp8_e5m2": ("E5M2", 64),
+}
+
+#: Compute capability of the first GPUs with bfloat16 products and asynchronous copies (Ampere). fp8 weights need no hardware for
+#: fp8: their bits are moved to where bfloat16 has them.
+LEAST = (8, 0)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of x, rows of the weight and words (32 bits) of each that a program takes at a time; its warps and copies ahead."""
+
+    rows: int
+    outputs: int
+    words: int
+    warps: int
+    stages: int
+
+
+#: Programs that fill a multiprocessor, and the least tiles along the columns that are worth a program.
+_PROGRAMS, _LEAST_TILES = 2, 4
+#: Rows of x up to which, bits of a code -> tiles. Compiled for sm_80, sm_89 and sm_90 they spill no register in their loops.
+TILES: tuple[tuple[int, int, Tiles], ...] = (
+    (16, 4, Tiles(16, 128, 16, 4, 4)),
+    (16, 8, Tiles(16, 128, 32, 4, 3)),
+    (32, 4, Tiles(32, 128, 16, 4, 3)),
+    (32, 8, Tiles(32, 64, 16, 4, 4)),
+    (64, 4, Tiles(64, 128, 16, 8, 3)),
+    (64, 8, Tiles(64, 128, 16, 8, 4)),
+)
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """Tokens that a program takes at a time; its warps and copies ahead."""
+
+    tokens: int
+    warps: int
+    stages: int
+
+
+#: Rows of a program (queries times query heads of a head of the cache) up to which -> tiles. Beyond, the cache is dequantized.
+ATTENTION: tuple[tuple[int, AttentionTiles], ...] = (
+    (16, AttentionTiles(64, 4, 3)),
+    (64, AttentionTiles(32, 4, 2)),
+)
+#: The least tokens of the cache that are worth a program.
+_LEAST_TOKENS = 256
+
+
+def attention_tiles(rows: int, queries: int) -> AttentionTiles | None:
+    """For `rows` of a program, of so many queries; None where the kernel does not serve. Masks of several take registers."""
+    return next((tiles for most, tiles in ATTENTION if rows <= most and (queries == 1 or most > 16)), None)
+
+
+def token_parts(tokens: int, heads: int, multiprocessors: int) -> int:
+    """How many programs share the tokens of each of `heads` heads of the cache, of all sequences."""
+    wanted = -(-_PROGRAMS * multiprocessors // heads)
+    return max(1, min(wanted, -(-tokens // _LEAST_TOKENS)))
+
+
+def tiles_of(rows: int, bits: int) -> Tiles:
+    """For `rows` of x and codes of `bits`."""
+    return next(tiles for most, width, tiles in TILES if rows <= most and width == bits)
+
+
+def split_of(outputs: int, words: int, tiles: Tiles, multiprocessors: int) -> int:
+    """How many programs share the columns of one tile of outputs, so that all multiprocessors have work."""
+    programs = -(-outputs // tiles.outputs)
+    wanted = -(-_PROGRAMS * multiprocessors // programs)
+    return max(1, min(wanted, words // (tiles.words * _LEAST_TILES)))
+
+
+@cache
+def fused_kind(text: str, columns: int) -> str | None:
+    """Name of the way in which the fused kernel reads a weight of `columns` in this spec; None if it does not."""
+    spec = parse_spec(text)
+    if spec.format.name not in FUSED or spec.float_zero or spec.of_caches_only is not None:
+        return None
+    codes = 32 // spec.format.bits
+    group = spec.group_size
+    whole_words = columns % codes == 0 and (not group or (group >= codes and group & (group - 1) == 0))
+    return FUSED[spec.format.name][0] if whole_words else None
+
+
+def most_rows(spec: QuantSpec) -> int:
+    """Of x that the fused kernel takes."""
+    return FUSED[spec.format.name][1] if spec.format.name in FUSED else 0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on: compute capability (of an AMD GPU: None), multiprocessors."""
+
+    capability: tuple[int, int] | None
+    multiprocessors: int
+
+    @property
+    def served(self) -> bool:
+        """Whether the kernels run there; on older devices the reference does."""
+        return self.capability is None or self.capability >= LEAST
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """Of a GPU; the CPU stands for an H100, when kernels are interpreted there."""
+    if device.type != "cuda":
+        return Device((9, 0), 132)
+    found = torch.cuda.get_device_properties(device)
+    capability = None if torch.version.hip else (found.major, found.minor)
+    return Device(capability, found.multi_processor_count)

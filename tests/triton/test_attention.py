@@ -1,0 +1,168 @@
+"""A few queries against a quantized cache, against the reference in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qpass.numerics import Quantized, quantize
+from qpass.ops import reference
+from qpass.ops.triton import caches, operators
+from qpass.spec import parse_spec
+from tests.triton.test_linear import random
+
+SPECS = [
+    "int8",
+    "int8:asym",
+    "int8:g16",
+    "fp8_e4m3",
+    "fp8_e5m2:channel",
+    "int4:g32:asym",
+    "int4:channel:asym:rotated",
+    "nf4:g32",
+    "mxfp8",
+]
+#: Of the largest result: rounding of keys, weights and values to the type.
+TOLERANCE = {torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+Floats = tuple[Tensor | None, ...]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the calls that reach the kernel."""
+    calls: list[int] = []
+    attend = caches._attend
+    monkeypatch.setattr(caches, "_attend", lambda *given: calls.append(1) or attend(*given))  # type: ignore[func-returns-value]
+    return calls
+
+
+def cache(shape: tuple[int, ...], text: str, seed: int = 0) -> Quantized:
+    return quantize(random(*shape, seed=seed), parse_spec(text))
+
+
+def on(device: str, things: Any) -> Any:
+    return tuple(t.to(device) if isinstance(t, Tensor) else t for t in things)
+
+
+def check(q: Tensor, k: Quantized, v: Quantized, text: str, columns: int, device: str, mask: Tensor | None = None,
+          causal: bool = False, extra: tuple[Any, ...] = ()) -> None:  # fmt: skip
+    """extra: k_first, v_first, k_last, v_last, start, soft_cap, sinks."""
+    arguments = (*k.parts, text, *v.parts, columns, text, mask, causal, None, *extra)
+    found = operators.attention(q.to(device), *on(device, arguments))
+    expected = reference.attention(q.float(), *arguments).nan_to_num(0)  # a query that sees nothing gives zeros
+    assert (found.dtype, found.shape) == (q.dtype, expected.shape)
+    error = (found.cpu().float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    assert float(error) <= TOLERANCE[q.dtype]
+
+
+@pytest.mark.parametrize("text", SPECS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "queries", "columns"),
+    [(1, 1, (64, 64)), (70, 1, (40, 48)), pytest.param(600, 3, (128, 64), marks=pytest.mark.long)],
+)
+def test_attention(
+    text: str, dtype: torch.dtype, tokens: int, queries: int, columns: tuple[int, int], device: str, served: list[int],
+    poisoned: None,
+) -> None:  # fmt: skip
+    """Masks of either kind, of each head or for all, and the tokens that are there as floats."""
+    k, v = cache((2, 2, tokens, columns[0]), text), cache((2, 2, tokens, columns[1]), text, 1)
+    q = random(2, 6, queries, columns[0], seed=2).to(dtype)
+    kept = torch.rand(2, 1, queries, tokens, generator=torch.Generator().manual_seed(3)) > 0.3
+    by_head = torch.where(kept, 0.0, -torch.inf) + random(1, 6, 1, tokens, seed=4)
+    new_k, new_v = (random(2, 2, 2, n, seed=5).to(dtype) for n in columns)
+    floats: Floats = (new_k[:, :, :1], new_v[:, :, :1], new_k, new_v, torch.tensor(tokens // 2))
+    check(q, k, v, text, columns[1], device)
+    check(q, k, v, text, columns[1], device, by_head)
+    check(q, k, v, text, columns[1], device, kept, extra=(None, None, *floats[2:]))
+    check(q, k, v, text, columns[1], device, kept[:1, :, :1], extra=floats)
+    assert len(served) == 4
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_causal_capped_and_with_sinks(dtype: torch.dtype, device: str, served: list[int]) -> None:
+    k, v = cache((1, 2, 40, 64), "int8"), cache((1, 2, 40, 64), "int8", 1)
+    q = random(1, 4, 5, 64, seed=2).to(dtype)
+    nothing = (None,) * 5
+    seen = torch.ones(1, 1, 5, 40, dtype=torch.bool)
+    seen[0, 0, 1] = False
+    check(q, k, v, "int8", 64, device, causal=True)
+    check(q, k, v, "int8", 64, device, seen, extra=(*nothing, 2.0, None))
+    check(q, k, v, "int8", 64, device, seen, extra=(*nothing, 0.0, random(4, seed=6)))
+    check(q, k, v, "int8", 64, device, seen, extra=(*nothing, 3.0, random(4, seed=6)))
+    assert len(served) == 4
+
+
+@pytest.mark.parametrize("text", ["int8:static", "fp8_e4m3:static"])
+def test_static_scales_of_channels(text: str, device: str, served: list[int]) -> None:
+    spec, scale = parse_spec(text), torch.rand(1, 2, 1, 64) / 40 + 0.01
+    k, v = (Quantized(quantize(random(2, 2, 70, 64, seed=i), spec, static_scale=scale).data, scale) for i in range(2))
+    new = random(2, 2, 1, 64, seed=5).bfloat16()
+    check(
+        random(2, 4, 1, 64, seed=2).bfloat16(), k, v, text, 64, device, extra=(None, None, new, new, torch.tensor(69))
+    )
+    assert served
+
+
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_only_the_part_that_is_seen_is_read(mask: str, device: str, served: list[int]) -> None:
+    """Beyond the last token of a cache that is not full, and before a window, lies what would spoil any sum."""
+    k, v = cache((1, 2, 600, 64), "int8"), cache((1, 2, 600, 64), "int8", 1)
+    seen = torch.zeros(1, 1, 1, 600, dtype=torch.bool)
+    seen[..., 130:301] = True
+    for half in (k, v):
+        assert half.scale is not None
+        half.scale[:, :, ~seen[0, 0, 0]] = float("nan")
+    q = random(1, 4, 1, 64, seed=2).bfloat16()
+    given = seen if mask == "bool" else torch.where(seen, 0.0, -torch.inf).bfloat16()
+    found = operators.attention(q.to(device), *on(device, (*k.parts, "int8", *v.parts, 64, "int8", given, False, None)))
+    part_k, part_v = (half.map(lambda p: p[:, :, 130:301]) for half in (k, v))
+    expected = reference.attention(q.float(), *part_k.parts, "int8", *part_v.parts, 64, "int8", None, False, None)
+    torch.testing.assert_close(found.cpu().float(), expected, rtol=1e-2, atol=1e-2)
+    assert served
+
+
+def test_the_filled_part_of_a_longer_cache(device: str, served: list[int]) -> None:
+    """Tokens behind each other, heads apart: nothing is copied. Other layouts are."""
+    stored = cache((2, 3, 100, 64), "int8")
+    part = stored.map(lambda p: p[:, :, :70])
+    q = random(2, 6, 1, 64, seed=2).bfloat16()
+    for same in (part, part.map(lambda p: p.transpose(1, 2).contiguous().transpose(1, 2)), part.map(Tensor.contiguous)):
+        check(q, same, same, "int8", 64, device)
+    assert len(served) == 3
+
+
+def test_parts_in_a_fixed_order(device: str, served: list[int], poisoned: None) -> None:
+    k, v = cache((1, 1, 2000, 64), "int8"), cache((1, 1, 2000, 64), "int8", 1)
+    q = random(1, 4, 1, 64, seed=2).bfloat16()
+    arguments = on(device, (*k.parts, "int8", *v.parts, 64, "int8", None, False, None))
+    first = operators.attention(q.to(device), *arguments)
+    assert torch.equal(operators.attention(q.to(device), *arguments), first)
+    check(q, k, v, "int8", 64, device)
+
+
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_what_is_no_number(where: str, device: str) -> None:
+    q, k = random(1, 2, 2, 64, seed=2), random(1, 2, 70, 64)
+    (q if where == "query" else k)[0, 0, 1, 5] = float("nan")
+    stored, v = quantize(k, parse_spec("fp8_e4m3")), cache((1, 2, 70, 64), "fp8_e4m3", 1)
+    arguments = on(device, (*stored.parts, "fp8_e4m3", *v.parts, 64, "fp8_e4m3", None, False, None))
+    bad = operators.attention(q.bfloat16().to(device), *arguments).isnan().any(-1)
+    assert bad.tolist() == [[[where == "key", True], [False, False]]]
+
+
+@pytest.mark.parametrize(
+    ("text", "queries", "dtype"),
+    [("int3:g32", 1, torch.bfloat16), ("int8", 40, torch.bfloat16), ("int8", 1, torch.float32)],
+)
+def test_the_reference_serves_the_rest(
+    text: str, queries: int, dtype: torch.dtype, device: str, served: list[int]
+) -> None:
+    k = cache((1, 2, 70, 64), text).map(lambda p: p.to(device))
+    q = random(1, 4, queries, 64, seed=2).to(dtype).to(device)
+    arguments = (*k.parts, text, *k.parts, 64, text, None, False, None)
+    assert torch.equal(operators.attention(q, *arguments), reference.attention(q, *arguments))
+    assert not served

@@ -1,0 +1,51 @@
+"""The attention kernel compiles for each generation of GPUs: see test_compile.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from qpass.numerics import quantize
+from qpass.ops.triton import operators
+from qpass.spec import parse_spec
+from tests.triton.compiling import Launch, launches  # noqa: F401  a fixture
+from tests.triton.test_compile import capabilities, pytestmark  # noqa: F401
+
+OFTEN = ["int8", "int4:g32:asym"]
+SPECS = [
+    "fp8_e4m3:channel",
+    "fp8_e4m3",
+    "fp8_e5m2",
+    "int8:asym",
+    "int8:g32",
+    "int4:channel:asym",
+    "int4:channel:asym:rotated",
+    "nf4:g32",
+    "mxfp8",
+    "mxfp4",
+]
+
+
+def launch(launches: list[Launch], text: str, queries: int, mask: Tensor | None, floats: bool) -> Launch:  # noqa: F811
+    """Of 32 query heads on 8 heads of a cache of 128 columns."""
+    stored = quantize(torch.zeros(1, 8, 2048, 128), parse_spec(text))
+    q = torch.zeros(1, 32, queries, 128, dtype=torch.bfloat16)
+    new = torch.zeros(1, 8, queries, 128, dtype=torch.bfloat16)
+    extra = (None, None, new, new, torch.tensor(100)) if floats else ()
+    operators.attention(q, *stored.parts, text, *stored.parts, 128, text, mask, False, None, *extra)
+    (found,) = launches
+    return found
+
+
+@pytest.mark.parametrize("text", [*OFTEN, *(pytest.param(text, marks=pytest.mark.long) for text in SPECS)])
+@pytest.mark.parametrize(
+    "queries", [1, pytest.param(4, marks=pytest.mark.long), pytest.param(16, marks=pytest.mark.long)]
+)
+@capabilities
+def test_attention(text: str, queries: int, capability: int, launches: list[Launch]) -> None:  # noqa: F811
+    mask = torch.ones(1, 1, queries, 2048, dtype=torch.bool)
+    code = launch(launches, text, queries, mask, floats=True).compiled(capability)
+    assert code.count("LDGSTS.E.BYPASS.128") > 0
+    assert code.count("HMMA", "HGMMA") > 0
+    assert code.spills == 0

@@ -1,0 +1,132 @@
+"""Every kernel that an operator launches compiles for each generation of GPUs, keeps to its registers and reads 16 bytes at once.
+
+The interpreter takes much that does not compile. No GPU is needed: Triton brings NVIDIA's assembler.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+
+import pytest
+import torch
+
+from qpass.formats import NF4_VALUES
+from qpass.ops.triton import operators
+from qpass.spec import parse_spec
+from tests.triton.compiling import Launch, launches  # noqa: F401  a fixture
+from tests.triton.test_linear import FUSED_SPECS, weight
+from tests.triton.test_rows import SPECS
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton brings NVIDIA's tools for Linux on x86-64"
+)
+capabilities = pytest.mark.parametrize("capability", [80, 89, 90], ids="sm_{}".format)
+#: Formats of which a few are compiled each time; the rest in the long run.
+OFTEN = ["int8", "int4:g128", "int4:g32:asym", "nf4", "fp8_e4m3"]
+
+
+def launch(launches: list[Launch], text: str, rows: int, dtype: torch.dtype = torch.bfloat16) -> Launch:  # noqa: F811
+    """What the linear of 4096 columns launches."""
+    stored, _ = weight(300, 4096, text, "cpu")
+    operators.linear(torch.zeros(rows, 4096, dtype=dtype), *stored.parts, None, text)
+    (found,) = launches
+    return found
+
+
+@pytest.mark.parametrize("text", OFTEN)
+@pytest.mark.parametrize(("rows", "capability"), [(1, 80), (1, 90), (64, 89)])
+def test_fused_linear(text: str, rows: int, capability: int, launches: list[Launch]) -> None:  # noqa: F811
+    code = launch(launches, text, rows).compiled(capability)
+    assert (
+        code.count("LDGSTS.E.BYPASS.128") > 0
+    )  # weights and x: 16 bytes at once, to shared memory, past the first cache
+    assert code.count("HMMA", "HGMMA") > 0
+    assert code.spills == 0
+    assert code.shared <= 99 << 10  # what sm_86 and sm_89 have for a program
+    assert not re.search(r"ftz\.(bf16|f16)", code.ptx)  # codes are subnormal floats
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("text", FUSED_SPECS)
+@pytest.mark.parametrize("rows", [1, 32, 64])
+@capabilities
+def test_fused_linear_of_every_format(text: str, rows: int, capability: int, launches: list[Launch]) -> None:  # noqa: F811
+    test_fused_linear(text, rows, capability, launches)
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g128"])
+def test_fused_linear_of_float16(text: str, launches: list[Launch]) -> None:  # noqa: F811
+    code = launch(launches, text, 1, torch.float16).compiled(90)
+    assert (code.count("HMMA") > 0, code.spills) == (True, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "most"), [("int8", 4.0), ("int4:g128", 5.6), ("int4:g32", 6.8), ("nf4:g128", 14), ("fp8_e4m3", 4.2)]
+)
+def test_instructions_for_a_byte_of_weights(text: str, most: float, launches: list[Launch]) -> None:  # noqa: F811
+    """An H200 gives each multiprocessor 20 bytes in a cycle, in which it has 128 instructions of threads."""
+    found = launch(launches, text, 1)
+    code = found.compiled(90)
+    tile = found.arguments["BN"] * found.arguments["BW"] * 4
+    inside = code.loop_length * found.arguments["num_warps"] * 32 / tile
+    assert inside <= most
+
+
+@pytest.mark.parametrize(
+    "text", ["int4:g32:asym", "nf4", *(pytest.param(text, marks=pytest.mark.long) for text in SPECS)]
+)
+@pytest.mark.parametrize("named", [False, True], ids=["all rows", "named rows"])
+def test_rows(text: str, named: bool, launches: list[Launch]) -> None:  # noqa: F811
+    stored, values = weight(3, 4096, text, "cpu")
+    if named:
+        operators.embedding(torch.tensor([0, 2]), *stored.parts, values.shape[1], text, torch.bfloat16)
+    else:
+        operators.dequantize(*stored.parts, values.shape[1], text, torch.bfloat16)
+    if parse_spec(text).is_identity:
+        assert not launches
+    else:
+        for capability in (80, 90):
+            assert launches[0].compiled(capability).spills == 0
+
+
+def prmt(a: int, b: int, selector: int) -> int:
+    """PTX ISA, prmt.b32: each of four codes picks one of the eight bytes of b:a; its fourth bit repeats that byte's sign."""
+    source = (b << 32) | a
+    out = 0
+    for i in range(4):
+        code = (selector >> (4 * i)) & 15
+        byte = (source >> (8 * (code & 7))) & 0xFF
+        out |= (0xFF * (byte >> 7) if code & 8 else byte) << (8 * i)
+    return out
+
+
+def run(program: str, word: int) -> list[int]:
+    """The four results of a lookup in PTX, for one word of codes."""
+    values: dict[str, int] = {"$4": word}
+    read = {"prmt": prmt, "and": lambda a, b: a & b, "or": lambda a, b: a | b, "shr": lambda a, b: a >> b}
+    for name, out, sources in re.findall(r"(\w+)\.b32 (\$?\w+), ([^;]+);", program.split(";", 1)[1]):
+        arguments = [values[s] if s in values else int(s, 0) for s in sources.split(", ")]
+        values[out] = read[name](*arguments)
+    return [values[f"${i}"] for i in range(4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_lookup_by_byte_permutations(dtype: torch.dtype) -> None:
+    """Executed by hand: the interpreter runs no PTX."""
+    from qpass.ops.triton.unpacking import nf4_patterns, prmt_lookup
+
+    patterns = nf4_patterns(dtype)
+    assert patterns == [int(v) & 0xFFFF for v in torch.tensor(NF4_VALUES).to(dtype).view(torch.int16)]
+    program = prmt_lookup(patterns)
+    generator = torch.Generator().manual_seed(0)
+    for word in [
+        0,
+        0xFFFFFFFF,
+        0x76543210,
+        0xFEDCBA98,
+        *torch.randint(0, 1 << 32, (200,), generator=generator).tolist(),
+    ]:
+        codes = [(word >> (4 * i)) & 15 for i in range(8)]
+        assert run(program, word) == [patterns[codes[j]] | (patterns[codes[j + 4]] << 16) for j in range(4)]

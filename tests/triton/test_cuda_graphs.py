@@ -1,0 +1,86 @@
+"""CUDA graphs: a decode step is captured, copies no weights, and gives what it gives without. Needs a GPU."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import qpass
+from qpass.ops.triton import operators
+from tests.triton.test_linear import random, weight
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).bfloat16().eval().cuda()
+
+
+@torch.no_grad()
+def decode(model: Any, cache: Any, steps: int) -> list[Tensor]:
+    """Logits of so many steps, each behind the ones before."""
+    found = []
+    for i in range(steps):
+        torch.compiler.cudagraph_mark_step_begin()
+        ids = torch.full((1, 1), 7 + i, device="cuda")
+        found.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits.clone())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kv"),
+    [("int8", "int8"), ("int4:g128", "int4:channel:asym"), ("nf4", None), ("fp8_e4m3", "fp8_e4m3:channel")],
+)
+def test_a_decode_step_is_a_graph(recipe: str, kv: str | None) -> None:
+    model = llama()
+    plain = qpass.quantize(copy.deepcopy(model), qpass.Recipe.uniform(recipe), inner="eager")
+    captured = qpass.quantize(model, qpass.Recipe.uniform(recipe), mode="reduce-overhead")
+
+    def cache() -> Any:
+        return transformers.StaticCache(model.config, 64) if kv is None else qpass.KVCache(model.config, 64, kv)
+
+    held = cache()
+    found = decode(captured, held, 8)
+    for ours, theirs in zip(found, decode(plain, cache(), 8), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
+        decode(captured, held, 1)
+        torch.cuda.synchronize()
+    events = [e.name for e in profile.events()]
+    assert any(name == "cudaGraphLaunch" for name in events)
+    smallest = min(p.nbytes for p in model.parameters() if p.dim() == 2)
+    copies = [e for e in profile.events() if "Memcpy DtoD" in e.name]
+    assert sum(getattr(e, "nbytes", 0) or 0 for e in copies) < smallest
+    assert len(copies) < 10
+
+
+def test_graphs_captured_apart_may_run_at_the_same_time() -> None:
+    """Programs of two graphs that share sums do not meet in one counter."""
+    stored, _ = weight(64, 4096, "int8", "cuda")
+    x = random(2, 4096, seed=1).bfloat16().cuda()
+    expected = operators.linear(x, *stored.parts, None, "int8")
+    graphs, results, streams = [], [], [torch.cuda.Stream() for _ in range(2)]
+    for _ in streams:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results.append(operators.linear(x, *stored.parts, None, "int8"))
+        graphs.append(graph)
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)

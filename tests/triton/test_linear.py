@@ -1,0 +1,151 @@
+"""The product of a few rows with a stored weight, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qpass.numerics import Quantized, dequantize, quantize
+from qpass.ops import reference
+from qpass.ops.triton import operators, workspace
+from qpass.ops.triton.table import FUSED, fused_kind
+from qpass.spec import parse_spec
+
+FUSED_SPECS = ["int8", "int8:tensor", "int8:g64", "int8:g32:asym", "int8:asym:scale=bf16", "int4:g128", "int4:g32:asym",
+               "int4:channel", "int4:channel:asym", "int4:g256", "int4:g8:scale=fp16", "int4:tensor:asym", "nf4", "nf4:g32:dq",
+               "nf4:channel", "fp4_e2m1", "mxfp4", "nvfp4", "fp8_e4m3", "fp8_e4m3:channel", "fp8_e5m2:g16", "mxfp8"]  # fmt: skip
+OTHER_SPECS = ["int3:g32", "int2:g16:asym", "int6", "int5:g20", "int4:g7", "int4:g64:zero=float", "int4:g40", "bf16"]
+#: Of the largest result: rounding of weights and of the result to the type.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight(rows: int, columns: int, text: str, device: str) -> tuple[Quantized, Tensor]:
+    """(stored, float64 values on the CPU)"""
+    spec = parse_spec(text)
+    columns = max(columns, spec.group_size) if spec.format.scale == "float" else columns
+    stored = quantize(random(rows, columns), spec)
+    return stored.map(lambda p: p.to(device)), dequantize(stored, spec, columns).double()
+
+
+def check(x: Tensor, text: str, stored: Quantized, values: Tensor, bias: Tensor | None = None) -> None:
+    found = operators.linear(x, *stored.parts, bias, text)
+    expected = F.linear(x.cpu().double(), values, None if bias is None else bias.cpu().double())
+    assert found.dtype == x.dtype
+    assert found.is_contiguous()
+    error = (found.cpu().double() - expected).abs().max() / expected.abs().max()
+    assert float(error) <= TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("text", FUSED_SPECS)
+@dtypes
+@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 37, 96), (3, 130, 608), (17, 37, 256), (64, 5, 264)])
+def test_fused(
+    text: str, dtype: torch.dtype, rows: int, outputs: int, columns: int, device: str, poisoned: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    stored, values = weight(outputs, columns, text, device)
+    assert fused_kind(text, values.shape[1]) is not None
+    monkeypatch.setattr(operators, "dequantize", None)  # the wide path would need it
+    check(random(rows, values.shape[1], seed=1).to(dtype).to(device), text, stored, values, random(outputs).to(device))
+
+
+def test_every_fused_format_is_tested() -> None:
+    assert {parse_spec(text).format.name for text in FUSED_SPECS} == FUSED.keys()
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g32:asym", "nf4", *OTHER_SPECS])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 95), (70, 64)])
+def test_wide(text: str, dtype: torch.dtype, rows: int, columns: int, device: str, poisoned: None) -> None:
+    """Odd columns, many rows, formats and types that the fused kernel does not take."""
+    stored, values = weight(19, columns, text, device)
+    check(random(rows, values.shape[1], seed=1).to(dtype).to(device), text, stored, values)
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g128", "nf4:g32"])
+@dtypes
+@pytest.mark.parametrize("rows", [1, 20])
+def test_programs_that_share_the_columns(text: str, dtype: torch.dtype, rows: int, device: str, poisoned: None) -> None:
+    """The last to finish adds up; the result is the same again, and the counters are 0 again."""
+    stored, values = weight(37, 2048, text, device)
+    x = random(rows, 2048, seed=1).to(dtype).to(device)
+    check(x, text, stored, values, random(37).to(device))
+    results = [operators.linear(x, *stored.parts, None, text) for _ in range(3)]
+    assert all(torch.equal(r, results[0]) for r in results)
+    counters = workspace._made[x.device]
+    assert counters.next_in_ring > 0
+    assert not counters.ring.any()
+
+
+def test_without_counters_programs_share_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, values = weight(37, 4096, "int8", device)
+    monkeypatch.setattr(operators, "counters", lambda *_: None)
+    check(random(2, 4096, seed=1).bfloat16().to(device), "int8", stored, values)
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g128", "nf4"])
+def test_inputs_of_any_layout(text: str, device: str) -> None:
+    stored, _ = weight(37, 256, text, device)
+    x = random(6, 256, seed=1).bfloat16().to(device)
+    expected = operators.linear(x, *stored.parts, None, text)
+    memory = torch.empty(6 * 256 + 1, dtype=x.dtype, device=device)
+    misaligned = memory[1:].view(6, 256).copy_(x)
+    for same in (x.T.contiguous().T, misaligned, x.view(2, 3, 256), x.repeat(1, 2)[:, :256]):
+        assert torch.equal(operators.linear(same, *stored.parts, None, text).reshape(6, 37), expected)
+    every_other = stored.map(lambda p: p.repeat_interleave(2, 0)[::2] if p.dtype != torch.float8_e4m3fn else p)
+    assert torch.equal(operators.linear(x, *every_other.parts, None, text), expected)
+    row_range = stored.map(lambda p: p[5:29] if p.shape[0] == 37 else p)
+    assert torch.equal(operators.linear(x, *row_range.parts, None, text), expected[:, 5:29])
+    assert operators.linear(x[:0], *stored.parts, None, text).shape == (0, 37)
+    assert operators.linear(x[2], *stored.parts, None, text).shape == (37,)
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 37), (3, 37)], ids=str)
+def test_what_is_added_may_be_broadcast(shape: tuple[int, ...], device: str) -> None:
+    stored, values = weight(37, 256, "int8", device)
+    x, added = random(3, 256, seed=1).to(device), random(*shape, seed=2).to(device)
+    found = operators.linear(x, *stored.parts, added, "int8")
+    expected = x.cpu().double() @ values.T + added.cpu().double()
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["int8", "int4:g128", "nf4", "fp8_e4m3"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_reach_their_row_only(text: str, bad: float, device: str) -> None:
+    stored, _ = weight(37, 256, text, device)
+    x = random(3, 256, seed=1).bfloat16().to(device)
+    x[1, 100] = bad
+    found = operators.linear(x, *stored.parts, None, text)
+    assert not bool(found[1].isfinite().any())
+    assert bool(found[[0, 2]].isfinite().all())
+
+
+@pytest.mark.parametrize("text", ["int8", "nvfp4", "int4:g32:asym"])
+def test_parts_that_are_not_what_the_spec_says(text: str, device: str) -> None:
+    """Cast by someone, the reference reads them as they are; of another size, it says so."""
+    stored, _ = weight(8, 64, text, device)
+    x = random(2, 64, seed=1).to(device)
+    assert stored.scale is not None
+    cast = (stored.data, stored.scale.to(torch.bfloat16), stored.zero_point, stored.outer_scale)
+    assert torch.equal(operators.linear(x, *cast, None, text), reference.linear(x, *cast, None, text))
+    with pytest.raises(RuntimeError):
+        operators.linear(random(2, 128).to(device), *stored.parts, None, text)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("text", FUSED_SPECS)
+@dtypes
+@pytest.mark.parametrize("rows", [2, 16, 33])
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 8), (129, 576), (64, 4096), (257, 2056)])
+def test_fused_in_more_shapes(
+    text: str, dtype: torch.dtype, rows: int, outputs: int, columns: int, device: str, poisoned: None
+) -> None:
+    stored, values = weight(outputs, columns, text, device)
+    check(random(rows, values.shape[1], seed=1).to(dtype).to(device), text, stored, values)
