@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from qpass.passes import GraphInput, StateInput
 from qpass.sites.group import WeightGroup
-from qpass.store import WeightStore
+from qpass.store import Entry, WeightStore
 
 
 class Lookup:
@@ -26,10 +27,16 @@ class Lookup:
         self.store, self.group, self.on_new = store, group, on_new
         biases = [b for b in group.biases if b is not None] if group.has_bias else []
         self.indices = [order[name] for name in (*group.weights, *biases)]
+        #: The entry that served last; weakly, as the store lets go of entries whose Parameters are gone.
+        self._last: Callable[[], Entry | None] = lambda: None
         self.key = f"{group.spec}|{group.transposed}|{[b is not None for b in group.biases]}|{len(group.weights)}"
 
     def __call__(self, args: Sequence[Any]) -> tuple[Tensor | None, ...]:
-        return self.store.get([args[i] for i in self.indices], self.group, self.key, self.on_new)
+        entry = self._last()
+        if entry is None or not entry.is_quick(args, self.indices):
+            entry = self.store.get([args[i] for i in self.indices], self.group, self.key, self.on_new)
+            self._last = weakref.ref(entry)
+        return entry.parts
 
 
 class Arguments:

@@ -63,7 +63,7 @@ def quantize_program(
     def parts_of(group: WeightGroup) -> Parts:
         biases = [by_name[b] for b in group.biases if b is not None]
         params = [by_name[name] for name in group.weights]
-        return backend.store.get([*params, *biases], group, "exported", lambda _: None)
+        return backend.store.get([*params, *biases], group, "exported", lambda _: None).parts
 
     def fake_parts(group: WeightGroup) -> list[Tensor | None]:
         reference = placeholders[group.weights[0]].meta["val"]

@@ -74,7 +74,7 @@ class Kept:
         """The weights of a group were made."""
 
 
-class _Entry:
+class Entry:
     """The parts of a group and what they were made from."""
 
     def __init__(self, params: Sequence[Tensor], parts: Parts, on_death: Callable[[Any], object]) -> None:
@@ -83,6 +83,20 @@ class _Entry:
         self.states = [_state(p) for p in params]
         # Held, so that new memory of a Parameter cannot come to lie where the old was.
         self.storages = [p.untyped_storage() for p in params if not isinstance(p, QTensor)]
+
+        #: Of QTensors alone: what makes each the one that it was.
+        known = [(p.token, p.quantized) for p in params if isinstance(p, QTensor)]
+        self.known = known if len(known) == len(params) else None
+
+    def is_quick(self, args: Sequence[Any], indices: Sequence[int]) -> bool:
+        """`is_of` for QTensors among the arguments of a call, in a tenth of the time."""
+        if self.known is None:
+            return False
+        for i, (token, quantized) in zip(indices, self.known, strict=True):
+            param = args[i]
+            if getattr(param, "token", None) is not token or param.quantized is not quantized:
+                return False
+        return True
 
     def holds(self, param: Tensor) -> bool:
         """Whether the parts were made of `param`, among others."""
@@ -99,7 +113,7 @@ class WeightStore:
     """Groups of Parameters -> stored parts; quantized when first seen and again when a Parameter has changed."""
 
     def __init__(self) -> None:
-        self._entries: dict[tuple[int, str], _Entry] = {}
+        self._entries: dict[tuple[int, str], Entry] = {}
         self._lock = threading.Lock()
         self._stats: WeakIdKeyDictionary = WeakIdKeyDictionary()
         #: Parameter -> its state, and what calibration made of it.
@@ -107,20 +121,20 @@ class WeightStore:
 
     def get(
         self, params: Sequence[Tensor], group: WeightGroup, key: str, on_new: Callable[[Sequence[Tensor]], None]
-    ) -> Parts:
-        """The parts for `params` (the group's weights, then its stored biases). `key`: a name of the group's layout.
+    ) -> Entry:
+        """With the parts for `params` (the group's weights, then its stored biases). `key`: a name of the group's layout.
 
         `on_new` is told of Parameters that were quantized just now.
         """
         entry = self._entries.get((id(anchor(params[0])), key))
         if entry is not None and entry.is_of(params):
-            return entry.parts
+            return entry
         with self._lock:
             slot = (id(anchor(params[0])), key)
             parts = self._make(params, group)
-            self._entries[slot] = _Entry(params, parts, lambda _: self._entries.pop(slot, None))
+            entry = self._entries[slot] = Entry(params, parts, lambda _: self._entries.pop(slot, None))
         on_new(params)
-        return parts
+        return entry
 
     def choose(self, param: Tensor, made: Made) -> None:
         """Keep what calibration made of a Parameter, for all graphs that will use it, as long as it is not changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from hypothesis import settings
 
 import qpass
+
+os.environ.setdefault("TORCHINDUCTOR_SIZE_ASSERTS", "1")  # Inductor checks here that fakes tell the truth
 
 
 @pytest.fixture(autouse=True)
