@@ -18,6 +18,7 @@ from torch import Tensor
 from qpass.decisions import Decision, Decisions
 from qpass.numerics import fake_quantize
 from qpass.progress import track
+from qpass.qtensor import QTensor
 from qpass.recipe import Recipe
 from qpass.replay import Program, Run
 from qpass.sensitivity import GROUP, Sensitivity, measure
@@ -77,7 +78,7 @@ def spread_bits(groups: Sequence[tuple[WeightGroup, Sequence[Tensor]]], bits: fl
         for param, flipped in zip(params, group.transposed, strict=True):
             known = decisions.of(param)
             rows = as_rows(param.detach(), flipped)
-            if known is None or known.final or rows.is_meta:
+            if known is None or known.final or isinstance(param, QTensor) or rows.is_meta:
                 continue
             if takes_bits(known.spec, known.site.name, decisions.recipe, rows.shape[-1]):
                 weights[memory_of(param)], decided[memory_of(param)] = rows, (param, known)

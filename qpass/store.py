@@ -173,6 +173,12 @@ class WeightStore:
         return None
 
     def _make(self, params: Sequence[Tensor], group: WeightGroup) -> Parts:
+        with torch.autocast(
+            params[0].device.type, enabled=False
+        ):  # which has no place for scales in other types than its own
+            return self._made(params, group)
+
+    def _made(self, params: Sequence[Tensor], group: WeightGroup) -> Parts:
         n = len(group.weights)
         weights, biases = params[:n], list(params[n:])
         if all(isinstance(w, QTensor) for w in weights):

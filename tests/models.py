@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qpass.recipe import PRESETS
+
 VOCAB, WIDTH, HEADS, BLOCKS = 97, 64, 4, 2
 
 
@@ -194,6 +196,10 @@ def tokens(batch: int = 2, length: int = 9, seed: int = 0) -> Tensor:
 def logits_of(out: object) -> Tensor:
     """The logits of a model's output, whatever it wraps them in."""
     return getattr(out, "logits", out)  # type: ignore[return-value]
+
+
+#: What the preset "int8" stores weights as.
+INT8 = str(PRESETS["int8"].ffn)
 
 
 def dequantized_copy(model: nn.Module, spec_of: Callable[[str], str | None], transposed: str = r"(?!)") -> nn.Module:

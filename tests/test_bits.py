@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,3 +112,12 @@ def test_calibration_after_calls_without_data_gives_out_bits_anew() -> None:
             fast(ids)
         fast(ids)
     assert {s.name: s.format for s in qpass.report(fast).sites} != before
+
+
+@torch.no_grad()
+def test_a_loaded_model_keeps_its_bits(tmp_path: Path) -> None:
+    quantized = qpass.quantize(model(), "int4", inner="eager")
+    qpass.save(quantized, tmp_path / "a")
+    loaded = qpass.load(tmp_path / "a", inner="eager")
+    assert torch.equal(loaded(tokens()).logits, quantized(tokens()).logits)
+    assert specs(loaded) == specs(quantized)

@@ -298,7 +298,7 @@ def test_quantize_of_nan_and_infinity(text: str) -> None:
     if text == "fp8_e4m3":
         assert float(qpass.numerics.fake_quantize(x, parse_spec(text))[1, 5]) == 448
     else:
-        with pytest.raises(qpass.QpassError, match="overflows"):
+        with pytest.raises((qpass.QpassError, RuntimeError), match="overflows"):  # through C++, once that is in use
             torch.ops.qpass.quantize(x, text)
 
 

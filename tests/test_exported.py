@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import qpass
-from tests.models import dequantized_copy, logits_of, tokens
+from tests.models import INT8, dequantized_copy, logits_of, tokens
 from tests.shapes import EVERY, build
 
 TEN = ["llama", "gpt2", "bert", "flat", "bloom", "nanogpt", "parallel in one linear", "mixtral (3-D experts)",
@@ -30,7 +30,7 @@ def test_sites_and_logits_are_those_of_the_compiled_model(family: str) -> None:
     rows = {r.name: (r.kind, r.format) for r in qpass.report(quantized).sites}
     floats = {name for name, (_, spec) in rows.items() if spec is None}
     fast = torch.compile(model, backend=qpass.QPass("int8", inner="eager"))
-    reference = dequantized_copy(model, lambda name: None if name in floats else "int8", EVERY[family].transposed)
+    reference = dequantized_copy(model, lambda name: None if name in floats else INT8, EVERY[family].transposed)
     with torch.no_grad():
         ours, compiled = logits_of(quantized.module()(tokens(), **kwargs)), logits_of(fast(tokens(), **kwargs))
         theirs = logits_of(reference(tokens(), **kwargs))

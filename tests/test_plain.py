@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qpass
-from tests.models import build_family, dequantized_copy, logits_of, tokens
+from tests.models import INT8, build_family, dequantized_copy, logits_of, tokens
 from tests.plain import CACHED, PLAIN
 
 
@@ -15,7 +15,7 @@ def test_sites_and_logits(name: str) -> None:
     model, expected = build_family(PLAIN[name]), {}
     sites = PLAIN[name].sites
     fast = torch.compile(model, backend=qpass.QPass("int8", inner="eager"))
-    reference = dequantized_copy(model, lambda _: "int8")
+    reference = dequantized_copy(model, lambda _: INT8)
     with torch.no_grad():
         ours, theirs = logits_of(fast(tokens())), logits_of(reference(tokens()))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))

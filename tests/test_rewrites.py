@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qpass
-from tests.models import VOCAB, FusedBlock, build, dequantized_copy, tokens
+from tests.models import INT8, VOCAB, FusedBlock, build, dequantized_copy, tokens
 
 WIDTH = 64
 
@@ -140,7 +140,7 @@ def test_experts_in_a_loop_are_quantized_whole() -> None:
     """One call of few tokens does not choose every expert: the others are quantized as their siblings."""
     torch.manual_seed(0)
     model = ExpertsInALoop().eval()
-    reference = dequantized_copy(model, lambda name: None if "router" in name else "int8")
+    reference = dequantized_copy(model, lambda name: None if "router" in name else INT8)
     quantized = qpass.quantize(model, "int8", inner="eager")
     ids = tokens(4, 16)
     with torch.no_grad():

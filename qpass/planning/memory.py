@@ -138,9 +138,7 @@ class Planner:
         rows = self._rows(chosen)
         notes: list[str] = []
         if chosen.bits is not None:
-            notes.append(
-                f"{chosen.bits} bits a weight on average; calibration decides which get more and which get fewer"
-            )
+            notes.append(f"{chosen.bits} bits a weight on average: some get more, some fewer")
         if self.context:
             try:
                 rows.append(self.cache(halves))

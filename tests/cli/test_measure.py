@@ -101,9 +101,9 @@ def test_kept_logits_stand_for_the_float_model(command: Command, tmp_path: Path,
 def test_compare_measures_each_recipe_and_the_float_model(command: Command, tmp_path: Path) -> None:
     """A recipe that fails is named; the others are kept, and the next call takes them as they are."""
     compared = ("compare", TINYPY, "--data", DATA, "--folder", tmp_path / "kept", *COMPARED, "--recipes")
-    failed = command(*compared, "int8,int3:g32,int8:g512")
+    failed = command(*compared, "int8,int3:g32,int8+kv=int8:g512")
     assert failed.status == 2
-    assert "int8:g512:" in failed.err
+    assert "int8+kv=int8:g512:" in failed.err
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.json")}
     found = json.loads(command(*compared, "int8,int3:g32", "--json").out)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir() if path in kept} == kept

@@ -184,7 +184,7 @@ def test_a_program_from_a_file_is_checked_and_told(spec: str, tmp_path: Path) ->
     loaded = torch.export.load(tmp_path / "p.pt2")
     if spec == "int8":
         assert [(s.kind, s.name, s.format) for s in export_onnx(loaded, tmp_path).sites] == [
-            ("linear", "layer.weight", "int8:channel")
+            ("linear", "layer.weight", "int8:g32:scale=fp16")
         ]
     else:
         with pytest.raises(qpass.QpassError, match="nearest that works"):

@@ -18,7 +18,7 @@ from qpass.weights import quantize_weight
 from tests.export.micro import Tied, one_embedding, one_linear, reference, stored
 
 UNIFORM = [
-    "int8", "int8:tensor", "int8:asym", "int8:g32", "int8:g32:asym", "int8:g64:scale=fp16", "int6:g32", "int5:g32:asym",
+    "int8:channel", "int8:tensor", "int8:asym", "int8:g32", "int8:g32:asym", "int8:g64:scale=fp16", "int6:g32", "int5:g32:asym",
     "int4:g32", "int4:g32:asym", "int4:g64:asym", "int4:channel", "int4:channel:asym", "int3:g32", "int3:g16:asym",
     "int2:g32:asym", "int4:g32:dq",
 ]  # fmt: skip
@@ -87,7 +87,9 @@ def test_an_embedding_gathers_and_then_dequantizes(spec: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("columns", [96, 72], ids=lambda k: f"K{k}")
-@pytest.mark.parametrize("spec", ["int8", "int8:g32", "int8:g32:asym", "int4:g32", "int4:g32:asym", "int4:channel"])
+@pytest.mark.parametrize(
+    "spec", ["int8:channel", "int8:g32", "int8:g32:asym", "int4:g32", "int4:g32:asym", "int4:channel"]
+)
 def test_a_tied_table_is_stored_once(spec: str, columns: int, tmp_path: Path) -> None:
     model, ids = Tied(columns=columns), torch.tensor([[0, 7, 49], [7, 7, 1]])
     exported = export_onnx(model, tmp_path, recipe=spec, inputs=ids)
@@ -131,7 +133,7 @@ class Halves(torch.nn.Module):
         return torch.tanh(linear(x, self.weight[:32])) + 2 * linear(x, self.weight[32:])
 
 
-@pytest.mark.parametrize("spec", ["int8", "int4:g32:asym", "nf4:g32", "fp8_e4m3"])
+@pytest.mark.parametrize("spec", ["int8:channel", "int4:g32:asym", "nf4:g32", "fp8_e4m3"])
 def test_rows_of_one_weight_are_weights_of_their_own(spec: str, tmp_path: Path) -> None:
     model, x = Halves().eval(), _x()
     export_onnx(model, tmp_path, recipe=qpass.Recipe.uniform(spec, embedding=None), inputs=x)

@@ -255,7 +255,9 @@ def text() -> list[Tensor]:
     return [torch.tensor(np.load(TINYPY / "validation.npy")[:192].astype("int64")).view(2, 96)]
 
 
-@pytest.mark.parametrize("recipe", ["int8", "w8a8", Recipe(ffn="int4:channel")], ids=["int8", "w8a8", "int4 ffn"])
+@pytest.mark.parametrize(
+    "recipe", ["int8:channel", "w8a8", Recipe(ffn="int4:channel")], ids=["int8:channel", "w8a8", "int4 ffn"]
+)
 def test_an_outlier_is_ranked_first_and_the_printed_recipe_fixes_it(
     outlier: Any, text: list[Tensor], recipe: Any, tmp_path: Path
 ) -> None:
@@ -368,7 +370,7 @@ def test_several_sites_that_give_nan_are_all_found(with_nan: Any) -> None:
 
 
 def test_plain_data_holds_all_that_is_printed(outlier: Any, text: list[Tensor]) -> None:
-    found = qpass.blame(quantized(outlier, "int8"), outlier, text, top=2)
+    found = qpass.blame(quantized(outlier, "int8:channel"), outlier, text, top=2)
     plain = json.loads(json.dumps(found.to_json()))
     assert [row["name"] for row in plain["rows"]] == [row.name for row in found.rows]
     assert plain["fix"]["recipe"] == found.fix.recipe  # type: ignore[union-attr]
