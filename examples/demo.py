@@ -38,16 +38,18 @@ def main() -> None:
         console.print(f"{error}; examples/tinypy instead, which forgives what ruins larger models", highlight=False)
         model, text, question = TINYPY, TINYPY / "validation.txt", CODE
 
-    # Each recipe in a process of its own; results are kept, so that the second time it is quick.
+    # Each recipe in a process of its own; results are kept, so that the second time it is quick. The operators are qpass's, the
+    # rest of the model runs eagerly: compiled it is faster, as the answers below are, and takes a minute more for each recipe.
     window = 1024 if model != TINYPY else 512
     _qpass("compare", model, "--recipes", ",".join(RECIPES), "--data", text, "--windows", 2048 // window, "--window", window,
-           "--dtype", "float32")  # fmt: skip
+           "--dtype", "float32", "--inner", "eager")  # fmt: skip
     for recipe in ("float", "int8", "int4+kv=int8"):
         _qpass("generate", model, question, "--recipe", recipe, "-n", 48, "--dtype", "float32")
 
     console.print("\nWhat was done, site by site and in the graph (qpass.report, qpass.diff):\n")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     loaded = qpass.quantize(loaded, "int4+kv=int8", inner="eager")
+    loaded.generate(torch.ones((1, 8), dtype=torch.long), max_new_tokens=2, pad_token_id=0)
     console.print(qpass.report(loaded).__rich__(), highlight=False)
     console.print(qpass.diff(loaded).summary(), markup=False)
 
