@@ -98,6 +98,7 @@ def test_onnxruntime_genai_chats_as_qpass_does(smollm2: Path, tmp_path: Path) ->
         found.append(int(generator.get_next_tokens()[0]))
     with qpass.set_compute("float"):
         expected = greedy(qpass.quantize(in_float(smollm2), "int4", inner="eager"), ids)
+    assert len(found) >= 8
     assert found[: len(expected)] == expected[: len(found)]
 
 

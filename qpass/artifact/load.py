@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,27 +12,23 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qpass.artifact.manifest import (
-    FileEntry,
     Manifest,
     QpassFormatError,
-    TensorEntry,
     WeightEntry,
-    bytes_of,
     check_file,
     check_head,
     read_manifest,
-    sha256_of,
 )
-from qpass.artifact.save import DTYPES, absolute
+from qpass.artifact.reading import damaged, rows_of_groups, tensors_of
+from qpass.artifact.save import absolute
 from qpass.backend import QPass
 from qpass.decisions import Decision
 from qpass.errors import QpassError
 from qpass.finish import finish
-from qpass.memory import for_huge_pages, return_freed_heap
+from qpass.memory import return_freed_heap
 from qpass.numerics import PART_NAMES, Quantized
 from qpass.observers import Observed
 from qpass.ops import reference
-from qpass.progress import track
 from qpass.qtensor import Outcome, QTensor
 from qpass.recipe import resolve_recipe
 from qpass.sites.core import Site
@@ -58,7 +49,7 @@ def verify(folder: str | Path) -> str:
     """Read every byte of an artifact; returns its hash. Raises `QpassFormatError` that names the first damage."""
     folder = absolute(folder)
     manifest = read_manifest(folder)
-    for _ in _tensors(folder, manifest):
+    for _ in tensors_of(folder, manifest):
         pass
     return manifest.hash
 
@@ -85,17 +76,6 @@ def verify_heads(folder: Path) -> Manifest:
     return manifest
 
 
-@contextmanager
-def _damaged(what: object) -> Iterator[None]:
-    """Content that is well formed and means nothing raises many things in many libraries."""
-    try:
-        yield
-    except QpassError:
-        raise
-    except Exception as error:
-        raise QpassFormatError(f"{what}: {type(error).__name__}: {error}") from None
-
-
 def leave_out(module: nn.Module, folder: Path) -> None:
     """Put Parameters without elements where quantized ones will be, so that nobody makes float ones for them."""
     manifest = read_manifest(folder)
@@ -115,10 +95,10 @@ def leave_out(module: nn.Module, folder: Path) -> None:
 def fill(module: nn.Module, folder: Path, inner: str = "inductor", mode: str | None = None) -> nn.Module:
     """Put what is stored in `folder` into the places of `module`, and have it compiled; see `load`."""
     manifest = read_manifest(folder)
-    with _damaged(f"{folder}: its groups"):
-        room = _rows_of_groups(manifest)
-    tensors = dict(_tensors(folder, manifest, room))
-    with _damaged(f"{folder}: the recipe"):
+    with damaged(f"{folder}: its groups"):
+        room = rows_of_groups(manifest)
+    tensors = dict(tensors_of(folder, manifest, room))
+    with damaged(f"{folder}: the recipe"):
         backend = QPass(resolve_recipe(manifest.recipe), inner=inner, mode=mode)
     places = _places(module)
     stored = tensors.keys() | manifest.weights.keys() | manifest.aliases.keys()
@@ -130,7 +110,7 @@ def fill(module: nn.Module, folder: Path, inner: str = "inductor", mode: str | N
     made: dict[str, Tensor] = {}
     grouped = {name for names in manifest.groups for name in names}
     for names in (*manifest.groups, *([name] for name in manifest.weights if name not in grouped)):
-        with _damaged(f"{folder}: {', '.join(names)}"):
+        with damaged(f"{folder}: {', '.join(names)}"):
             entries = [manifest.weights[name] for name in names]
             parts = [{part: tensors.pop(f"{name}.{part}", None) for part in PART_NAMES} for name in names]
             weights = [_weight(entry, each) for entry, each in zip(entries, parts, strict=True)]
@@ -203,7 +183,7 @@ def _skeleton(folder: Path, manifest: Manifest) -> nn.Module:
         raise QpassError("qpass.load: transformers is not installed; give load(folder, model=skeleton)") from None
     if "config.json" not in manifest.files:
         raise QpassError(f"{folder}: no config.json; give load(folder, model=skeleton) for a class of your own")
-    with _damaged(folder / "config.json"):
+    with damaged(folder / "config.json"):
         content = _without_choices(json.loads((folder / "config.json").read_text()))
         config = transformers.CONFIG_MAPPING[content["model_type"]].from_dict(content)
         name = (getattr(config, "architectures", None) or [""])[0]
@@ -220,7 +200,7 @@ def _skeleton(folder: Path, manifest: Manifest) -> nn.Module:
     path = folder / "generation_config.json"
     if path.exists():
         check_file(folder, path.name)
-        with _damaged(path):
+        with damaged(path):
             model.generation_config = transformers.GenerationConfig.from_dict(json.loads(path.read_text()))
     return model
 
@@ -257,83 +237,6 @@ def _check_sketch(sketch: nn.Module, folder: Path, manifest: Manifest) -> None:
         computed += value.nbytes if last in owner._buffers else 0
     if computed > _MOST_COMPUTED:
         raise QpassFormatError(f"{folder}/config.json: buffers of {computed:,} bytes would be computed; refused")
-
-
-def _rows_of_groups(manifest: Manifest) -> dict[str, Tensor]:
-    """Memory for the parts of weights that one operator reads, behind each other as it wants them."""
-    room: dict[str, Tensor] = {}
-    for names in manifest.groups:
-        for part in PART_NAMES[:4]:
-            keys = [f"{name}.{part}" for name in names]
-            entries = [manifest.tensors[key] for key in keys if key in manifest.tensors]
-            alike = len({(entry.dtype, *entry.shape[1:]) for entry in entries}) == 1 and all(e.shape for e in entries)
-            if alike and len(entries) == len(names):
-                whole = _empty([sum(entry.shape[0] for entry in entries), *entries[0].shape[1:]], entries[0].dtype)
-                room |= zip(keys, whole.split([entry.shape[0] for entry in entries]), strict=True)
-    return room
-
-
-def _empty(shape: list[int], dtype: str) -> Tensor:
-    return for_huge_pages(torch.empty(shape, dtype=getattr(torch, dtype), device="cpu"))
-
-
-def _tensors(
-    folder: Path, manifest: Manifest, room: Mapping[str, Tensor] = MappingProxyType({})
-) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor, its bytes checked: in the memory that `room` has for it, or in its own."""
-    for name, file in manifest.files.items():
-        check_head(folder, name, file)
-    by_file: dict[str, list[str]] = {}
-    for name, entry in manifest.tensors.items():
-        by_file.setdefault(entry.file, []).append(name)
-    for file_name in track(sorted(by_file), "qpass: reading"):
-        path, names = folder / file_name, by_file[file_name]
-        with path.open("rb", buffering=0) as stream:
-            with _damaged(path):
-                starts = _starts(stream, manifest.files[file_name], {name: manifest.tensors[name] for name in names})
-            for name, start in starts.items():
-                tensor = _read(stream, start, manifest.tensors[name], room.get(name))
-                if tensor is None:
-                    raise QpassFormatError(f"{path}: {name} is damaged; copy the artifact again")
-                yield name, tensor
-
-
-def _starts(stream: FileIO, file: FileEntry, entries: Mapping[str, TensorEntry]) -> dict[str, int]:
-    """Where each tensor begins in a safetensors file, in this order. They lie behind each other, from the header to the end.
-
-    Raises `QpassFormatError` for a header that says something else than `entries`.
-    """
-    length = int.from_bytes(stream.read(8), "little")
-    header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    at, starts = file.head, {}
-    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
-        entry = entries.get(name)
-        if entry is None:
-            raise QpassFormatError(f"{name}, which the manifest does not know")
-        size = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
-        said = {"dtype": DTYPES[getattr(torch, entry.dtype)], "shape": entry.shape}
-        said["data_offsets"] = [at - file.head, at - file.head + size]
-        if header[name] != said or size < 0:
-            raise QpassFormatError(f"{name} is {header[name]}, not {said}")
-        starts[name], at = at, at + size
-    if 8 + length != file.head or starts.keys() != entries.keys() or at != file.size:
-        raise QpassFormatError("it holds other tensors than the manifest says")
-    return starts
-
-
-def _read(stream: FileIO, start: int, entry: TensorEntry, tensor: Tensor | None) -> Tensor | None:
-    """A tensor as the manifest has it; None if other bytes lie there. It is read, not mapped: a new mapping is read in small
-    pieces, and what was checked could change before it is used."""
-    tensor = _empty(entry.shape, entry.dtype) if tensor is None else tensor
-    stream.seek(start)
-    rest = bytes_of(tensor)
-    while rest:
-        count = stream.readinto(rest)
-        if not count:
-            return None
-        rest = rest[count:]
-    return tensor if sha256_of(tensor) == entry.sha256 else None
 
 
 def _places(module: nn.Module) -> dict[str, tuple[nn.Module, str]]:
