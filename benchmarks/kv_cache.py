@@ -3,8 +3,8 @@
     python benchmarks/kv_cache.py MODEL_DIR --text FILE [--formats "int8" "k=int8,v=int4" ...] [--recall 2000 6000]
                                   [--outliers F] [--json OUT]
 
-Weights stay in float. The windows are those of benchmarks/accuracy.py, read `--chunk` tokens at a time: a chunk sees its own
-tokens as floats and all before it as they are stored. Recall: ten sentences stand at ten depths of so many tokens of text, and
+Weights stay in float. The windows are those of benchmarks/accuracy.py (of the documents that are as long as `--window`), read
+`--chunk` tokens at a time: a chunk sees its own tokens as floats and all before it as they are stored. Recall: ten sentences stand at ten depths of so many tokens of text, and
 greedy decoding must give their last words; so many of those that the float model gives. --outliers F: in every head two of the
 keys' channels (a pair that rotary embedding turns) are F times as large, and those of its queries F times smaller, which changes
 nothing in float.
@@ -123,7 +123,7 @@ def main() -> None:
     def windows(path: str) -> Tensor:
         documents = [d for d in Path(path).read_text().split("<|endoftext|>\n") if d.strip()]
         rows = [tokenizer(d, add_special_tokens=False).input_ids[: args.window] for d in documents]
-        return torch.tensor(rows[: args.windows])
+        return torch.tensor([row for row in rows if len(row) == args.window][: args.windows])
 
     ids = windows(args.text)
     calibration = (model, [windows(args.calibration or args.text)])
