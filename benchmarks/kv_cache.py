@@ -4,10 +4,11 @@
                                   [--outliers F] [--json OUT]
 
 Weights stay in float. The windows are those of benchmarks/accuracy.py (of the documents that are as long as `--window`), read
-`--chunk` tokens at a time: a chunk sees its own tokens as floats and all before it as they are stored. Recall: ten sentences stand at ten depths of so many tokens of text, and
-greedy decoding must give their last words; so many of those that the float model gives. --outliers F: in every head two of the
-keys' channels (a pair that rotary embedding turns) are F times as large, and those of its queries F times smaller, which changes
-nothing in float.
+`--chunk` tokens at a time: a chunk sees its own tokens as floats and all before it as they are stored.
+
+Recall: ten sentences stand at ten depths of so many tokens of text, and greedy decoding must give their last words; so many of
+those that the float model gives. --outliers F: in every head two of the keys' channels (a pair that rotary embedding turns) are
+F times as large, and those of its queries F times smaller, which changes nothing in float.
 """
 
 from __future__ import annotations

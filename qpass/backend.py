@@ -51,6 +51,7 @@ from qpass.passes import (
     GraphInput,
     StateInput,
     clean,
+    fuse,
     input_sources,
     parameter_nodes,
     run_passes,
@@ -326,7 +327,7 @@ class QPass:
             reference = value_of(placeholders[group.weights[0]])
             return [None if p is None else fake_like(reference, p) for p in lookups[group](inputs)]
 
-        result = run_passes(original, plan, [Convert(parameters, fake_parts), share_key_heads, clean])
+        result = run_passes(original, plan, [Convert(parameters, fake_parts), share_key_heads, fuse, clean])
         after = copy_graph(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
         pick = Arguments(sources, lookups)

@@ -7,7 +7,7 @@ driver lints after each and recompiles at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from qpass.graph.torch_private import mark_static_input
 from qpass.graph.vocabulary import op_name
 from qpass.numerics import PART_NAMES
 from qpass.qtensor import QTensor
+from qpass.sites import fuse as fusing
 from qpass.sites import grouped, kv, weight
 from qpass.sites.core import Edit, Plan
 from qpass.sites.group import WeightGroup, group_weights
@@ -92,6 +93,11 @@ def share_key_heads(graph_module: GraphModule, plan: Plan) -> PassResult:
     return PassResult(graph_module, plan, tuple(grouped.rewrite(graph_module.graph)))
 
 
+def fuse(graph_module: GraphModule, plan: Plan) -> PassResult:
+    """Quantized linears take in the norms before them, the gates and residuals behind them."""
+    return PassResult(graph_module, plan, tuple(fusing.rewrite(graph_module.graph)))
+
+
 def clean(graph_module: GraphModule, plan: Plan) -> PassResult:
     """Drop the placeholders of float weights that nothing reads any more, and switches of the grad mode.
 
@@ -117,7 +123,22 @@ def run_passes(graph_module: GraphModule, plan: Plan, passes: Sequence[Pass]) ->
         graph_module, plan = result.graph_module, result.plan
         edits += result.edits
     graph_module.recompile()
-    return PassResult(graph_module, plan, tuple(edits))
+    return PassResult(graph_module, plan, _settled(edits))
+
+
+def _settled(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """All edits as if done at once: where one took away what an earlier one had added, what it added is of that one."""
+    account: list[Edit] = []
+    by: dict[str, int] = {}  # name of an added node -> its edit
+    for edit in edits:
+        earlier = {by[name] for name in edit.removed if name in by}
+        for i in earlier:
+            left = (name for name in account[i].added if name not in edit.removed)
+            account[i] = replace(account[i], added=(*left, *edit.added))
+        by |= dict.fromkeys(edit.added, max(earlier, default=len(account)))
+        removed = tuple(name for name in edit.removed if name not in by)
+        account.append(replace(edit, removed=removed, added=() if earlier else edit.added))
+    return tuple(account)
 
 
 def _placeholder(graph: Graph, source: GraphInput, fake: Tensor, weights: Mapping[str, Node]) -> Node:

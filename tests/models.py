@@ -198,6 +198,9 @@ def logits_of(out: object) -> Tensor:
     return getattr(out, "logits", out)  # type: ignore[return-value]
 
 
+#: The operations of a Llama's norm, as transformers writes it.
+NORM = ["to", "pow", "mean", "add", "rsqrt", "mul", "to", "mul"]
+
 #: What the preset "int8" stores weights as.
 INT8 = str(PRESETS["int8"].ffn)
 

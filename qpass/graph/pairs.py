@@ -86,5 +86,5 @@ def _input_shapes(graph: Graph) -> list[str]:
 
 
 def formats_in(node: Node) -> tuple[str, ...]:
-    """The formats that an operator of qpass is told."""
-    return tuple(a for a in node.args if isinstance(a, str)) if op_name(node).startswith("qpass::") else ()
+    """The formats that an operator of qpass is told, and its gate."""
+    return tuple(a for a in node.args if a and isinstance(a, str)) if op_name(node).startswith("qpass::") else ()

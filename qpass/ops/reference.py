@@ -15,6 +15,7 @@ from qpass.errors import QpassError
 from qpass.numerics import Quantized
 from qpass.numerics import dequantize as _dequantize
 from qpass.numerics import quantize as _quantize
+from qpass.ops.around import Around
 from qpass.ops.schemas import LIBRARY
 from qpass.packing import packed_length
 from qpass.spec import parse_spec
@@ -29,14 +30,20 @@ def linear(
     outer_scale: Tensor | None,
     bias: Tensor | None,
     spec: str,
+    *rest: Any,
 ) -> Tensor:
-    """[.., K] -> [.., N]: F.linear with the weight dequantized to x's dtype."""
+    """[.., K] -> [.., N]: F.linear with the weight dequantized to x's dtype. `rest`: what Around takes."""
     weight = _dequantize(Quantized(data, scale, zero_point, outer_scale), parse_spec(spec), x.shape[-1], x.dtype)
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
+    around = Around(*rest)
+    return around.after(F.linear(around.before(x), weight, None if bias is None else bias.to(x.dtype))).contiguous()
 
 
-def _linear_fake(x: Tensor, data: Tensor, *rest: object) -> Tensor:
-    return x.new_empty((*x.shape[:-1], data.shape[0]))
+def _linear_fake(x: Tensor, data: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], data.shape[0] // (2 if Around(*rest[_BEFORE_AROUND:]).gate else 1)))
+
+
+#: Arguments of linear behind `data` and before those of Around: three parts, bias, spec.
+_BEFORE_AROUND = 5
 
 
 def experts(

@@ -7,8 +7,13 @@ import torch
 _PARTS = "Tensor {0}data, Tensor? {0}scale, Tensor? {0}zero_point, Tensor? {0}outer_scale"
 
 SCHEMAS = {
-    # x [.., K] @ W[N, K]^T + bias -> [.., N] in x's dtype
-    "linear": f"(Tensor x, {_PARTS.format('')}, Tensor? bias, str spec) -> Tensor",
+    # x [.., K] @ W[N, K]^T + bias -> [.., N] in x's dtype. Before that x becomes x / sqrt(mean(x^2) + eps) * norm * column_scale,
+    # so far as they are given; after it y [.., N] becomes gate(first half) * second half, if there is a gate ("silu", "gelu",
+    # "gelu_tanh"), and then y + residual.
+    "linear": (
+        f"(Tensor x, {_PARTS.format('')}, Tensor? bias, str spec, Tensor? norm=None, float? eps=None, "
+        "Tensor? column_scale=None, str gate='', Tensor? residual=None) -> Tensor"
+    ),
     # x [.., K] -> codes, with scale and zero point unless those of a static spec are given. Written out for the compiler, which
     # joins it with what makes x; round_input gives the same as floats in x's dtype.
     "quantize_input": "(Tensor x, Tensor? scale, Tensor? zero_point, str spec) -> Tensor[]",

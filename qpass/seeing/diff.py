@@ -47,8 +47,9 @@ class Group:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules of its nodes."""
-        return tuple(dict.fromkeys(n.module for n in (*self.before, *self.after)))
+        """The modules whose weights were replaced; if there are none, those of all its nodes."""
+        weights = [n.module for n in self.before if n.op == "input"]
+        return tuple(dict.fromkeys(weights or [n.module for n in (*self.before, *self.after)]))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from qpass.graph.vocabulary import writes_to
 from qpass.spec import QuantSpec
 
 #: What a recipe can set, in the order in which data flows. `linear` is a linear layer that is none of the others.
@@ -68,6 +69,20 @@ class Edit:
     site: str
     removed: tuple[str, ...]
     added: tuple[str, ...]
+
+
+def erase_unused(graph: Graph, node: Node) -> list[Node]:
+    """Erase a node that nothing reads any more, and what only it read; inputs, and what writes to memory, stay."""
+    removed: dict[Node, None] = {}
+    dead = [node]
+    while dead:
+        n = dead.pop()
+        stays = n.users or n in removed or n.op not in ("call_function", "call_method")
+        if not stays and writes_to(n) is None:
+            dead += n.all_input_nodes
+            removed[n] = None
+            graph.erase_node(n)
+    return list(removed)
 
 
 #: What an earlier rewrite put in the place of a node, in that node's meta.

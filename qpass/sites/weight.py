@@ -132,7 +132,12 @@ def _scaled(insert: _Insert, x: Node, stored: Stored) -> Node:
     """In float32, which the compiler keeps in registers."""
     if stored.column_scale is None:
         return x
-    return insert(_aten.mul.Tensor, x, insert(_aten.select.int, stored.column_scale, 0, 0))
+    row = insert(_aten.select.int, stored.column_scale, 0, 0)
+    set_value(row, value_of(stored.column_scale)[0])
+    scaled = insert(_aten.mul.Tensor, x, row)
+    if value_of(x) is not None:
+        set_value(scaled, value_of(x) * value_of(row))
+    return scaled
 
 
 def _cast(insert: _Insert, x: Node, dtype: torch.dtype) -> Node:

@@ -18,7 +18,7 @@ from qpass.graph.torch_private import copy_graph
 from qpass.registry import captured
 from qpass.seeing.diff import Diff, Group, diff_graphs
 from qpass.seeing.sides import COUNTED, histogram
-from tests.models import BLOCKS, FAMILIES, build, hf, tokens
+from tests.models import BLOCKS, FAMILIES, NORM, build, hf, tokens
 
 
 def compiled(family: str, recipe: Any = "int8") -> Any:
@@ -75,7 +75,7 @@ def test_three_linears_and_the_operator_that_computes_them_are_one_group() -> No
     (graph,) = qpass.diff(compiled("llama")).graphs
     group = next(g for g in graph.groups() if "model.layers.0.self_attn.q_proj" in g.modules)
     assert group.modules == tuple(f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj"))
-    assert of(group, "before") == ["input"] * 3 + ["linear"] * 3
+    assert of(group, "before") == ["input"] * 3 + NORM + ["linear"] * 3
     assert of(group, "after") == ["input", "input", "qpass::linear", "split_with_sizes"] + ["getitem"] * 3
     assert {n.site for n in group.before} == {f"qkv {m}.weight" for m in group.modules}
 

@@ -31,7 +31,7 @@ struct Stored {
 
 using LinearKernel = void (*)(const void* spec, const void* data, const void* scale, const void* zero, const void* outer, int64_t n, int64_t k,
                               int64_t scale_rows, int64_t outer_rows, const void* x, const void* bias, void* y, int64_t count,
-                              int32_t dtype, int32_t bias_dtype, int32_t int8, int32_t threads);
+                              int32_t dtype, int32_t bias_dtype, int32_t int8, const Around* around, int32_t threads);
 struct LinearCall {
   LinearKernel kernel;
   Stored weight;
@@ -143,13 +143,33 @@ template <class Result = Tensor, class... T> Result in_python(const char* name, 
   return torch::stable::detail::to<Result>(stack[0]);
 }
 
-// x [.., K] -> [.., N]
+// One of `size` numbers side by side, or none.
+bool is_vector(const Part& x, int64_t size) { return !x || (x->dim() == 1 && x->size(0) == size && x->is_contiguous()); }
+
+// Like a contiguous tensor of these sizes, or none.
+bool has_sizes(const Part& x, const std::vector<int64_t>& sizes, const Tensor& like) {
+  if (!x) return true;
+  bool same = x->dim() == int64_t(sizes.size()) && x->scalar_type() == like.scalar_type() && x->is_contiguous();
+  for (size_t i = 0; same && i < sizes.size(); i++) same = x->size(i) == sizes[i];
+  return same;
+}
+
+int32_t gate_of(const std::string& name) { return name == "silu" ? SILU : name == "gelu" ? GELU : name == "gelu_tanh" ? GELU_TANH : NO_GATE; }
+
+// x [.., K] -> [.., N], or [.., N / 2] with a gate
 Tensor linear(const Tensor& x, const Tensor& w, const Part& scale, const Part& zero, const Part& outer, const Part& bias,
-              std::string spec) {
+              std::string spec, const Part& norm, std::optional<double> eps, const Part& columns, std::string gate, const Part& residual) {
   int64_t dims = x.dim(), k = dims ? x.size(dims - 1) : 0, n = w.dim() ? w.size(0) : 0, count = k ? x.numel() / k : 0;
   int32_t dtype = dtype_of(x), bias_dtype = bias ? dtype_of(*bias) : 0;
   bool usual = dtype >= 0 && bias_dtype >= 0 && count && x.is_contiguous();
-  usual = usual && (!bias || (bias->dim() == 1 && bias->size(0) == n && bias->is_contiguous()));
+  usual = usual && is_vector(bias, n) && is_vector(norm, k) && is_vector(columns, k) && (!norm || dtype_of(*norm) >= 0);
+  usual = usual && (!columns || dtype_of(*columns) == 0) && (gate.empty() || n % 2 == 0);
+  std::vector<int64_t> sizes(dims);
+  if (usual) {
+    for (int64_t i = 0; i + 1 < dims; i++) sizes[i] = x.size(i);
+    sizes[dims - 1] = gate.empty() ? n : n / 2;
+    usual = has_sizes(residual, sizes, x);
+  }
   std::pair<std::string, Layout> key;
   if (usual) {
     key.first = spec;
@@ -158,18 +178,17 @@ Tensor linear(const Tensor& x, const Tensor& w, const Part& scale, const Part& z
     key.second.push_back(dtype);
     for (const Part& part : {Part(w), scale, zero, outer}) look_at(part, key.second);
     if (auto call = linears.find(key); call && count <= call->most_rows) {
-      std::vector<int64_t> sizes(dims);
-      for (int64_t i = 0; i + 1 < dims; i++) sizes[i] = x.size(i);
-      sizes[dims - 1] = n;
+      Around around{data(norm), (const float*)data(columns), data(residual), float(eps.value_or(0)), eps.has_value(),
+                    norm ? dtype_of(*norm) : 0, gate_of(gate)};
       Tensor y = empty(sizes, type_of(x));
       call->kernel(call->weight.spec, w.const_data_ptr(), data(scale), data(zero), data(outer), n, k, call->weight.scale_rows, call->weight.outer_rows,
-                   x.const_data_ptr(), data(bias), y.mutable_data_ptr(), count, dtype, bias_dtype, call->int8,
+                   x.const_data_ptr(), data(bias), y.mutable_data_ptr(), count, dtype, bias_dtype, call->int8, &around,
                    int32_t(torch::stable::get_num_threads()));
       return y;
     }
   }
   linear_answer.reset();
-  Tensor y = in_python("qpass::linear_checked", x, w, scale, zero, outer, bias, spec);
+  Tensor y = in_python("qpass::linear_checked", x, w, scale, zero, outer, bias, spec, norm, eps, columns, gate, residual);
   if (usual && linear_answer) linears.keep(key, *linear_answer);
   return y;
 }

@@ -13,14 +13,16 @@ extern "C" {
 
 int64_t qpass_spec_bytes() { return sizeof(Spec); }
 
-// x [count, k] -> y [count, n], both of `dtype`.
+// x [count, k] -> y [count, n], or [count, n / 2] with a gate, both of `dtype`.
 void qpass_linear(MATRIX(w_), const void* x, const void* bias, void* y, int64_t count, int32_t dtype, int32_t bias_dtype, int32_t int8,
-                  int32_t threads) {
+                  const Around* around, int32_t threads) {
   Matrix w = AS_MATRIX(w_);
-  Output out{y, bias, dtype, bias_dtype, w.n};
-  if (int8) linear_int8(w, x, dtype, count, out, threads);
-  else linear_float(w, x, dtype, count, out, threads);
+  Input input(x, w.k, dtype, *around);
+  Output out{y, bias, around->residual, dtype, bias_dtype, around->gate, around->gate ? w.n / 2 : w.n};
+  if (int8) linear_int8(w, input, count, out, threads);
+  else linear_float(w, input, count, out, threads);
 }
+int64_t qpass_around_bytes() { return sizeof(Around); }
 
 // Rows `first`, first + 1, .. of a matrix, or those that `indices` names, as y [count, k] of `dtype`. Gives the position of an
 // index that names no row, or -1.

@@ -9,7 +9,7 @@ from typing import Any
 
 from qpass.compute import ON_CHANGE
 from qpass.ops.cpu.build import Kernels, Missing, binding, kernels
-from qpass.ops.cpu.matrix import Matrix, SpecStruct
+from qpass.ops.cpu.matrix import AroundStruct, Matrix, SpecStruct
 
 
 @cache
@@ -18,7 +18,7 @@ def _functions(found: Kernels) -> Any:
     pointer, size, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     matrix = [pointer] * 5 + [size] * 4
     library = found.library
-    library.qpass_linear.argtypes = [*matrix, pointer, pointer, pointer, size, small, small, small, small]
+    library.qpass_linear.argtypes = [*matrix, pointer, pointer, pointer, size, small, small, small, pointer, small]
     library.qpass_rows.argtypes = [*matrix, pointer, size, size, pointer, small, small]
     library.qpass_quantize.argtypes = [*matrix, pointer, size, small, pointer, small]
     library.qpass_quantize_weight.argtypes = [*matrix, pointer, small, pointer, small, pointer, small]
@@ -26,9 +26,11 @@ def _functions(found: Kernels) -> Any:
         *matrix, *matrix, pointer, pointer, pointer, small, small, ctypes.c_float, pointer, small, pointer, small,
     ]  # fmt: skip
     library.qpass_attention.argtypes = attention
+    library.qpass_around_bytes.restype = size
     library.qpass_rows.restype = library.qpass_quantize.restype = library.qpass_quantize_weight.restype = size
     library.qpass_linear.restype = library.qpass_attention.restype = None
     assert library.qpass_spec_bytes() == ctypes.sizeof(SpecStruct)
+    assert library.qpass_around_bytes() == ctypes.sizeof(AroundStruct)
     return library
 
 

@@ -1,6 +1,6 @@
 // y[m, n] = sum_k x[m, k] * w[n, k] + bias[n] in float32: exact but for rounding. `compute="float"`.
 #pragma once
-#include "weight.h"
+#include "around.h"
 
 constexpr int ROWS_AT_ONCE = 4;  // weight rows that share the reading of x
 constexpr int64_t COLUMNS_AT_ONCE = 1024;   // of rows and inputs that stay in the first-level cache
@@ -103,30 +103,17 @@ INLINE void dot_all(const float* const* w, const float* x, int64_t count, int64_
   }
 }
 
-// A result on its way out: y[m, n] = value + bias[n], in y's dtype.
-struct Output {
-  void* y;
-  const void* bias;
-  int32_t dtype, bias_dtype;
-  int64_t n;
-  INLINE float bias_at(const Output& o, int64_t column) {
-    float b;
-    from_dtype((const char*)o.bias + column * size_of(o.bias_dtype), 1, o.bias_dtype, &b);
-    return b;
-  }
-  __attribute__((always_inline)) void put(int64_t m, int64_t column, float value) const {
-    if (bias) value += bias_at(*this, column);
-    to_dtype(&value, 1, dtype, (char*)y + (m * n + column) * size_of(dtype));
-  }
-};
-
-// x [count, k] of any dtype -> float32 rows padded with zeros.
-static float* padded_inputs(const void* x, int64_t count, int64_t k, int32_t dtype, float* out) {
-  int64_t padded = round_up(k, W);
-  for (int64_t m = 0; m < count; m++) {
-    from_dtype((const char*)x + m * k * size_of(dtype), k, dtype, out + m * padded);
-    for (int64_t i = k; i < padded; i++) out[m * padded + i] = 0.0f;
-  }
+// Inputs as float32 rows padded with zeros.
+static const float* padded_inputs(const Input& x, int64_t count, int threads) {
+  int64_t padded = round_up(x.k, W);
+  if (x.is_float() && padded == x.k) return (const float*)x.x;
+  float* out = scratch<float>(INPUT, count * padded);
+  parallel(count, 8, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; m++) {
+      x.row(m, out + m * padded);
+      for (int64_t i = x.k; i < padded; i++) out[m * padded + i] = 0.0f;
+    }
+  });
   return out;
 }
 
@@ -181,11 +168,9 @@ static int64_t piece_of(const Matrix& w, int threads) {
   return round_up(most(1, least(w.n / (4 * threads), (1 << 18) / most(1, w.row_bytes))), ROWS_AT_ONCE);
 }
 
-static void linear_float(const Matrix& w, const void* x, int32_t dtype, int64_t count, const Output& out, int threads) {
-  int64_t padded = round_up(w.k, W);
-  const float* inputs = (const float*)x;
-  if (dtype != X_FP32 || padded != w.k) inputs = padded_inputs(x, count, w.k, dtype, scratch<float>(INPUT, count * padded));
-  parallel(w.n, piece_of(w, threads), threads, [&](int64_t begin, int64_t end) {
-    with_reader(*w.spec, [&](auto read) { linear_rows<decltype(read)>(w, inputs, count, begin, end, out); });
+static void linear_float(const Matrix& w, const Input& x, int64_t count, const Output& out, int threads) {
+  const float* inputs = padded_inputs(x, count, threads);
+  in_pieces(w.n, piece_of(w, threads), count, out, threads, [&](int64_t begin, int64_t end, const Output& to) {
+    with_reader(*w.spec, [&](auto read) { linear_rows<decltype(read)>(w, inputs, count, begin, end, to); });
   });
 }

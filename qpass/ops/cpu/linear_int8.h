@@ -254,7 +254,7 @@ static void linear_int8_rows(const Matrix& w, const Inputs8& in, int64_t m_begin
   }
 }
 
-static void linear_int8_inputs(const Matrix& w, const void* x, int32_t dtype, int64_t count, const Output& out, int threads) {
+static void linear_int8_inputs(const Matrix& w, const Input& x, int64_t count, const Output& out, int threads) {
   Table table(*w.spec);
   with_factors(*w.spec, table.how, [&](auto factors) {
     using Factors = decltype(factors);
@@ -266,27 +266,23 @@ static void linear_int8_inputs(const Matrix& w, const void* x, int32_t dtype, in
     parallel(count, 8, threads, [&](int64_t begin, int64_t end) {
       float* row = scratch<float>(ROWS, w.k);
       for (int64_t m = begin; m < end; m++) {
-        from_dtype((const char*)x + m * w.k * size_of(dtype), w.k, dtype, row);
+        x.row(m, row);
         quantize_input(row, w.k, blocks == 1 ? w.k : w.spec->group, m, in);
       }
     });
     Scales groups(w, step, padded / step);
-    parallel(w.n, piece_of(w, threads), threads, [&](int64_t begin, int64_t end) {
+    in_pieces(w.n, piece_of(w, threads), count, out, threads, [&](int64_t begin, int64_t end, const Output& to) {
       for (int64_t m = 0; m < count; m += inputs) {
         int64_t m_end = least(count, m + inputs);
-        if (groups.whole) linear_int8_rows<Factors, true>(w, in, m, m_end, begin, end, table, groups, out);
-        else linear_int8_rows<Factors, false>(w, in, m, m_end, begin, end, table, groups, out);
+        if (groups.whole) linear_int8_rows<Factors, true>(w, in, m, m_end, begin, end, table, groups, to);
+        else linear_int8_rows<Factors, false>(w, in, m, m_end, begin, end, table, groups, to);
       }
     });
   });
 }
 
 // For integers and codebooks with one scale a row, or groups of a multiple of eight. Some inputs at a time: they are kept as int8.
-static void linear_int8(const Matrix& w, const void* x, int32_t dtype, int64_t count, const Output& out, int threads) {
+static void linear_int8(const Matrix& w, const Input& x, int64_t count, const Output& out, int threads) {
   constexpr int64_t some = 512;
-  for (int64_t m = 0; m < count; m += some) {
-    Output part = out;
-    part.y = (char*)out.y + m * out.n * size_of(dtype);
-    linear_int8_inputs(w, (const char*)x + m * w.k * size_of(dtype), dtype, least(some, count - m), part, threads);
-  }
+  for (int64_t m = 0; m < count; m += some) linear_int8_inputs(w, x.from(m), least(some, count - m), out.from(m), threads);
 }

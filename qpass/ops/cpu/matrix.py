@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qpass.formats import Format
 from qpass.granularity import PerTokens
+from qpass.ops.around import Around
 from qpass.packing import packed_length
 from qpass.rotation import rotation
 from qpass.spec import QuantSpec, parse_spec
@@ -137,6 +138,42 @@ def fits(parts: tuple[Tensor | None, ...], k: int, text: str) -> bool:
         if zero.dtype != spec.format.storage or zero.numel() * blocks != scale.numel() * zero_width:  # type: ignore[union-attr]
             return False
     return outer is None or (outer.dtype == torch.float32 and outer.numel() in (1, rows))
+
+
+class AroundStruct(ctypes.Structure):
+    """struct Around of extras.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("norm", "columns", "residual")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("normalizes", "norm_dtype", "gate")),
+    ]
+
+
+#: Gate -> enum Gate of extras.h.
+_GATES = {name: i for i, name in enumerate(("", "silu", "gelu", "gelu_tanh"))}
+
+
+def around_struct(around: Around, x: Tensor, n: int) -> AroundStruct | None:
+    """What a kernel is told to do beside the product of x [.., K] with n rows; None if it cannot."""
+    norm, columns, residual = around.norm, around.column_scale, around.residual
+    k, width = x.shape[-1], n // 2 if around.gate else n
+    if norm is not None and (norm.shape != (k,) or norm.dtype not in DTYPES or not norm.is_contiguous()):
+        return None
+    if columns is not None and (columns.shape != (k,) or columns.dtype != torch.float32 or not columns.is_contiguous()):
+        return None
+    shape = (*x.shape[:-1], width)
+    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype or not residual.is_contiguous()):
+        return None
+    if around.gate and n % 2:
+        return None
+    return AroundStruct(
+        *(None if t is None else t.data_ptr() for t in (norm, columns, residual)),
+        around.eps or 0.0,
+        around.eps is not None,
+        0 if norm is None else DTYPES[norm.dtype],
+        _GATES[around.gate],
+    )
 
 
 class FrameStruct(ctypes.Structure):

@@ -13,10 +13,11 @@ from torch import Tensor
 from qpass.compute import compute_of
 from qpass.ops import reference
 from qpass.ops import triton as on_gpu
+from qpass.ops.around import Around
 from qpass.ops.cpu.attention import attention
 from qpass.ops.cpu.build import Kernels, cpu_features, kernels
 from qpass.ops.cpu.library import c_functions, remember
-from qpass.ops.cpu.matrix import DTYPES, Frame, Matrix, cpu_spec, fits
+from qpass.ops.cpu.matrix import DTYPES, Frame, Matrix, around_struct, cpu_spec, fits
 from qpass.ops.schemas import LIBRARY
 from qpass.spec import parse_spec
 
@@ -45,26 +46,33 @@ def linear(
     outer_scale: Tensor | None,
     bias: Tensor | None,
     spec: str,
+    *rest: Any,
 ) -> Tensor:
-    """[.., K] -> [.., N]. One row and a few go through kernels that read the stored weight, many in float through tiles."""
-    library, dtype = c_functions(), DTYPES.get(x.dtype)
+    """[.., K] -> [.., N]. One row and a few go through kernels that read the stored weight, many in float through tiles.
+
+    `rest`: what Around takes."""
+    library, dtype, around = c_functions(), DTYPES.get(x.dtype), Around(*rest)
     k, n = x.shape[-1], data.shape[0]
     if library is None or dtype is None or not (k and n) or not fits((data, scale, zero_point, outer_scale), k, spec):
-        return reference.linear(x, data, scale, zero_point, outer_scale, bias, spec)
-    if bias is not None and bias.shape != (n,):  # what addmm adds may be a matrix
-        return linear(x, data, scale, zero_point, outer_scale, None, spec) + bias.to(x.dtype)
+        return reference.linear(x, data, scale, zero_point, outer_scale, bias, spec, *rest)
     known = cpu_spec(spec)
+    int8 = compute_of(known.spec) == "int8"
+    most_rows = _most_rows(x.dtype, int8)
+    beside = around_struct(around, x, n)
+    matrix_added = bias is not None and bias.shape != (n,)  # by addmm
+    if beside is None or matrix_added or (rest and x.numel() // k > most_rows):
+        added = None if matrix_added else bias
+        y = linear(around.before(x), data, scale, zero_point, outer_scale, added, spec)
+        return around.after(y + bias.to(x.dtype) if matrix_added and bias is not None else y)
     if not x.is_contiguous():
         x = x.contiguous()
     if bias is not None and (bias.dtype not in DTYPES or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
     count = x.numel() // k
     matrix = Matrix((data, scale, zero_point, outer_scale), n, k, known)
-    int8 = compute_of(known.spec) == "int8"
-    most_rows = _most_rows(x.dtype, int8)
     if count > most_rows:
         return _through_tiles(library, x.reshape(count, k), matrix, n, bias).view(*x.shape[:-1], n)
-    y = x.new_empty((*x.shape[:-1], n))
+    y = x.new_empty((*x.shape[:-1], n // 2 if around.gate else n))
     if count:
         library.qpass_linear(
             *matrix.arguments,
@@ -75,6 +83,7 @@ def linear(
             dtype,
             0 if bias is None else DTYPES[bias.dtype],
             int8,
+            ctypes.addressof(beside),
             torch.get_num_threads(),
         )
         if all(a is b for a, b in zip(matrix.parts, (data, scale, zero_point, outer_scale), strict=True)):

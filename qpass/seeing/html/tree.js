@@ -32,12 +32,13 @@ function at(root, path) {
   return module;
 }
 
-/** A group belongs to the innermost module that holds all of its nodes. */
+/** A group belongs to the innermost module that holds the weights it replaces, or all of its nodes if there are none. */
 function place(root, group, id) {
   group.id = `group ${id}`;
   group.before = group.nodes.filter((n) => n.status === "removed");
   group.after = group.nodes.filter((n) => n.status === "added");
-  group.modules = [...new Set(group.nodes.map((n) => n.module))];
+  const weights = group.before.filter((n) => n.op === "input");
+  group.modules = [...new Set((weights.length ? weights : group.nodes).map((n) => n.module))];
   group.sites = [...new Set(group.nodes.map((n) => n.site).filter(Boolean))];
   group.status = group.before.length && group.after.length ? "changed" : group.before.length ? "removed" : "added";
   const paths = group.modules.map((m) => m.split("."));

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qpass.seeing.diff import Diff
+from tests.models import NORM
 from tests.seeing.html.diffs import HOSTILE, hostile, of_llama, with_layers
 from tests.seeing.html.page import CSS, ENTER, ESCAPE, LEFT, MINUS, TIMES, Open, Page
 
@@ -36,8 +37,9 @@ def test_three_float_linears_stand_beside_the_operator_that_computes_them(show: 
     row = show(llama).row("q_proj, k_proj, v_proj")
     before, after = ([e.text.split("\n") for e in row.find_elements(CSS, f".cell.{side} .line")]
                      for side in ("removed", "added"))  # fmt: skip
-    assert [line[-1] for line in before] == ["q_proj", "k_proj", "v_proj"] * 2
-    assert [line[1].split(" ")[0] for line in before] == ["input"] * 3 + ["linear"] * 3
+    linears = ["q_proj", "k_proj", "v_proj"]
+    assert [line[-1] for line in before] == [*linears, *["input_layernorm"] * len(NORM), *linears]
+    assert [line[1].split(" ")[0] for line in before] == ["input"] * 3 + NORM + ["linear"] * 3
     assert "qpass::linear(int4:g16)" in [line[1].split(" ")[0] for line in after]
     assert {line[0] for line in before} == {MINUS}
     assert {line[0] for line in after} == {"+"}
@@ -136,8 +138,8 @@ def test_details_do_not_hide_what_they_are_about(show: Open, llama: Diff, width:
 
 def test_a_link_leads_to_a_node_that_is_folded(show: Open, llama: Diff) -> None:
     page = show(llama)
-    page.row("down_proj").click()
-    (link, *_) = (b for b in page.all("#details .links .link") if b.text.startswith("mul"))
+    page.row("lm_head").click()
+    (link, *_) = (b for b in page.all("#details .links .link") if b.text.startswith("hidden_states"))
     name = link.text
     link.click()
     assert page.selected.find_element(CSS, ".line").get_attribute("title") == name
