@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
-from qpass.errors import QpassError
+from qpass.errors import QpassError, errors_through_cpp
 from qpass.granularity import PerGroup, PerTokens
 from qpass.packing import as_bytes
 from qpass.spec import QuantSpec, parse_spec
@@ -115,6 +115,16 @@ class Stored(StaticLayer):
         self.mark_static()
         self.is_initialized = True
 
+    def append(self, key_states: Tensor, value_states: Tensor) -> Tensor:
+        """Store the new tokens [B, H, S, D] behind those that are there; gives how many these were, []."""
+        k, v = self.k, self.v
+        specs, scales = (k.text, v.text), (k.static_scale, v.static_scale)
+        arguments = (k.parts, v.parts, self.cumulative_length, key_states, value_states, *specs, *scales)
+        if torch.compiler.is_compiling():
+            return torch.ops.qpass.append(*arguments)
+        with errors_through_cpp():
+            return torch.ops.qpass.append(*arguments)
+
     def mark_static(self) -> None:
         """CUDA graphs need not copy these tensors: their addresses stay."""
         if not torch.compiler.is_compiling():
@@ -190,12 +200,7 @@ class QuantizedLayer(Stored):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new = key_states.shape[-2]
-        positions = torch.ops.qpass.cache_positions(self.cumulative_length, new, self.max_cache_len)
-        self.cumulative_length.add_(new)
-        for half, states in ((self.k, key_states), (self.v, value_states)):
-            half.write(positions, states)
-        start = positions[0]
+        start = self.append(key_states, value_states)
         return self.k.read(None, key_states, start), self.v.read(None, value_states, start)
 
 
@@ -226,11 +231,7 @@ class SlidingLayer(Stored, StaticSlidingWindowLayer):
         self.cumulative_length_int += new
         halves = ((self.k, key_states), (self.v, value_states))
         if before + new <= room:
-            positions = torch.arange(new, device=self.device) + self.cumulative_length
-            self.cumulative_length.add_(new)
-            for half, states in halves:
-                half.write(positions, states)
-            start = positions[0]
+            start = self.append(key_states, value_states)
             return self.k.read(None, key_states, start), self.v.read(None, value_states, start)
         kept, seen = min(before, room), []
         for half, states in halves:

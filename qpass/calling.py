@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpass.errors import errors_through_cpp
 from qpass.passes import GraphInput, StateInput
 from qpass.sites.group import WeightGroup
 from qpass.store import Entry, WeightStore
@@ -65,6 +66,6 @@ def run_as_inference(
     compiled: Callable[..., Any], pick: Arguments, finish: Callable[[Any], Any] | None, *args: Any
 ) -> Any:
     """One call of a compiled graph, as inference whatever the grad mode. `finish`: what is done to its outputs."""
-    with torch.no_grad():
+    with torch.no_grad(), errors_through_cpp():
         outputs = compiled(*pick(args))
         return outputs if finish is None else finish(outputs)

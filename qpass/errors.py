@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class QpassError(Exception):
@@ -12,6 +13,21 @@ class QpassError(Exception):
 
 class Breach(QpassError):
     """A limit that was set does not hold: all is well formed, and the answer is no."""
+
+
+_NAME, _PLACES = "QpassError: ", "\n\nAt:\n"
+
+
+@contextmanager
+def errors_through_cpp() -> Iterator[None]:
+    """A QpassError that operators raise behind C++ (ops/cpu/binding.cpp) comes out of it as a RuntimeError that begins with the
+    name; here it becomes a QpassError again."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(_NAME):
+            raise
+        raise QpassError(str(error).removeprefix(_NAME).partition(_PLACES)[0]) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

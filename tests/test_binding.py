@@ -10,9 +10,11 @@ from torch import Tensor
 
 import qpass
 from qpass.numerics import Quantized, quantize
+from qpass.ops import reference
 from qpass.ops.cpu import build
 from qpass.ops.cpu.build import REFERENCE, available_isas, use_isa
 from qpass.ops.cpu.library import bind
+from qpass.packing import as_bytes
 from qpass.spec import parse_spec
 
 SPECS = ["int8", "int8:g48:asym", "int8:tensor", "int4:g32:asym", "int4:g128", "int3:g24", "nf4:g32:dq", "nvfp4", "mxfp4",
@@ -174,8 +176,6 @@ def in_a_frame(text: str, width: int, seed: int) -> tuple[list[Tensor | None], T
 @pytest.mark.parametrize("queries", [1, 3, 20])
 def test_rows_that_were_rotated_or_scaled_before_they_were_stored(text: str, queries: int) -> None:
     """Against float64 on what was stored; the last tokens are there as floats too. Without Python, but for many queries."""
-    from qpass.ops import reference
-
     (k, _), (v, _) = in_a_frame(text, 48, 0), in_a_frame(text, 40, 1)
     q, last = random(2, 6, queries, 48, seed=2), [random(2, 2, queries, d, seed=3) for d in (48, 40)]
     start = torch.tensor(70 - queries)
@@ -195,8 +195,6 @@ WRITTEN = ["int8", "int8:g16:asym", "int4:g16:asym", "int4:g16:asym:rotated", "i
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantizing_after_the_first(text: str, dtype: torch.dtype) -> None:
     """The parts are those of the reference, to the bit; a rotation's last bit may turn a code."""
-    from qpass.ops import reference
-
     static = (random(1, 3, 1, 48, seed=9).abs() / 50 + 0.01) if "static" in text else None
     for seed in range(3):
         x = (3 * random(2, 3, 40, 48, seed=seed)).to(dtype)
@@ -220,3 +218,52 @@ def test_quantizing_after_the_first(text: str, dtype: torch.dtype) -> None:
         bad[1, 2, 3, 4] = torch.inf
         with pytest.raises(RuntimeError, match="QpassError: a scale of up to inf"):
             torch.ops.qpass.quantize(bad, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["int8", "int4:g16:asym", "fp8_e4m3", "nf4:g16", "int4:channel:asym:rotated", "int8:static"]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_behind_those_of_a_cache(text: str, dtype: torch.dtype) -> None:
+    """Written where they belong and nowhere else, in the codes that quantize gives."""
+    keys, values = random(2, 3, 7, 32).to(dtype), random(2, 3, 7, 64, seed=1).to(dtype)
+    k_scale, v_scale = ((random(1, 3, 1, d, seed=2).abs() + 1) / 100 if "static" in text else None for d in (32, 64))
+    expected = [[as_bytes(p) for p in reference.quantize(x, text, s)] for x, s in ((keys, k_scale), (values, v_scale))]
+    k, v = ([torch.full((*p.shape[:2], 9, p.shape[3]), 77, dtype=p.dtype) for p in parts] for parts in expected)
+    length = torch.tensor(0)
+    for start in range(7):
+        token = (keys[:, :, start : start + 1].contiguous(), values[:, :, start : start + 1].contiguous())
+
+        def append(token: tuple[Tensor, Tensor] = token) -> Tensor:
+            return torch.ops.qpass.append(k, v, length, *token, text, text, k_scale, v_scale)
+
+        before = append() if start < 6 else None
+        if start == 6 and text != "nf4:g16":  # which no kernel writes
+            assert goes_to_python(append) is False
+        elif start == 6:
+            append()
+        assert before is None or int(before) == start
+        assert int(length) == start + 1
+    for parts, wanted in ((k, expected[0]), (v, expected[1])):
+        for part, codes in zip(parts, wanted, strict=True):
+            written = part[:, :, :7].float()
+            if "rotated" in text and codes.is_floating_point():
+                torch.testing.assert_close(written, codes)
+            else:
+                assert (
+                    (written == codes.float()).float().mean() > 0.99
+                    if "rotated" in text
+                    else torch.equal(written, codes.float())
+                )
+            assert (part[:, :, 7:].float() == 77).all()
+
+
+def test_a_full_cache_is_left_as_it_is() -> None:
+    k, v = ([torch.zeros(1, 1, 4, 8, dtype=torch.int8), torch.zeros(1, 1, 4, 1)] for _ in range(2))
+    length = torch.tensor(3)
+    with pytest.raises(
+        RuntimeError, match="QpassError: KV cache of 4 tokens is too short: it holds 3 and 2 more arrive"
+    ):
+        torch.ops.qpass.append(k, v, length, random(1, 1, 2, 8), random(1, 1, 2, 8), "int8", "int8")
+    assert int(length) == 3
+    assert not any(part.any() for part in (*k, *v))

@@ -17,7 +17,7 @@ from qpass.numerics import dequantize as _dequantize
 from qpass.numerics import quantize as _quantize
 from qpass.ops.around import Around
 from qpass.ops.schemas import LIBRARY
-from qpass.packing import packed_length
+from qpass.packing import as_bytes, packed_length
 from qpass.spec import parse_spec
 from qpass.weights import row_range
 
@@ -262,6 +262,36 @@ def _attention_fake(q: Tensor, *arguments: Any, **_: Any) -> Tensor:
 _V_COLUMNS = list(attention.__code__.co_varnames).index("v_columns")
 
 
+def append(
+    k: list[Tensor],
+    v: list[Tensor],
+    length: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k_spec: str,
+    v_spec: str,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Keys and values [B, H, S, D] into their parts, behind the tokens that are there; gives the length before."""
+    new = keys.shape[2]
+    positions = cache_positions(length, new, k[0].shape[2])
+    quantized = [
+        torch.ops.qpass.quantize(states, spec, scale)
+        for states, spec, scale in ((keys, k_spec, k_scale), (values, v_spec, v_scale))
+    ]
+    for parts, codes in zip((k, v), quantized, strict=True):
+        for part, code in zip(parts, codes, strict=True):
+            part.index_copy_(2, positions, as_bytes(code))
+    before = length.clone()
+    length.add_(new)
+    return before
+
+
+def _append_fake(k: list[Tensor], v: list[Tensor], length: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(length)
+
+
 def cache_positions(length: Tensor, new: int, capacity: int) -> Tensor:
     """[] int64 -> [new]: where the next `new` tokens go. Raises `QpassError` before anything is written past the end."""
     positions = torch.arange(new, device=length.device) + length
@@ -288,8 +318,9 @@ for _name, _implementation, _fake in (
     ("dequantize", dequantize, _dequantize_fake),
     ("read_cache", read_cache, _read_cache_fake),
     ("attention", attention, _attention_fake),
+    ("append", append, _append_fake),
     ("cache_positions", cache_positions, _cache_positions_fake),
 ):
-    if _name not in ("linear", "attention", "quantize"):  # chosen by device in ops/cpu
+    if _name not in ("linear", "attention", "quantize", "append"):  # chosen by device in ops/cpu
         LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qpass::{_name}", _fake, lib=LIBRARY)

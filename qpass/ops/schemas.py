@@ -47,12 +47,19 @@ SCHEMAS = {
         "Tensor? mask, bool is_causal, float? scale, Tensor? k_first=None, Tensor? v_first=None, Tensor? k_last=None, "
         "Tensor? v_last=None, Tensor? start=None, float soft_cap=0.0, Tensor? sinks=None) -> Tensor"
     ),
+    # The next S tokens of a cache: keys and values [B, H, S, *] become codes in the parts [B, H, capacity, *] of k and v, behind
+    # the `length` [] tokens that are there, which grows by S. Scales are those of static specs. Gives the length before, [].
+    # Refuses to run past the capacity before anything is written.
+    "append": (
+        "(Tensor(a!)[] k, Tensor(b!)[] v, Tensor(c!) length, Tensor keys, Tensor values, str k_spec, str v_spec, "
+        "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor"
+    ),
     # Positions length .. length + new - 1 of the next tokens in a cache; refuses to run past its capacity.
     "cache_positions": "(Tensor length, SymInt new, SymInt capacity) -> Tensor",
 }
 
 # What ops/cpu/binding.cpp hands to Python: calls unlike any that it has seen.
-SCHEMAS |= {f"{name}_checked": SCHEMAS[name] for name in ("linear", "attention", "quantize")}
+SCHEMAS |= {f"{name}_checked": SCHEMAS[name] for name in ("linear", "attention", "quantize", "append")}
 
 LIBRARY = torch.library.Library("qpass", "DEF")
 for _name, _schema in SCHEMAS.items():

@@ -70,6 +70,7 @@ struct QuantizeCall {
 struct QuantizeParts {
   QuantizeCall call;
   std::vector<std::pair<int32_t, std::vector<int64_t>>> parts;  // type, sizes
+  std::vector<int64_t> bytes;                                   // of an element
 };
 
 // What Python looks at before it calls a kernel.
@@ -283,15 +284,65 @@ std::vector<Tensor> quantize(const Tensor& x, std::string spec, const Part& stat
   quantize_answer.reset();
   auto parts = in_python<std::vector<Tensor>>("qpass::quantize_checked", x, spec, static_scale);
   if (usual && quantize_answer) {
-    QuantizeParts known{*quantize_answer, {}};
+    QuantizeParts known{*quantize_answer, {}, {}};
     for (const Tensor& part : parts) {
       std::vector<int64_t> sizes(part.dim());
       for (int64_t i = 0; i < part.dim(); i++) sizes[i] = part.size(i);
       known.parts.emplace_back(type_of(part), sizes);
+      known.bytes.push_back(part.element_size());
     }
     quantizes.keep(key, known);
   }
   return parts;
+}
+
+// Rows x [B, H, S, K] as codes behind the first `length` tokens of parts [B, H, capacity, *]. Gives whether it could.
+bool append_to(const std::vector<Tensor>& parts, const Tensor& x, const std::string& spec, const Part& static_scale, int64_t length) {
+  if (dtype_of(x) < 0 || x.dim() != 4 || !x.numel() || !x.is_contiguous()) return false;
+  std::pair<std::string, Layout> key{spec, {}};
+  key.second.reserve(24);
+  look_at(x, key.second);
+  look_at(static_scale, key.second);
+  auto known = quantizes.find(key);
+  if (!known || known->parts.size() != parts.size() || known->call.tokens != x.size(2)) return false;
+  int64_t heads = x.size(0) * x.size(1), tokens = x.size(2);
+  std::vector<std::vector<char>> codes(parts.size());
+  void* slots[4] = {};
+  for (size_t i = 0, slot = 0; i < parts.size(); i++, slot++) {
+    const auto& [type, sizes] = known->parts[i];
+    const Tensor& part = parts[i];
+    bool fits = part.dim() == 4 && part.is_contiguous() && part.size(0) == x.size(0) && part.size(1) == x.size(1);
+    if (!fits || part.element_size() != known->bytes[i] || part.size(3) != sizes[3]) return false;
+    codes[i].resize(heads * tokens * sizes[3] * known->bytes[i]);
+    while (!(known->call.slots >> slot & 1)) slot++;
+    slots[slot] = codes[i].data();
+  }
+  const QuantizeCall& call = known->call;
+  Frame frame = call.change.with(data(static_scale));
+  if (call.kernel(call.stored.spec, slots[0], slots[1], slots[2], slots[3], call.n, call.k, call.stored.scale_rows, call.stored.outer_rows,
+                  x.const_data_ptr(), call.tokens, dtype_of(x), &frame, int32_t(torch::stable::get_num_threads())))
+    return false;
+  for (size_t i = 0; i < parts.size(); i++) {
+    int64_t row = parts[i].size(3) * known->bytes[i], capacity = parts[i].size(2);
+    char* to = (char*)parts[i].mutable_data_ptr();
+    for (int64_t h = 0; h < heads; h++) std::memcpy(to + (h * capacity + length) * row, codes[i].data() + h * tokens * row, tokens * row);
+  }
+  return true;
+}
+
+// The next tokens of a cache; see schemas.py.
+Tensor append(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const Tensor& keys, const Tensor& values, std::string k_spec,
+              std::string v_spec, const Part& k_scale, const Part& v_scale) {
+  int64_t* now = (int64_t*)length.mutable_data_ptr();
+  int64_t before = *now, after = before + (keys.dim() == 4 ? keys.size(2) : 0);
+  bool fits = !k.empty() && !v.empty() && k[0].dim() == 4 && after <= k[0].size(2) && v[0].dim() == 4 && after <= v[0].size(2);
+  if (fits && append_to(k, keys, k_spec, k_scale, before) && append_to(v, values, v_spec, v_scale, before)) {
+    Tensor start = empty({}, type_of(length));
+    *(int64_t*)start.mutable_data_ptr() = before;
+    *now = after;
+    return start;
+  }
+  return in_python("qpass::append_checked", k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale);
 }
 
 }  // namespace
@@ -326,4 +377,5 @@ STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("quantize", TORCH_BOX(&quantize));
+  m.impl("append", TORCH_BOX(&append));
 }

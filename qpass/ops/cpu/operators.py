@@ -210,12 +210,19 @@ def _on_any_device(
     on_cpu: Callable[..., Any], on_gpu: Callable[..., Any], elsewhere: Callable[..., Any]
 ) -> Callable[..., Any]:
     by_device = {"cpu": on_cpu, "cuda": on_gpu}
-    return lambda x, *rest: by_device.get(x.device.type, elsewhere)(x, *rest)
+
+    def chosen(x: Tensor | list[Tensor], *rest: Any) -> Any:
+        first = x if isinstance(x, Tensor) else x[0]
+        return by_device.get(first.device.type, elsewhere)(x, *rest)
+
+    return chosen
 
 
 for _name, _function in (("embedding", embedding), ("dequantize", dequantize)):
     LIBRARY.impl(_name, _function, "CPU")
-_bound_calls: dict[str, Callable[..., Any]] = {"linear": linear, "attention": attention, "quantize": quantize}
+_bound_calls: dict[str, Callable[..., Any]] = {
+    "linear": linear, "attention": attention, "quantize": quantize, "append": reference.append,
+}  # fmt: skip
 for _name, _on_cpu in _bound_calls.items():  # the CPU's own key is binding.cpp's
     _reference = getattr(reference, _name)
     _gpu = getattr(on_gpu.operators, _name, _reference)
