@@ -56,9 +56,8 @@ class Half:
             )
         if self.static_scale is not None:
             self.static_scale = self.static_scale.to(states.device)
-        one = torch.ops.qpass.quantize(
-            states.new_zeros((1, 1, self.tokens, self.columns)), self.text, self.static_scale
-        )
+        like = torch.zeros((1, 1, self.tokens, self.columns), dtype=states.dtype, device=states.device)
+        one = torch.ops.qpass.quantize(like, self.text, self.static_scale)
         lengths = [tokens, *[tokens // self.tokens] * (len(one) - 1)]
         self.parts = [
             torch.zeros((batch, heads, n, p.shape[-1]), dtype=as_bytes(p).dtype, device=states.device)

@@ -32,7 +32,8 @@ def generate(
 ) -> Iterator[int]:
     """Yield the tokens that a causal model of transformers writes behind `ids` [1, S], until it ends or `max_new_tokens`.
 
-    The model is not to be changed while it writes. `recipe`: gives the format of the cache. `temperature`: 0 takes the most likely token, otherwise tokens are drawn with `seed`.
+    The model is not to be changed while it writes. `recipe`: gives the format of the cache. `temperature`: 0 takes the most
+    likely token, otherwise tokens are drawn with `seed`.
     Raises `QpassError` for more than one sequence, an empty prompt, and a model that is too short.
     """
     from qpass.cache import CACHE_ARGUMENT, KVCache

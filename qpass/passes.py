@@ -19,7 +19,7 @@ from qpass.graph.vocabulary import op_name
 from qpass.numerics import PART_NAMES
 from qpass.qtensor import QTensor
 from qpass.sites import fuse as fusing
-from qpass.sites import grouped, kv, weight
+from qpass.sites import grouped, kv, rotary, weight
 from qpass.sites.core import Edit, Plan
 from qpass.sites.group import WeightGroup, group_weights
 
@@ -94,8 +94,9 @@ def share_key_heads(graph_module: GraphModule, plan: Plan) -> PassResult:
 
 
 def fuse(graph_module: GraphModule, plan: Plan) -> PassResult:
-    """Quantized linears take in the norms before them, the gates and residuals behind them."""
-    return PassResult(graph_module, plan, tuple(fusing.rewrite(graph_module.graph)))
+    """Quantized linears take in the norms before them, the gates and residuals behind them; caches the rotary embedding."""
+    graph = graph_module.graph
+    return PassResult(graph_module, plan, (*fusing.rewrite(graph), *rotary.rewrite(graph)))
 
 
 def clean(graph_module: GraphModule, plan: Plan) -> PassResult:

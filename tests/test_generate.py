@@ -38,7 +38,7 @@ def test_texts_of_any_length_after_each_other(kv: str) -> None:
     recipe = qpass.recipe.resolve_recipe(f"int8{kv}")
     model = qpass.quantize(llama(), recipe, inner="eager")
     model.generation_config.eos_token_id = None
-    for count in (20, 100, 40, 20, 120):
+    for count in (20, 100, 20):
         theirs = model.generate(PROMPT, max_new_tokens=count, do_sample=False, pad_token_id=0)[0, 4:]
         assert list(generate(model, PROMPT, count, recipe=recipe)) == theirs.tolist()
 

@@ -148,6 +148,25 @@ def memory_behind(node: Node) -> Node:
     return node
 
 
+@dataclass(frozen=True)
+class Writes:
+    """What of a graph changes in place: (position of the node that writes, whose memory)."""
+
+    order: Mapping[Node, int]
+    at: tuple[tuple[int, Node], ...]
+
+    @classmethod
+    def of(cls, graph: Graph) -> Writes:
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        found = [(order[n], memory_behind(target)) for n in graph.nodes if (target := writes_to(n)) is not None]
+        return cls(order, tuple(found))
+
+    def change(self, value: Node, until: Node) -> bool:
+        """Whether the memory of a value is written to after it is there and before `until`."""
+        begin, root = self.order.get(value, -1), memory_behind(value)
+        return any(memory is root and begin < at < self.order[until] for at, memory in self.at)
+
+
 def _origins(flow: Flow, node: Node) -> frozenset[Node]:
     if node.op in ("placeholder", "get_attr"):
         return frozenset() if node in flow.parameters else frozenset({node})

@@ -16,7 +16,7 @@ from qpass.numerics import Quantized
 from qpass.numerics import dequantize as _dequantize
 from qpass.numerics import quantize as _quantize
 from qpass.ops.around import Around
-from qpass.ops.schemas import LIBRARY
+from qpass.ops.schemas import BOUND, LIBRARY
 from qpass.packing import as_bytes, packed_length
 from qpass.spec import parse_spec
 from qpass.weights import row_range
@@ -288,6 +288,34 @@ def append(
     return before
 
 
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, H, S, D], in its dtype."""
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat((-second, first), -1) * sin).contiguous()
+
+
+def append_rotated(
+    k: list[Tensor],
+    v: list[Tensor],
+    length: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *rest: Any,
+) -> list[Tensor]:
+    """`append` of rotated keys; gives the length before, the rotated queries and keys."""
+    q, keys = rotated(queries, cos, sin), rotated(keys, cos, sin)
+    return [torch.ops.qpass.append(k, v, length, keys, values, *rest), q, keys]
+
+
+def _append_rotated_fake(
+    k: list[Tensor], v: list[Tensor], length: Tensor, queries: Tensor, keys: Tensor, *rest: Any
+) -> list[Tensor]:
+    return [torch.empty_like(length), *(x.new_empty(x.shape) for x in (queries, keys))]
+
+
 def _append_fake(k: list[Tensor], v: list[Tensor], length: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(length)
 
@@ -319,8 +347,9 @@ for _name, _implementation, _fake in (
     ("read_cache", read_cache, _read_cache_fake),
     ("attention", attention, _attention_fake),
     ("append", append, _append_fake),
+    ("append_rotated", append_rotated, _append_rotated_fake),
     ("cache_positions", cache_positions, _cache_positions_fake),
 ):
-    if _name not in ("linear", "attention", "quantize", "append"):  # chosen by device in ops/cpu
+    if _name not in BOUND:  # chosen by device in ops/cpu
         LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qpass::{_name}", _fake, lib=LIBRARY)

@@ -54,12 +54,19 @@ SCHEMAS = {
         "(Tensor(a!)[] k, Tensor(b!)[] v, Tensor(c!) length, Tensor keys, Tensor values, str k_spec, str v_spec, "
         "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor"
     ),
+    # The same after rotary embedding of keys and queries: x * cos + (the halves of x exchanged, the first negative) * sin, where
+    # cos and sin [B or 1, 1, S, D]. Gives the length before, and queries and keys as they were rotated.
+    "append_rotated": (
+        "(Tensor(a!)[] k, Tensor(b!)[] v, Tensor(c!) length, Tensor queries, Tensor keys, Tensor values, Tensor cos, Tensor sin, "
+        "str k_spec, str v_spec, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor[]"
+    ),
     # Positions length .. length + new - 1 of the next tokens in a cache; refuses to run past its capacity.
     "cache_positions": "(Tensor length, SymInt new, SymInt capacity) -> Tensor",
 }
 
-# What ops/cpu/binding.cpp hands to Python: calls unlike any that it has seen.
-SCHEMAS |= {f"{name}_checked": SCHEMAS[name] for name in ("linear", "attention", "quantize", "append")}
+#: What ops/cpu/binding.cpp serves; it hands to Python what it does not: calls unlike any that it has seen.
+BOUND = ("linear", "attention", "quantize", "append", "append_rotated")
+SCHEMAS |= {f"{name}_checked": SCHEMAS[name] for name in BOUND}
 
 LIBRARY = torch.library.Library("qpass", "DEF")
 for _name, _schema in SCHEMAS.items():

@@ -6,14 +6,13 @@ No site is quantized by it. But in a decode step of a small model the calls deci
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from qpass.graph.flow import memory_behind
+from qpass.graph.flow import Writes
 from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import (
     CASTS,
@@ -23,7 +22,6 @@ from qpass.graph.vocabulary import (
     shape_of,
     source_of,
     value_of,
-    writes_to,
 )
 from qpass.ops.around import GATES
 from qpass.sites.core import Edit, erase_unused
@@ -54,27 +52,20 @@ class After:
 
 def rewrite(graph: Graph) -> list[Edit]:
     """norm, qpass::linear, gate and residual -> one qpass::linear, where nothing else reads what lies between them."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    written = [(order[n], memory_behind(target)) for n in graph.nodes if (target := writes_to(n)) is not None]
+    writes = Writes.of(graph)
     linears = [n for n in graph.nodes if n.target is torch.ops.qpass.linear.default]
-    return [edit for node in linears if (edit := _rewrite(graph, node, order, written)) is not None]
+    return [edit for node in linears if (edit := _rewrite(graph, node, writes)) is not None]
 
 
-def _rewrite(graph: Graph, node: Node, order: Mapping[Node, int], written: list[tuple[int, Node]]) -> Edit | None:
+def _rewrite(graph: Graph, node: Node, writes: Writes) -> Edit | None:
     if value_of(node).device.type not in _DEVICES:
         return None
     before, after = read_before(node), read_after(node)
-
-    def changes(value: Node | None, until: Node) -> bool:
-        """Whether the memory of a value is written to after it is there and before `until`."""
-        if value is None:
-            return False
-        begin, root = order.get(value, -1), memory_behind(value)
-        return any(memory is root and begin < at < order[until] for at, memory in written)
-
-    if any(changes(value, node) for value in (before.base, before.norm, before.column_scale)):
+    inputs = [n for n in (before.base, before.norm, before.column_scale) if n is not None]
+    if any(writes.change(value, node) for value in inputs):
         before = Before(node.args[0])  # type: ignore[arg-type]
-    if any(changes(v, after.out) for v in (before.base, before.norm, before.column_scale, after.residual)):
+    later = [before.base, *inputs, *([] if after.residual is None else [after.residual])]
+    if any(writes.change(value, after.out) for value in later):
         after = After(node)
     x, *stored = node.args
     if after.out is node and before.base is x:

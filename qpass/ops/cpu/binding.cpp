@@ -345,6 +345,42 @@ Tensor append(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const
   return in_python("qpass::append_checked", k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale);
 }
 
+// Rotary embedding of x [B, H, S, D], whose rows are numbers side by side, by cos and sin [B or 1, 1, S, D].
+Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  int64_t heads = x.size(1), tokens = x.size(2), width = x.size(3), half = width / 2;
+  Tensor y = empty({x.size(0), heads, tokens, width}, type_of(x));
+  const float *from = (const float*)x.const_data_ptr(), *c = (const float*)cos.const_data_ptr(), *s = (const float*)sin.const_data_ptr();
+  float* to = (float*)y.mutable_data_ptr();
+  for (int64_t row = 0; row < x.size(0) * heads * tokens; row++, to += width) {
+    int64_t t = row % tokens, h = row / tokens % heads, b = row / tokens / heads;
+    const float* in = from + b * x.stride(0) + h * x.stride(1) + t * x.stride(2);
+    int64_t at = ((cos.size(0) > 1 ? b : 0) * tokens + t) * width;
+    for (int64_t i = 0; i < half; i++) {
+      to[i] = in[i] * c[at + i] - in[half + i] * s[at + i];
+      to[half + i] = in[half + i] * c[at + half + i] + in[i] * s[at + half + i];
+    }
+  }
+  return y;
+}
+
+std::vector<Tensor> append_rotated(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const Tensor& queries, const Tensor& keys,
+                                   const Tensor& values, const Tensor& cos, const Tensor& sin, std::string k_spec, std::string v_spec,
+                                   const Part& k_scale, const Part& v_scale) {
+  auto is_usual = [&](const Tensor& x) {
+    bool rows = x.dim() == 4 && dtype_of(x) == 0 && x.numel() && x.stride(3) == 1 && x.size(3) % 2 == 0;
+    for (const Tensor& t : {cos, sin}) {
+      rows = rows && t.dim() == 4 && dtype_of(t) == 0 && t.is_contiguous() && (t.size(0) == 1 || t.size(0) == x.size(0));
+      rows = rows && t.size(1) == 1 && t.size(2) == x.size(2) && t.size(3) == x.size(3) && t.size(0) == cos.size(0);
+    }
+    return rows;
+  };
+  if (!is_usual(queries) || !is_usual(keys))
+    return in_python<std::vector<Tensor>>("qpass::append_rotated_checked", k, v, length, queries, keys, values, cos, sin, k_spec, v_spec,
+                                          k_scale, v_scale);
+  Tensor q = rotated(queries, cos, sin), key = rotated(keys, cos, sin);
+  return {append(k, v, length, key, values, k_spec, v_spec, k_scale, v_scale), q, key};
+}
+
 }  // namespace
 
 extern "C" {
@@ -378,4 +414,5 @@ STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("append", TORCH_BOX(&append));
+  m.impl("append_rotated", TORCH_BOX(&append_rotated));
 }
