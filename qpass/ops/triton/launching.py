@@ -17,8 +17,8 @@ from qpass.memory import outside_of_graphs
 from qpass.ops.triton.table import device_of
 
 #: Files of kernels, and the kernels that are launched.
-KERNELS = {"linear": ("linear_kernel",), "rows": ("rows_kernel",), "attention": ("attention_kernel",),
-           "quantizing": ("quantize_kernel",)}  # fmt: skip
+KERNELS = {"linear": ("linear_kernel",), "bitstream": ("bitstream_kernel",), "rows": ("rows_kernel",),
+           "attention": ("attention_kernel",), "quantizing": ("quantize_kernel",)}  # fmt: skip
 #: Types that kernels multiply.
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -94,3 +94,9 @@ def _patterns(dtype: torch.dtype, device: torch.device) -> Tensor:
 def codebook(values: tuple[float, ...], device: torch.device) -> Tensor:
     """[16] float32 values of a format."""
     return outside_of_graphs(lambda: torch.tensor(values, dtype=torch.float32, device=device))
+
+
+@cache
+def eights(device: torch.device) -> Tensor:
+    """int32 0 .. 7."""
+    return outside_of_graphs(lambda: torch.arange(8, dtype=torch.int32, device=device))

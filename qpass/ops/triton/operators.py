@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -13,9 +14,9 @@ from qpass.granularity import PerTensor, PerTokens
 from qpass.ops import reference
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.caches import attention as attention
-from qpass.ops.triton.launching import HALVES, attempt, codebook, kernels_of, nf4_table, permutes_bytes, serves
+from qpass.ops.triton.launching import HALVES, attempt, codebook, eights, kernels_of, nf4_table, permutes_bytes, serves
 from qpass.ops.triton.stored import Parts, as_bytes, parts_of
-from qpass.ops.triton.table import device_of, fused_kind, most_rows, split_of, tiles_of
+from qpass.ops.triton.table import MOST_ROWS, UNIT, Tiles, bitstream_tiles, device_of, fused_kind, split_of, tiles_of
 from qpass.ops.triton.workspace import counters
 from qpass.rotation import rotate
 from qpass.spec import QuantSpec, parse_spec
@@ -45,11 +46,11 @@ def linear(
     if parts is None:
         return reference.linear(x, *stored, bias, spec)
     count = x.numel() // k
-    kind = fused_kind(spec, k)
-    fused = kind is not None and x.dtype in HALVES and count <= most_rows(parts.spec)
-    if fused and (bias is None or bias.shape == (parts.rows,)) and parts.data.data_ptr() % 16 == 0:
+    kind = fused_kind(spec, k, x.dtype) if count <= MOST_ROWS[x.dtype] else None
+    if kind and (bias is None or bias.shape == (parts.rows,)) and parts.data.data_ptr() % 16 == 0:
         rows = x.reshape(count, k).contiguous()
-        y = attempt(f"linear {spec} of {x.dtype}", x.device, lambda: _fused(rows, parts, bias, str(kind)))
+        fused = _bitstream if kind == "BITSTREAM" else _fused
+        y = attempt(f"linear {spec} of {x.dtype}", x.device, lambda: fused(rows, parts, bias, kind))
         if y is not None:
             return y.view(*x.shape[:-1], parts.rows)
     weight = dequantize(*stored, k, spec, x.dtype)
@@ -57,33 +58,61 @@ def linear(
 
 
 def _fused(x: Tensor, parts: Parts, bias: Tensor | None, kind: str) -> Tensor:
-    """[M, K] -> [M, N]."""
-    kernels, unpacking = kernels_of("linear"), kernels_of("unpacking")
-    (m, k), n, bits = x.shape, parts.rows, parts.spec.format.bits
-    device = device_of(x.device)
+    """[M, K] -> [M, N] by linear_kernel."""
+    unpacking, bits = kernels_of("unpacking"), parts.spec.format.bits
+    (m, k), n, words = x.shape, parts.rows, x.shape[1] * bits // 32
     tiles = tiles_of(m, bits)
-    data = parts.data.view(torch.int32)
-    words = k * bits // 32
-    programs = -(-n // tiles.outputs)
-    split = split_of(n, words, tiles, device.multiprocessors)
-    shared = counters(programs, x.device) if split > 1 else None
-    if shared is None:
-        split = 1
-    chunk = -(-words // split)
-    chunk = -(-chunk // tiles.words) * tiles.words
-    split = -(-words // chunk)
+    shared = _shared(x, n, words, tiles)
     number = getattr(unpacking, kind).value
     y = x.new_empty((m, n))
-    kernels.linear_kernel[(programs, split)](
-        x, data, parts.scale, parts.zero, parts.outer, None if bias is None else bias.contiguous(),
-        nf4_table({kind}, x.dtype, x.device),
-        y, x.new_empty((split, m, n), dtype=torch.float32) if split > 1 else None, shared if split > 1 else None,
-        m, n, k, words, parts.blocks, parts.scale_stride, parts.zero_stride, parts.outer_stride, chunk,
+    kernels_of("linear").linear_kernel[shared.grid](
+        x, parts.data.view(torch.int32), parts.scale, parts.zero, parts.outer, None if bias is None else bias.contiguous(),
+        nf4_table({kind}, x.dtype, x.device), y, shared.partial, shared.counters,
+        m, n, k, words, parts.blocks, parts.scale_stride, parts.zero_stride, parts.outer_stride, shared.chunk,
         KIND=number, PLANES=16 // bits, UNIT=unpacking.unit_of(number, x.dtype), PRMT=permutes_bytes(x.device),
-        GROUP=parts.spec.group_size, SCALE=parts.scale_kind, ZERO=int(parts.zero is not None), SPLIT=split,
+        GROUP=parts.spec.group_size, SCALE=parts.scale_kind, ZERO=int(parts.zero is not None), SPLIT=shared.grid[1],
         BM=tiles.rows, BN=tiles.outputs, BW=tiles.words, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
+
+
+def _bitstream(x: Tensor, parts: Parts, bias: Tensor | None, kind: str) -> Tensor:
+    """[M, K] -> [M, N] by bitstream_kernel."""
+    (m, k), n, units = x.shape, parts.rows, x.shape[1] // UNIT
+    tiles, bits = bitstream_tiles(m), parts.spec.format.bits
+    shared = _shared(x, n, units, tiles)
+    y = x.new_empty((m, n))
+    kernels_of("bitstream").bitstream_kernel[shared.grid](
+        x, parts.data.view(torch.int32), parts.scale, parts.zero, parts.outer, eights(x.device),
+        None if bias is None else bias.contiguous(), y, shared.partial, shared.counters,
+        m, n, k, units, parts.blocks, parts.scale_stride, parts.zero_stride, parts.zero_width, parts.outer_stride, shared.chunk,
+        BITS=bits, GROUP=parts.spec.group_size, SCALE=parts.scale_kind, FLOAT_ZERO=parts.spec.float_zero,
+        SPLIT=shared.grid[1], BM=tiles.rows, BN=tiles.outputs, BU=tiles.words, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return y
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """How programs share a product: so many along (outputs, columns), each with `chunk` pieces of a row; what they sum in."""
+
+    grid: tuple[int, int]
+    chunk: int
+    partial: Tensor | None = None
+    counters: Tensor | None = None
+
+
+def _shared(x: Tensor, outputs: int, pieces: int, tiles: Tiles) -> _Shared:
+    """Of x [M, K] with weights of so many words, or units, in a row."""
+    programs = -(-outputs // tiles.outputs)
+    split = split_of(outputs, pieces, tiles, device_of(x.device).multiprocessors)
+    zeros = counters(programs, x.device) if split > 1 else None
+    chunk = pieces if zeros is None else -(-pieces // split)
+    chunk = -(-chunk // tiles.words) * tiles.words
+    split = -(-pieces // chunk)
+    if split == 1:
+        return _Shared((programs, 1), chunk)
+    return _Shared((programs, split), chunk, x.new_empty((split, len(x), outputs), dtype=torch.float32), zeros)
 
 
 # --- embedding, dequantize --------------------------------------------------------------------------------------------
