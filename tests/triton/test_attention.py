@@ -140,7 +140,7 @@ def test_the_filled_part_of_a_longer_cache(device: str, served: list[int]) -> No
 def test_the_last_program_joins_the_parts(
     batch: int, heads: int, tokens: int, floats: bool, device: str, served: list[int], poisoned: None
 ) -> None:
-    """In a fixed order, and it leaves the counters at 0 for whoever is next: calls repeat to the bit, with others between them."""
+    """In a fixed order, and it leaves the counters at 0 for whoever is next: calls repeat to the bit, others between them."""
     k, v = (cache((batch, heads, tokens, 64), "int8", seed) for seed in range(2))
     q = random(batch, 4 * heads, 1, 64, seed=2).bfloat16()
     new = random(batch, heads, 1, 64, seed=5).bfloat16()

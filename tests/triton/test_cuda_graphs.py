@@ -42,7 +42,15 @@ def decode(model: Any, cache: Any, steps: int) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("recipe", "kv"),
-    [("int8", "int8"), ("int4:g128", "int4:channel:asym"), ("nf4", None), ("fp8_e4m3", "fp8_e4m3:channel")],
+    [
+        ("int8", "int8"),
+        ("int4:g128", "int4:channel:asym"),
+        ("nf4", None),
+        ("fp8_e4m3", "fp8_e4m3:channel"),
+        ("int4", "nf4:g32"),
+        ("int5", "mxfp4"),
+        ("int3", "mxfp8"),
+    ],
 )
 def test_a_decode_step_is_a_graph(recipe: str, kv: str | None) -> None:
     model = llama()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,7 +16,7 @@ from qpass.ops import reference
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.caches import attention as attention
 from qpass.ops.triton.launching import HALVES, attempt, codebook, eights, kernels_of, nf4_table, permutes_bytes, serves
-from qpass.ops.triton.stored import Parts, as_bytes, parts_of
+from qpass.ops.triton.stored import Parts, as_bytes, layout_of, parts_of
 from qpass.ops.triton.table import MOST_ROWS, UNIT, Tiles, bitstream_tiles, device_of, fused_kind, split_of, tiles_of
 from qpass.ops.triton.workspace import counters
 from qpass.rotation import rotate
@@ -202,8 +203,8 @@ def embedding(
     return reference.embedding(indices, *stored, columns, spec, dtype)
 
 
-#: Formats that quantize_kernel writes, and the widest row that it takes.
-_WRITTEN, _WIDEST = frozenset({"int8", "int4", "fp8_e4m3", "fp8_e5m2"}), 4096
+#: The widest row that quantize_kernel takes.
+_WIDEST = 4096
 
 
 def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[Tensor]:
@@ -211,48 +212,62 @@ def quantize(x: Tensor, spec: str, static_scale: Tensor | None = None) -> list[T
     is infinite there."""
     captured = x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     parsed = parse_spec(spec)
-    if static_scale is None and _is_written(x, parsed):
+    if _is_written(x, parsed, static_scale):
         rows = rotate(x.float()) if parsed.rotated else x
-        made = attempt(f"quantize {spec} of {rows.dtype}", x.device, lambda: _quantize(rows.contiguous(), parsed))
-        if made is not None and (captured or len(made) < 2 or not bool(torch.isinf(made[1]).any())):
+        made = attempt(
+            f"quantize {spec} of {rows.dtype}", x.device, lambda: _quantize(rows.contiguous(), parsed, static_scale)
+        )
+        unchecked = captured or made is None or len(made) < 2 or made[1].dtype.itemsize == 1
+        if made is not None and (unchecked or not bool(torch.isinf(made[1]).any())):
             return made
     done = numerics.quantize(x, parsed, static_scale=static_scale, checked=not captured)
     return [part.contiguous() for part in done.parts if part is not None]
 
 
-def _is_written(x: Tensor, spec: QuantSpec) -> bool:
-    """Whether the kernel does it: rows that fit a program, a scale for each of them or for groups of a power of two."""
-    if x.dtype not in _FLOATS or not x.numel() or x.shape[-1] > _WIDEST or not serves(x):
+def _is_written(x: Tensor, spec: QuantSpec, static_scale: Tensor | None) -> bool:
+    """Whether the kernel does it: rows that fit a program, scales of them or of groups of a power of two, or none."""
+    if x.dtype not in _FLOATS or not x.numel() or x.shape[-1] > _WIDEST or not serves(x, static_scale):
         return False
-    if spec.format.name not in _WRITTEN or spec.double_quantized or spec.float_zero or spec.static:
+    if spec.is_identity or spec.format.scale == "e4m3" or isinstance(spec.granularity, PerTensor | PerTokens):
         return False
-    group = spec.group_size
-    return not isinstance(spec.granularity, PerTensor | PerTokens) and (not group or group & (group - 1) == 0)
+    of_heads = x.dim() == 4 and static_scale is not None and static_scale.shape == (1, x.shape[1], 1, x.shape[3])
+    return not spec.group_size & (spec.group_size - 1) and (of_heads if spec.static else static_scale is None)
 
 
-def _quantize(x: Tensor, spec: QuantSpec) -> list[Tensor]:
+def _quantize(x: Tensor, spec: QuantSpec, static_scale: Tensor | None) -> list[Tensor]:
     """The parts of contiguous rows."""
-    rows, fmt, k = kernels_of("rows"), spec.format, x.shape[-1]
+    fmt, k = spec.format, x.shape[-1]
     made = reference.quantized_like(x, str(spec))
     slots: list[Tensor | None] = [None] * 4
     for slot, part in zip(spec.stored_parts, made, strict=True):
         slots[slot] = as_bytes(part)
-    data, scale, zero, _ = slots
+    data, scale, zero, outer = slots
     assert data is not None
     group, count = spec.group_size, x.numel() // k
-    padded = max(1 << (k - 1).bit_length(), group, 2)
+    padded = max(1 << (k - 1).bit_length(), group, 8)
     per_program = max(1, min(8, 2048 // padded))
-    low, high = spec.qrange if fmt.kind == "uniform" else (fmt.qmin, fmt.qmax)
+    low, high = spec.qrange if fmt.kind == "uniform" else (fmt.qmin, fmt.symmetric_qmax)
     info = torch.finfo(spec.scale_dtype)
     tiny = info.smallest_normal * (info.eps if spec.scale_dtype == torch.float16 else 1)  # as numerics has it
-    kind = rows.UNIFORM if fmt.kind == "uniform" else rows.FLOAT8_E4M3 if fmt.name == "fp8_e4m3" else rows.FLOAT8_E5M2
+    middles = () if fmt.codebook is None else _middles(fmt.codebook)
     kernels_of("quantizing").quantize_kernel[(-(-count // per_program),)](
-        x, data, scale, zero, count, k, data.shape[-1], 0 if scale is None else scale.shape[-1],
-        KIND=kind.value, BITS=fmt.bits, FROM=int(fmt.qmin) if fmt.kind == "uniform" else 0,
-        LOW=float(low), HIGH=float(high), GROUP=group or padded, TINY=tiny, SYMMETRIC=spec.symmetric,
-        ROWS=per_program, COLUMNS=padded, num_warps=4,
+        x, data, scale, zero, outer, None if static_scale is None else static_scale.contiguous(),
+        codebook(middles, x.device) if middles else None,
+        count, k, data.shape[-1], 0 if scale is None else scale.shape[-1], 0 if zero is None else zero.shape[-1],
+        x.shape[-2] if x.dim() > 1 else 1, x.shape[1] if spec.static else 1,
+        KIND=_rows_kind(str(spec)), BITS=fmt.bits, FROM=int(fmt.qmin) if fmt.kind == "uniform" and fmt.bits < 8 else 0,
+        LOW=float(low), HIGH=float(high), GROUP=group or padded, SCALE=layout_of(str(spec), k)[3], TINY=tiny,
+        EMAX=math.frexp(fmt.qmax)[1], CEIL=spec.scale_rounding == "rceil", SYMMETRIC=spec.symmetric, FLOAT_ZERO=spec.float_zero,
+        MIDDLES=len(middles), SIGNED=bool(middles) and middles[0] > 0, ROWS=per_program, COLUMNS=padded, num_warps=4,
     )  # fmt: skip
     return made
+
+
+@cache
+def _middles(values: tuple[float, ...]) -> tuple[float, ...]:
+    """Between the values of a codebook in ascending order, in float32; where its upper half is the lower one negated, of that."""
+    grid = torch.tensor(values[: len(values) // 2] if values[0] == 0 else values)
+    return tuple(((grid[1:] + grid[:-1]) / 2).tolist())
 
 
 for _name, _function in (("embedding", embedding), ("dequantize", dequantize)):
