@@ -26,7 +26,7 @@ def test_a_kernel_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch,
         tried.append(1)
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(launching, "_failed", set())
+    monkeypatch.setattr(launching, "failed", set())
     monkeypatch.setattr(operators, "_fused", fails)
     monkeypatch.setattr(operators, "_rows", fails)
     expected = reference.linear(x, *stored.parts, None, "int8")

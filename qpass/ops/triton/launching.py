@@ -59,7 +59,8 @@ def nf4_table(kinds: set[str], dtype: torch.dtype, device: torch.device) -> Tens
 
 
 Result = TypeVar("Result")
-_failed: set[str] = set()
+#: Kernels that are not tried again.
+failed: set[str] = set()
 
 
 def attempt(what: str, device: torch.device, call: Callable[[], Result]) -> Result | None:
@@ -67,7 +68,7 @@ def attempt(what: str, device: torch.device, call: Callable[[], Result]) -> Resu
 
     One warning says so. It is an error where kernels are interpreted, and when memory runs out.
     """
-    if what in _failed:
+    if what in failed:
         return None
     try:
         with (
@@ -79,7 +80,7 @@ def attempt(what: str, device: torch.device, call: Callable[[], Result]) -> Resu
     except Exception as error:
         if kernels_of("triton_private").interpreted():
             raise
-        _failed.add(what)
+        failed.add(what)
         warnings.warn(f"the GPU kernel for {what} failed and a slower way is taken: {error}", stacklevel=2)
         return None
 
