@@ -186,10 +186,10 @@ def test_parts_that_are_not_what_the_spec_says(text: str, device: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("text", FUSED_SPECS)
+@pytest.mark.parametrize("text", [*FUSED_SPECS, *BITSTREAM_SPECS])
 @dtypes
 @pytest.mark.parametrize("rows", [2, 16, 33])
-@pytest.mark.parametrize(("outputs", "columns"), [(1, 8), (129, 576), (64, 4096), (257, 2056)])
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 8), (129, 576), (64, 4096), (257, 2056), (130, 2080)])
 def test_fused_in_more_shapes(
     text: str, dtype: torch.dtype, rows: int, outputs: int, columns: int, device: str, poisoned: None
 ) -> None:

@@ -110,22 +110,18 @@ def bitstream_kernel(
     m = tl.arange(0, BM)
     u = tl.arange(0, BU)[:, None]
     c = tl.arange(0, 4 * BU)[:, None]
-    GROUP_UNITS: tl.constexpr = GROUP // UNIT if GROUP > 0 else 1
+    GROUP_UNITS: tl.constexpr = GROUP // UNIT if GROUP > 0 else BU
     SPREAD: tl.constexpr = GROUP_UNITS if GROUP_UNITS < BU else BU
     g = tl.arange(0, BU // SPREAD)[:, None]
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, units)
     acc = tl.zeros((BN, BM), tl.float32)
-    if GROUP == 0:
-        scales, above = _factors(scale, zero, outer, eights, row, tl.zeros((1, 1), tl.int32), row < N, scale_stride, zero_stride,
-                                 zero_width, outer_stride, SCALE, BITS, FLOAT_ZERO)  # fmt: skip
     for at in range(first, last, BU):
         words = _words(data + (row * units + at + u) * BITS, at + u < last, BITS)
-        if GROUP > 0:
-            block = at // GROUP_UNITS + g
-            scales, above = _factors(scale, zero, outer, eights, row, block, block < blocks, scale_stride, zero_stride,
-                                     zero_width, outer_stride, SCALE, BITS, FLOAT_ZERO)  # fmt: skip
-            scales, above = _for_units(scales, SPREAD), _for_units(above, SPREAD)
+        block = at // GROUP_UNITS + g if GROUP > 0 else g
+        scales, above = _factors(scale, zero, outer, eights, row, block, block < blocks, scale_stride, zero_stride, zero_width,
+                                 outer_stride, SCALE, BITS, FLOAT_ZERO)  # fmt: skip
+        scales, above = _for_units(scales, SPREAD), _for_units(above, SPREAD)
         for four in tl.static_range(0, UNIT, 4):
             unit = at + c // 4
             columns = unit * UNIT + (four + c % 4)
