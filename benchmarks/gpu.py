@@ -11,7 +11,8 @@ of the copy's bandwidth at which the bytes that must be read are read, or of the
 
 The model has --layers of the 32 layers, so that compiling leaves time to measure; `ms of 32` counts the rest from these, with the
 vocabulary projection measured alone. --layers 32 is the whole. What the minutes do not reach is named. --page writes the tables
-of the JSON into a page, between `<!-- gpu -->` and `<!-- /gpu -->`; alone with an existing --json it measures nothing.
+of the JSON into a page, between `<!-- gpu -->` and `<!-- /gpu -->`, and a chart beside it; alone with an existing --json it
+measures nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +26,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gpu_parts as parts
 import torch
+from gpu_page import Row, write_page
 from gpu_parts import CACHES, MORE_WEIGHTS, TINY, TOLERANCE, WEIGHTS, Shape
-
-Row = dict[str, Any]
 
 
 class Run:
@@ -110,7 +109,7 @@ def check(run: Run) -> bool:
     """Every format, few rows and many, odd shapes; False, and which, if one is wrong."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # and new memory holds NaN
     wrong, seed = [], int(time.time())
-    sizes = [(37, 96), (130, 256)] if run.tiny else [(1024, 4096), (4097, 1032), (37, 33)]
+    sizes = [(37, 96), (130, 256)] if run.tiny else [(1024, 4096), (4097, 1056), (37, 33)]
     for text in (*WEIGHTS, *MORE_WEIGHTS):
         for outputs, columns in sizes:
             for rows in run.shape.rows if run.tiny else (*run.shape.rows, 200):
@@ -261,35 +260,6 @@ def measure(run: Run) -> None:
     for batch, context in [(b, c) for c in rest for b in shape.rows if (b, c) != (shape.rows[0], rest[-1])]:
         decode(run, batch, context, vocab)
         run.save()
-
-
-def tables(results: Row) -> str:
-    """The results as Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    copy, product = (results["ceilings"][name] for name in ("copy_bytes_per_second", "bf16_operations_per_second"))
-    lines = [
-        f"{results['device']}, {versions}; a copy moves {copy / 1e12:.2f} TB/s, "
-        f"a bfloat16 product reaches {product / 1e12:.0f} TFLOP/s.",
-        "", "| | ms | fraction of the limit |", "|---|---|---|",
-    ]  # fmt: skip
-    for row in results["rows"]:
-        ms = row.get("ms_of_32", row.get("ms", row.get("us", 0) / 1e3))
-        lines.append(f"| {row['name']} | {ms:.3f} | {row['fraction']:.2f} |")
-    if results["missing"]:
-        lines += [
-            "",
-            "Not measured: " + "; ".join(sorted(entry.partition(": ")[0] for entry in results["missing"])) + ".",
-        ]
-    return "\n".join(lines)
-
-
-def write_page(results: Row, page: Path) -> None:
-    """Put the tables between the marks of a page."""
-    marked = re.compile(r"(<!-- gpu -->\n).*?(<!-- /gpu -->)", re.DOTALL)
-    text = page.read_text()
-    if not marked.search(text):
-        sys.exit(f"{page} has no <!-- gpu --> and <!-- /gpu -->")
-    page.write_text(marked.sub(lambda m: f"{m[1]}{tables(results)}\n{m[2]}", text))
 
 
 def main() -> None:

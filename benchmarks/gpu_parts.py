@@ -24,7 +24,7 @@ from qpass.weights import quantize_weight
 
 #: Formats of weights and of caches.
 WEIGHTS = ("int8", "int4:g128", "int4:g32:asym", "nf4", "fp8_e4m3:channel")
-MORE_WEIGHTS = ("mxfp8", "mxfp4", "nvfp4", "int3:g128")
+MORE_WEIGHTS = ("mxfp8", "mxfp4", "nvfp4", "int3:g128", "int5:g32:asym:scale=fp16")
 CACHES = ("int8", "fp8_e4m3:channel", "int4:channel:asym")
 #: Of a sum of some thousand products in bfloat16, by the largest result; of float32.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}

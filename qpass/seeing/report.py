@@ -21,6 +21,7 @@ from qpass.printing import printed
 from qpass.qtensor import QTensor
 from qpass.ready import has_hooks
 from qpass.registry import FINISHED, captured, captures_of
+from qpass.seeing.on_gpu import multiplied, notes_on
 
 #: This many equal layers are shown as one row.
 _FOLDED = 4
@@ -179,7 +180,8 @@ def report_on(params: list[tuple[str, Tensor]], backend: QPass, captures: Sequen
     rows += _cache_rows(captures)
     float_bytes = sum(p.nbytes for _, p in params if not isinstance(p, QTensor))
     stored = [s.nbytes for _, p in params if (s := backend.store.stats(p)) is not None]
-    return Report(tuple(rows), float_bytes, sum(stored), tuple(_notes(backend, params, bool(stored))))
+    notes = [*_notes(backend, params, bool(stored)), *notes_on(multiplied(params, backend, captures))]
+    return Report(tuple(rows), float_bytes, sum(stored), tuple(notes))
 
 
 def parameters_of(x: Any, backend: QPass) -> list[tuple[str, Tensor]]:

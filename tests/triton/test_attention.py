@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qpass.numerics import Quantized, quantize
 from qpass.ops import reference
-from qpass.ops.triton import caches, operators
+from qpass.ops.triton import caches, operators, workspace
 from qpass.spec import parse_spec
-from tests.triton.test_linear import random
+from tests.triton.test_linear import random, weight
 
 SPECS = [
     "int8",
@@ -135,13 +135,27 @@ def test_the_filled_part_of_a_longer_cache(device: str, served: list[int]) -> No
     assert len(served) == 3
 
 
-def test_parts_in_a_fixed_order(device: str, served: list[int], poisoned: None) -> None:
-    k, v = cache((1, 1, 2000, 64), "int8"), cache((1, 1, 2000, 64), "int8", 1)
-    q = random(1, 4, 1, 64, seed=2).bfloat16()
-    arguments = on(device, (*k.parts, "int8", *v.parts, 64, "int8", None, False, None))
-    first = operators.attention(q.to(device), *arguments)
-    assert torch.equal(operators.attention(q.to(device), *arguments), first)
-    check(q, k, v, "int8", 64, device)
+@pytest.mark.parametrize("floats", [False, True], ids=["stored", "and floats"])
+@pytest.mark.parametrize(("batch", "heads", "tokens"), [(1, 1, 2000), (3, 2, 700)])
+def test_the_last_program_joins_the_parts(
+    batch: int, heads: int, tokens: int, floats: bool, device: str, served: list[int], poisoned: None
+) -> None:
+    """In a fixed order, and it leaves the counters at 0 for whoever is next: calls repeat to the bit, others between them."""
+    k, v = (cache((batch, heads, tokens, 64), "int8", seed) for seed in range(2))
+    q = random(batch, 4 * heads, 1, 64, seed=2).bfloat16()
+    new = random(batch, heads, 1, 64, seed=5).bfloat16()
+    extra = (None, None, new, new, torch.tensor(tokens - 1)) if floats else ()
+    check(q, k, v, "int8", 64, device, extra=extra)
+    arguments = on(device, (*k.parts, "int8", *v.parts, 64, "int8", None, False, None, *extra))
+    results = []
+    weights = weight(37, 2048, "int8", device)[0].parts  # of a product that is shared in the same way
+    for _ in range(3):
+        results.append(operators.attention(q.to(device), *arguments))
+        operators.linear(random(1, 2048).bfloat16().to(device), *weights, None, "int8")
+    assert all(torch.equal(result, results[0]) for result in results)
+    counters = workspace._made[results[0].device]
+    assert counters.next_in_ring > 0
+    assert not counters.ring.any()
 
 
 @pytest.mark.parametrize("where", ["query", "key"])

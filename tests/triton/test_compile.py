@@ -16,7 +16,7 @@ from qpass.formats import NF4_VALUES
 from qpass.ops.triton import operators
 from qpass.spec import parse_spec
 from tests.triton.compiling import Launch, launches  # noqa: F401  a fixture
-from tests.triton.test_linear import FUSED_SPECS, weight
+from tests.triton.test_linear import BITSTREAM_SPECS, FUSED_SPECS, weight
 from tests.triton.test_rows import SPECS
 
 pytestmark = pytest.mark.skipif(
@@ -54,6 +54,41 @@ def test_fused_linear(text: str, rows: int, capability: int, launches: list[Laun
 @capabilities
 def test_fused_linear_of_every_format(text: str, rows: int, capability: int, launches: list[Launch]) -> None:  # noqa: F811
     test_fused_linear(text, rows, capability, launches)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int5:g32:asym:scale=fp16", *(pytest.param(text, marks=pytest.mark.long) for text in BITSTREAM_SPECS)],
+)
+@pytest.mark.parametrize(
+    ("rows", "capability", "barriers"), [(1, 80, 5), (1, 90, 5), (16, 89, 5), (64, 80, 5), (64, 90, 17)]
+)
+def test_codes_across_words(text: str, rows: int, capability: int, barriers: int, launches: list[Launch]) -> None:  # noqa: F811
+    """Words are on their way before they are needed, and values are made where they are multiplied: 32 barriers if they were not,
+    or 17, where the product of a warp group on sm_90 takes them from shared memory."""
+    code = launch(launches, text, rows).compiled(capability)
+    assert code.count("LDGSTS") > 0
+    assert code.count("HMMA", "HGMMA") > 0
+    assert code.spills == 0
+    assert code.shared <= 99 << 10
+    assert code.in_loop["BAR.SYNC.DEFER_BLOCKING"] <= barriers
+    assert "ftz.f32" not in code.ptx  # codes are subnormal floats
+
+
+@pytest.mark.parametrize(("text", "most"), [("int3:g128", 5.8), ("int5:g32", 5.8), ("int5:g32:asym:scale=fp16", 6.5)])
+def test_instructions_for_a_code_across_words(text: str, most: float, launches: list[Launch]) -> None:  # noqa: F811
+    """Of bfloat16 weights an H200 gives 10 to each multiprocessor in a cycle, in which it has 128 instructions of threads."""
+    found = launch(launches, text, 1)
+    tile = found.arguments["BN"] * found.arguments["BU"] * 32
+    assert found.compiled(90).loop_length * found.arguments["num_warps"] * 32 / tile <= most
+
+
+@pytest.mark.parametrize("text", ["int8", "int5:g32:asym", "int4:g32:zero=float"])
+def test_linear_of_float32(text: str, launches: list[Launch]) -> None:  # noqa: F811
+    """No product is rounded to TF32."""
+    code = launch(launches, text, 8, torch.float32).compiled(90)
+    assert code.count("HMMA", "HGMMA") == 0
+    assert code.shared <= 99 << 10
 
 
 @pytest.mark.parametrize("text", ["int8", "int4:g128"])

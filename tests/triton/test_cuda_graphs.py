@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor
 
 import qpass
+from qpass.numerics import quantize
 from qpass.ops.triton import operators
+from qpass.spec import parse_spec
 from tests.triton.test_linear import random, weight
 
 transformers = pytest.importorskip("transformers")
@@ -39,7 +42,15 @@ def decode(model: Any, cache: Any, steps: int) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     ("recipe", "kv"),
-    [("int8", "int8"), ("int4:g128", "int4:channel:asym"), ("nf4", None), ("fp8_e4m3", "fp8_e4m3:channel")],
+    [
+        ("int8", "int8"),
+        ("int4:g128", "int4:channel:asym"),
+        ("nf4", None),
+        ("fp8_e4m3", "fp8_e4m3:channel"),
+        ("int4", "nf4:g32"),
+        ("int5", "mxfp4"),
+        ("int3", "mxfp8"),
+    ],
 )
 def test_a_decode_step_is_a_graph(recipe: str, kv: str | None) -> None:
     model = llama()
@@ -67,16 +78,28 @@ def test_a_decode_step_is_a_graph(recipe: str, kv: str | None) -> None:
     assert len(copies) < 10
 
 
-def test_graphs_captured_apart_may_run_at_the_same_time() -> None:
-    """Programs of two graphs that share sums do not meet in one counter."""
+def linear() -> Callable[[], Tensor]:
     stored, _ = weight(64, 4096, "int8", "cuda")
     x = random(2, 4096, seed=1).bfloat16().cuda()
-    expected = operators.linear(x, *stored.parts, None, "int8")
+    return lambda: operators.linear(x, *stored.parts, None, "int8")
+
+
+def attention() -> Callable[[], Tensor]:
+    stored = quantize(random(2, 2, 2000, 64).cuda(), parse_spec("int8"))
+    q = random(2, 8, 1, 64, seed=2).bfloat16().cuda()
+    return lambda: operators.attention(q, *stored.parts, "int8", *stored.parts, 64, "int8", None, False, None)
+
+
+@pytest.mark.parametrize("made", [linear, attention])
+def test_graphs_captured_apart_may_run_at_the_same_time(made: Callable[[], Callable[[], Tensor]]) -> None:
+    """Programs of two graphs that share sums do not meet in one counter."""
+    call = made()
+    expected = call()
     graphs, results, streams = [], [], [torch.cuda.Stream() for _ in range(2)]
     for _ in streams:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results.append(operators.linear(x, *stored.parts, None, "int8"))
+            results.append(call())
         graphs.append(graph)
     for _ in range(50):
         for graph, stream in zip(graphs, streams, strict=True):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from qpass.ops import reference
-from qpass.ops.triton import launching, operators, table
-from qpass.ops.triton.table import Device, fused_kind, split_of, tiles_of
+from qpass.ops.triton import launching, operators
+from qpass.ops.triton.table import MOST_ROWS, Device, bitstream_tiles, fused_kind, split_of, tiles_of
 from tests.triton.compiling import Launch, launches  # noqa: F401  a fixture
 from tests.triton.test_linear import random, weight
 
@@ -26,7 +26,7 @@ def test_a_kernel_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch,
         tried.append(1)
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(launching, "_failed", set())
+    monkeypatch.setattr(launching, "failed", set())
     monkeypatch.setattr(operators, "_fused", fails)
     monkeypatch.setattr(operators, "_rows", fails)
     expected = reference.linear(x, *stored.parts, None, "int8")
@@ -50,12 +50,32 @@ def test_where_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not launching.runs_on(gpu)
 
 
-def test_which_weights_the_fused_kernel_reads() -> None:
-    yes = [("int8", 64), ("int4:g32:asym", 4096), ("nf4:g64:dq", 4096), ("int4:g8", 64), ("nvfp4", 64), ("fp8_e4m3", 4)]
-    no = [("int8", 33), ("int4:g32", 4092), ("int4:g40", 4000), ("int4:g4", 64), ("int3:g32", 64), ("int4:g32:zero=float", 64),
-          ("bf16", 64)]  # fmt: skip
-    assert all(fused_kind(text, columns) for text, columns in yes)
-    assert not any(fused_kind(text, columns) for text, columns in no)
+@pytest.mark.parametrize(
+    ("text", "columns", "dtype", "kind"),
+    [
+        ("int8", 64, torch.bfloat16, "INT8"),
+        ("int4:g32:asym", 4096, torch.bfloat16, "INT4"),
+        ("nf4:g64:dq", 4096, torch.float16, "NF4"),
+        ("int4:g8", 64, torch.bfloat16, "INT4"),
+        ("nvfp4", 64, torch.bfloat16, "E2M1"),
+        ("fp8_e4m3", 4, torch.bfloat16, "E4M3"),
+        ("int5:g32:asym:scale=fp16", 576, torch.bfloat16, "BITSTREAM"),
+        ("int4:g32:zero=float", 64, torch.bfloat16, "BITSTREAM"),
+        ("int8:g64", 64, torch.float32, "BITSTREAM"),
+        ("int8", 33, torch.bfloat16, None),
+        ("int8", 36, torch.float32, None),
+        ("int4:g32", 4092, torch.bfloat16, None),
+        ("int4:g40", 4000, torch.bfloat16, None),
+        ("int4:g4", 64, torch.bfloat16, None),
+        ("int3:g16", 64, torch.bfloat16, None),
+        ("nf4", 64, torch.float32, None),
+        ("bf16", 64, torch.bfloat16, None),
+    ],
+)
+def test_which_weights_are_read_as_they_are_stored(
+    text: str, columns: int, dtype: torch.dtype, kind: str | None
+) -> None:
+    assert fused_kind(text, columns, dtype) == kind
 
 
 @pytest.mark.parametrize(
@@ -66,10 +86,9 @@ def test_programs_share_columns_where_outputs_do_not_fill_the_device(outputs: in
     assert split_of(outputs, words, tiles_of(1, 4), 132) == expected
 
 
-def test_every_row_count_of_the_table_has_tiles() -> None:
-    for _, most in table.FUSED.values():
-        for bits in (4, 8):
-            assert all(tiles_of(rows, bits).rows >= min(rows, 16) for rows in range(1, most + 1))
+@pytest.mark.parametrize("rows", range(1, max(MOST_ROWS.values()) + 1))
+def test_every_row_count_has_tiles(rows: int) -> None:
+    assert all(tiles.rows >= rows for tiles in (tiles_of(rows, 4), tiles_of(rows, 8), bitstream_tiles(rows)))
 
 
 def test_qpass_imports_no_kernels() -> None:

@@ -7,16 +7,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qpass.bits import LADDER
 from qpass.numerics import Quantized, dequantize, quantize
 from qpass.ops import reference
 from qpass.ops.triton import operators, workspace
-from qpass.ops.triton.table import FUSED, fused_kind
+from qpass.ops.triton.table import BITSTREAM, FUSED, MOST_ROWS, fused_kind
 from qpass.spec import parse_spec
 
 FUSED_SPECS = ["int8", "int8:tensor", "int8:g64", "int8:g32:asym", "int8:asym:scale=bf16", "int4:g128", "int4:g32:asym",
                "int4:channel", "int4:channel:asym", "int4:g256", "int4:g8:scale=fp16", "int4:tensor:asym", "nf4", "nf4:g32:dq",
                "nf4:channel", "fp4_e2m1", "mxfp4", "nvfp4", "fp8_e4m3", "fp8_e4m3:channel", "fp8_e5m2:g16", "mxfp8"]  # fmt: skip
-OTHER_SPECS = ["int3:g32", "int2:g16:asym", "int6", "int5:g20", "int4:g7", "int4:g64:zero=float", "int4:g40", "bf16"]
+BITSTREAM_SPECS = ["int2:g32:asym:scale=fp16", "int2", "int3:g32:asym:scale=fp16", "int3", "int3:channel:asym", "int5:g32:asym",
+                   "int5:g32:asym:scale=fp16", "int5:tensor:asym", "int6:g32:asym:scale=fp16", "int6", "int6:channel",
+                   "int6:g512:scale=bf16", "int4:g64:zero=float", "int8:g32:zero=float:scale=fp16",
+                   "int3:g64:zero=float"]  # fmt: skip
+OTHER_SPECS = ["int3:g40", "int2:g16:asym", "int5:g20", "int4:g7", "int4:g40", "bf16"]
 #: Of the largest result: rounding of weights and of the result to the type.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -51,13 +56,54 @@ def test_fused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     stored, values = weight(outputs, columns, text, device)
-    assert fused_kind(text, values.shape[1]) is not None
+    assert fused_kind(text, values.shape[1], dtype) == FUSED[parse_spec(text).format.name]
     monkeypatch.setattr(operators, "dequantize", None)  # the wide path would need it
     check(random(rows, values.shape[1], seed=1).to(dtype).to(device), text, stored, values, random(outputs).to(device))
 
 
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        *((text, dtype) for text in BITSTREAM_SPECS for dtype in (torch.bfloat16, torch.float16)),
+        *(
+            (text, torch.float32)
+            for text in ("int8", "int4:g32:asym", "int5:g32:asym:scale=fp16", "int3:g64:zero=float")
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("rows", "outputs", "columns"), [(1, 37, 96), (3, 130, 544), (17, 37, 256), (64, 5, 32)])
+def test_bitstream(
+    text: str, dtype: torch.dtype, rows: int, outputs: int, columns: int, device: str, poisoned: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Codes that lie in two words; zero points that are packed, or floats; inputs in float32."""
+    stored, values = weight(outputs, columns, text, device)
+    assert fused_kind(text, values.shape[1], dtype) == "BITSTREAM"
+    rows = min(rows, MOST_ROWS[dtype])
+    monkeypatch.setattr(operators, "dequantize", None)  # the wide path would need it
+    check(random(rows, values.shape[1], seed=1).to(dtype).to(device), text, stored, values, random(outputs).to(device))
+
+
+@pytest.mark.parametrize("text", BITSTREAM_SPECS)
+def test_every_place_of_a_code(text: str, device: str) -> None:
+    """Each row of x takes one column: what is multiplied is exact but for its type."""
+    stored, values = weight(9, 544, text, device)
+    for start in (0, 480):  # the first two units, and the last two, the second of which is alone in its tile
+        x = torch.zeros(64, values.shape[1])
+        x[torch.arange(64), start + torch.arange(64)] = 1
+        found = operators.linear(x.bfloat16().to(device), *stored.parts, None, text).cpu().double().T
+        torch.testing.assert_close(found, values[:, start : start + 64], rtol=2.0**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", LADDER)
+def test_what_the_preset_gives_out_is_fused(text: str) -> None:
+    assert fused_kind(text, 576, torch.bfloat16) is not None
+
+
 def test_every_fused_format_is_tested() -> None:
     assert {parse_spec(text).format.name for text in FUSED_SPECS} == FUSED.keys()
+    assert {parse_spec(text).format.name for text in BITSTREAM_SPECS} == BITSTREAM
 
 
 @pytest.mark.parametrize("text", ["int8", "int4:g32:asym", "nf4", *OTHER_SPECS])
@@ -69,7 +115,7 @@ def test_wide(text: str, dtype: torch.dtype, rows: int, columns: int, device: st
     check(random(rows, values.shape[1], seed=1).to(dtype).to(device), text, stored, values)
 
 
-@pytest.mark.parametrize("text", ["int8", "int4:g128", "nf4:g32"])
+@pytest.mark.parametrize("text", ["int8", "int4:g128", "nf4:g32", "int5:g32:asym"])
 @dtypes
 @pytest.mark.parametrize("rows", [1, 20])
 def test_programs_that_share_the_columns(text: str, dtype: torch.dtype, rows: int, device: str, poisoned: None) -> None:
@@ -140,10 +186,10 @@ def test_parts_that_are_not_what_the_spec_says(text: str, device: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("text", FUSED_SPECS)
+@pytest.mark.parametrize("text", [*FUSED_SPECS, *BITSTREAM_SPECS])
 @dtypes
 @pytest.mark.parametrize("rows", [2, 16, 33])
-@pytest.mark.parametrize(("outputs", "columns"), [(1, 8), (129, 576), (64, 4096), (257, 2056)])
+@pytest.mark.parametrize(("outputs", "columns"), [(1, 8), (129, 576), (64, 4096), (257, 2056), (130, 2080)])
 def test_fused_in_more_shapes(
     text: str, dtype: torch.dtype, rows: int, outputs: int, columns: int, device: str, poisoned: None
 ) -> None:

@@ -31,7 +31,7 @@ class Half:
     @property
     def kind(self) -> str:
         """How codes become floats, in unpacking.py."""
-        return FUSED[self.spec.format.name][0]
+        return FUSED[self.spec.format.name]
 
     @property
     def group(self) -> int:

@@ -17,8 +17,8 @@ from qpass.memory import outside_of_graphs
 from qpass.ops.triton.table import device_of
 
 #: Files of kernels, and the kernels that are launched.
-KERNELS = {"linear": ("linear_kernel",), "rows": ("rows_kernel",), "attention": ("attention_kernel",),
-           "quantizing": ("quantize_kernel",)}  # fmt: skip
+KERNELS = {"linear": ("linear_kernel",), "bitstream": ("bitstream_kernel",), "rows": ("rows_kernel",),
+           "attention": ("attention_kernel",), "quantizing": ("quantize_kernel",)}  # fmt: skip
 #: Types that kernels multiply.
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -59,7 +59,8 @@ def nf4_table(kinds: set[str], dtype: torch.dtype, device: torch.device) -> Tens
 
 
 Result = TypeVar("Result")
-_failed: set[str] = set()
+#: Kernels that are not tried again.
+failed: set[str] = set()
 
 
 def attempt(what: str, device: torch.device, call: Callable[[], Result]) -> Result | None:
@@ -67,7 +68,7 @@ def attempt(what: str, device: torch.device, call: Callable[[], Result]) -> Resu
 
     One warning says so. It is an error where kernels are interpreted, and when memory runs out.
     """
-    if what in _failed:
+    if what in failed:
         return None
     try:
         with (
@@ -79,7 +80,7 @@ def attempt(what: str, device: torch.device, call: Callable[[], Result]) -> Resu
     except Exception as error:
         if kernels_of("triton_private").interpreted():
             raise
-        _failed.add(what)
+        failed.add(what)
         warnings.warn(f"the GPU kernel for {what} failed and a slower way is taken: {error}", stacklevel=2)
         return None
 
@@ -94,3 +95,9 @@ def _patterns(dtype: torch.dtype, device: torch.device) -> Tensor:
 def codebook(values: tuple[float, ...], device: torch.device) -> Tensor:
     """[16] float32 values of a format."""
     return outside_of_graphs(lambda: torch.tensor(values, dtype=torch.float32, device=device))
+
+
+@cache
+def eights(device: torch.device) -> Tensor:
+    """int32 0 .. 7."""
+    return outside_of_graphs(lambda: torch.arange(8, dtype=torch.int32, device=device))

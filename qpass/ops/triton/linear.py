@@ -98,7 +98,12 @@ def linear_kernel(
             acc += sums * scales[None, :]
     if GROUP == 0 and scale is not None:
         acc *= _scales(scale, outer, row, row * 0, scale_stride, outer_stride, SCALE)[None, :]
-    acc *= UNIT
+    finish(acc * UNIT, bias, partial, counters, y, m, n, M, N, SPLIT)
+
+
+@triton.jit
+def finish(acc, bias, partial, counters, y, m, n, M, N, SPLIT: tl.constexpr):
+    """Sums [BM, BN] of a program to y [M, N], with the bias; of SPLIT programs the last adds up what all have written."""
     stored = (m[:, None] < M) & (n[None, :] < N)
     place = m[:, None] * N + n[None, :]
     if SPLIT > 1:
@@ -106,17 +111,17 @@ def linear_kernel(
         tl.debug_barrier()  # every thread has written before one of them says so
         mine = counters + tl.program_id(0)
         if tl.atomic_add(mine, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            acc = tl.zeros((BM, BN), tl.float32)
+            acc = tl.zeros_like(acc)
             for part in range(SPLIT):
                 acc += tl.load(partial + part * M * N + place, mask=stored, other=0, cache_modifier=".cg")
             tl.store(mine, 0)
-            _finish(acc, bias, y, n, place, N, stored)
+            _store(acc, bias, y, n, place, N, stored)
     else:
-        _finish(acc, bias, y, n, place, N, stored)
+        _store(acc, bias, y, n, place, N, stored)
 
 
 @triton.jit
-def _finish(acc, bias, y, n, place, N, stored):
+def _store(acc, bias, y, n, place, N, stored):
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
     tl.store(y + place, acc.to(y.dtype.element_ty), mask=stored)

@@ -36,7 +36,7 @@ def _codes(data, first, COLUMNS: tl.constexpr, BITS: tl.constexpr, width):
 
 
 @triton.jit
-def _zeros(zero, block, width, BITS: tl.constexpr, FLOAT: tl.constexpr):
+def stored_zeros(zero, block, width, BITS: tl.constexpr, FLOAT: tl.constexpr):
     """Zero points of `block`s of a row of `width` at `zero`, as float32; integers counted from 0."""
     if FLOAT:
         values = tl.load(zero + block).to(tl.float32)
@@ -105,7 +105,7 @@ def rows_kernel(
             above = tl.load(outer + row * outer_stride)
         scales = scale_values(tl.load(scale + row * scale_stride + block), above, SCALE)
         if zero is not None:
-            zeros = _zeros(zero + row * zero_stride, block, zero_width, BITS, FLOAT_ZERO)
+            zeros = stored_zeros(zero + row * zero_stride, block, zero_width, BITS, FLOAT_ZERO)
             if SPREAD:
                 zeros = tl.reshape(tl.broadcast_to(zeros[:, None], (BLOCKS, GROUP)), (COLUMNS,))
             if FLOAT_ZERO:

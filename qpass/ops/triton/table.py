@@ -10,21 +10,27 @@ from functools import cache
 
 import torch
 
-from qpass.spec import QuantSpec, parse_spec
+from qpass.spec import parse_spec
 
-#: Format -> (how the codes of a word become floats, in unpacking.py; rows of x up to which that kernel serves). Of more rows, and
-#: of formats that are not here, the weight is dequantized by a kernel of its own and multiplied by cuBLAS.
-FUSED: dict[str, tuple[str, int]] = {
-    "int8": ("INT8", 64),
-    "int4": ("INT4", 64),
-    "nf4": ("NF4", 64),
-    "fp4_e2m1": ("E2M1", 64),
-    "mxfp4": ("E2M1", 64),
-    "nvfp4": ("E2M1", 64),
-    "fp8_e4m3": ("E4M3", 64),
-    "mxfp8": ("E4M3", 64),
-    "fp8_e5m2": ("E5M2", 64),
+#: Format -> how the codes of a word become floats, in unpacking.py. Of more rows of x than MOST_ROWS, and of formats that are
+#: neither here nor in BITSTREAM, the weight is dequantized by a kernel of its own and multiplied by cuBLAS.
+FUSED: dict[str, str] = {
+    "int8": "INT8",
+    "int4": "INT4",
+    "nf4": "NF4",
+    "fp4_e2m1": "E2M1",
+    "mxfp4": "E2M1",
+    "nvfp4": "E2M1",
+    "fp8_e4m3": "E4M3",
+    "mxfp8": "E4M3",
+    "fp8_e5m2": "E5M2",
 }
+#: Integers that bitstream.py reads: of bits that fill no word, and for float zero points and float32 inputs of the others too.
+BITSTREAM = frozenset({"int2", "int3", "int4", "int5", "int6", "int8"})
+#: Columns of as many whole words as a code has bits.
+UNIT = 32
+#: Rows of x up to which weights are read as they are stored, by its type. float32 has no tensor cores.
+MOST_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 8}
 
 #: Compute capability of the first GPUs with bfloat16 products and asynchronous copies (Ampere). fp8 weights need no hardware for
 #: fp8: their bits are moved to where bfloat16 has them.
@@ -52,6 +58,13 @@ TILES: tuple[tuple[int, int, Tiles], ...] = (
     (32, 8, Tiles(32, 64, 16, 4, 4)),
     (64, 4, Tiles(64, 128, 16, 8, 3)),
     (64, 8, Tiles(64, 128, 16, 8, 4)),
+)
+#: The same of bitstream.py: units in the place of words.
+BITSTREAM_TILES: tuple[tuple[int, Tiles], ...] = (
+    (8, Tiles(8, 128, 8, 4, 3)),
+    (16, Tiles(16, 128, 8, 4, 3)),
+    (32, Tiles(32, 64, 8, 4, 3)),
+    (64, Tiles(64, 64, 8, 4, 2)),
 )
 
 
@@ -89,6 +102,11 @@ def tiles_of(rows: int, bits: int) -> Tiles:
     return next(tiles for most, width, tiles in TILES if rows <= most and width == bits)
 
 
+def bitstream_tiles(rows: int) -> Tiles:
+    """For `rows` of x."""
+    return next(tiles for most, tiles in BITSTREAM_TILES if rows <= most)
+
+
 def split_of(outputs: int, words: int, tiles: Tiles, multiprocessors: int) -> int:
     """How many programs share the columns of one tile of outputs, so that all multiprocessors have work."""
     programs = -(-outputs // tiles.outputs)
@@ -97,20 +115,19 @@ def split_of(outputs: int, words: int, tiles: Tiles, multiprocessors: int) -> in
 
 
 @cache
-def fused_kind(text: str, columns: int) -> str | None:
-    """Name of the way in which the fused kernel reads a weight of `columns` in this spec; None if it does not."""
+def fused_kind(text: str, columns: int, dtype: torch.dtype) -> str | None:
+    """Name of the way in which a weight of `columns` in this spec is read as it is stored, for inputs of `dtype`: one of
+    unpacking.py, "BITSTREAM", or None: no kernel does."""
     spec = parse_spec(text)
-    if spec.format.name not in FUSED or spec.float_zero or spec.of_caches_only is not None:
+    name, group = spec.format.name, spec.group_size
+    if spec.of_caches_only is not None or group & (group - 1):
         return None
     codes = 32 // spec.format.bits
-    group = spec.group_size
-    whole_words = columns % codes == 0 and (not group or (group >= codes and group & (group - 1) == 0))
-    return FUSED[spec.format.name][0] if whole_words else None
-
-
-def most_rows(spec: QuantSpec) -> int:
-    """Of x that the fused kernel takes."""
-    return FUSED[spec.format.name][1] if spec.format.name in FUSED else 0
+    whole_words = columns % codes == 0 and (not group or group >= codes)
+    if name in FUSED and dtype in (torch.bfloat16, torch.float16) and whole_words and not spec.float_zero:
+        return FUSED[name]
+    whole_units = columns % UNIT == 0 and group % UNIT == 0
+    return "BITSTREAM" if name in BITSTREAM and whole_units else None
 
 
 @dataclass(frozen=True)
