@@ -161,7 +161,7 @@ def main() -> None:
             loss = -log_q[:-1].gather(-1, window[0, 1:, None]).mean()
             measured[text].append((kl, float(loss), float(same.float().mean())))
             sizes[text] = getattr(cache, "nbytes", 0) / window.shape[1] or sum(
-                2 * la.keys[0, :, 0].nbytes for la in cache.layers
+                2 * la.keys[0, :, 0].nbytes for la in cache.layers if la.keys is not None
             )
     rows: list[dict[str, Any]] = []
     for text in formats:

@@ -58,7 +58,10 @@ def rewrite(graph: Graph) -> list[Edit]:
 
 
 def _rewrite(graph: Graph, node: Node, writes: Writes) -> Edit | None:
-    if value_of(node).device.type not in _DEVICES:
+    result = value_of(node)
+    if (
+        result is None or result.device.type not in _DEVICES
+    ):  # a linear whose tokens are columns has no value of its own
         return None
     before, after = read_before(node), read_after(node)
     inputs = [n for n in (before.base, before.norm, before.column_scale) if n is not None]
@@ -105,12 +108,8 @@ def read_before(linear: Node) -> Before:
     outer = vectors[0] if len(vectors) == 2 or (vectors and core is None) else None
     norm = vectors[-1] if vectors and vectors[-1] is not outer else None
     fits = len(vectors) <= 2 and (outer is None or value_of(outer).dtype == torch.float32)
-    like = value_of(linear)
-    same = (
-        isinstance(value, Node)
-        and value_of(value).dtype == like.dtype
-        and value_of(value).shape[:-1] == like.shape[:-1]
-    )
+    like, given = value_of(linear), value_of(value) if isinstance(value, Node) else None
+    same = given is not None and given.dtype == like.dtype and given.shape[:-1] == like.shape[:-1]
     return Before(value, norm, eps, outer) if fits and same and (core or vectors) else Before(x)
 
 
