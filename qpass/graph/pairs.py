@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.nn import Parameter
 
-from qpass.graph.provenance import Place, place_of, places_of
+from qpass.graph.provenance import STANDS_FOR, Place, place_of, places_of
 from qpass.graph.vocabulary import op_name, shape_of, value_of
 
 
@@ -75,7 +75,14 @@ def _identity(node: Node, shapes: bool) -> object:
         stored = "label" in node.meta or isinstance(value_of(node), Parameter)
         kind = type(value_of(node)).__name__  # a tensor, or a size
         return node.op, kind, node.meta.get("label"), str(shape_of(node)) if shapes or stored else None
-    return node.op, op_name(node) or str(node.target), formats_in(node), str(shape_of(node)) if shapes else None
+    inserted = STANDS_FOR in node.meta
+    return (
+        node.op,
+        op_name(node) or str(node.target),
+        formats_in(node),
+        inserted,
+        str(shape_of(node)) if shapes else None,
+    )
 
 
 def _input_shapes(graph: Graph) -> list[str]:

@@ -17,7 +17,7 @@ from qpass.graph.attention import read_whole
 from qpass.graph.flow import memory_behind
 from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import CASTS, SDPA, argument, op_name, shape_of, source_of, value_of, writes_to
-from qpass.sites.core import Edit
+from qpass.sites.core import Edit, erase_unused
 from qpass.sites.kv import as_one
 
 #: A tensor of such values is stored in the format of that name.
@@ -49,14 +49,7 @@ def _rewrite(graph: Graph, node: Node) -> Edit | None:
         new = graph.call_function(torch.ops.qpass.attention.default, (q, *parts[0], *parts[1], *rest))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    removed = [node]
-    for operand, kept in ((key, k), (value, v)):
-        while operand is not kept and not operand.users:
-            removed.append(operand)
-            parent = source_of(operand)
-            graph.erase_node(operand)
-            operand = parent
+    removed = erase_unused(graph, node)
     stand_for([new], removed)
     return Edit("share_key_heads", "", tuple(n.name for n in removed), (new.name,))
 
@@ -85,13 +78,7 @@ def rewrite_every(graph: Graph) -> list[Edit]:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         added = [n for n in graph.nodes if n not in before]
-        removed, dead = [], [node]
-        while dead:  # the scores, and copies for the query heads, if nothing else reads them
-            n = dead.pop()
-            if not n.users and n.op == "call_function":
-                dead += n.all_input_nodes
-                removed.append(n)
-                graph.erase_node(n)
+        removed = erase_unused(graph, node)  # the scores, and copies for the query heads, too
         stand_for(added, removed)
         edits.append(Edit("attention_as_one", "", tuple(n.name for n in removed), tuple(n.name for n in added)))
     return edits

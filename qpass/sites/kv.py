@@ -16,7 +16,7 @@ from qpass.graph.calls import AttentionCall, is_float_tensor
 from qpass.graph.flow import Flow, memory_behind, rearranged
 from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import CASTS, CATS, op_name, shape_of, source_of, value_of
-from qpass.sites.core import Edit, Match, Site, Skip, current
+from qpass.sites.core import Edit, Match, Site, Skip, current, erase_unused
 
 _ONE_LINE = "pass past_key_values=qpass.KVCache(model.config, max_cache_len=...), or use qpass.quantize with a recipe that has kv"
 _UNKNOWN = (
@@ -160,14 +160,7 @@ def rewrite(graph: Graph, match: Match) -> Edit:
     out.meta = dict(node.meta)
     node.replace_all_uses_with(out)
     added = [n for n in graph.nodes if n not in before]
-    removed, dead = [], [node]
-    while dead:  # back to what is stored; a node read by something else stays
-        n = dead.pop()
-        if n.users or (n.op != "call_function" and n.op != "call_method") or n is current(whole.q):
-            continue
-        dead += n.all_input_nodes if n not in (call.k.node, call.v.node) else []
-        removed.append(n)
-        graph.erase_node(n)
+    removed = erase_unused(graph, node)
     stand_for(added, removed)
     return Edit("convert", match.site.name, tuple(n.name for n in removed), tuple(n.name for n in added))
 

@@ -14,7 +14,7 @@ from qpass.compute import multiplies_fp8, multiplies_integers
 from qpass.graph.calls import EmbeddingCall, LinearCall, Route
 from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import set_value, shape_of, value_of
-from qpass.sites.core import REPLACED, Edit, Match, current
+from qpass.sites.core import REPLACED, Edit, Match, current, erase_unused
 from qpass.sites.group import WeightGroup
 from qpass.spec import QuantSpec
 
@@ -196,16 +196,7 @@ def _bias_of(call: LinearCall | EmbeddingCall) -> Node | None:
 
 def _replace(graph: Graph, match: Match, added: Sequence[Node], output: Node) -> Edit:
     """Redirect the users of the matched node, then erase it and the casts and transpositions of its weight."""
-    call = match.call
     match.node.replace_all_uses_with(output)
     match.node.meta[REPLACED] = output
-    activations = {current(call.indices if isinstance(call, EmbeddingCall) else call.x), _bias_of(call)}
-    removed, dead = [], [match.node]
-    while dead:
-        node = dead.pop()
-        if node.users or node.op == "placeholder":
-            continue
-        dead += [n for n in node.all_input_nodes if n not in activations]
-        removed.append(node.name)
-        graph.erase_node(node)
-    return Edit("convert", match.site.name, tuple(removed), tuple(n.name for n in added))
+    removed = erase_unused(graph, match.node)
+    return Edit("convert", match.site.name, tuple(n.name for n in removed), tuple(n.name for n in added))

@@ -91,7 +91,10 @@ def test_one_linear_and_the_nodes_that_quantize_it_are_one_group() -> None:
 
 def test_an_attention_over_a_quantized_cache_is_one_group() -> None:
     _, decode = qpass.diff(generated(qpass.Recipe.uniform("int8", kv="int8"))).graphs
-    (group,) = (g for g in decode.groups() if g.modules == ("model.layers.0.self_attn",))
+    groups = [g for g in decode.groups() if g.modules == ("model.layers.0.self_attn",)]
+    rotary, group = sorted(groups, key=lambda g: "qpass::attention" in of(g, "after"))
+    assert of(rotary, "after") == ["qpass::append_rotated", "getitem", "getitem", "getitem"]
+    assert {"neg", "cat", "qpass::append"} < set(of(rotary, "before"))
     assert of(group, "after") == ["qpass::attention"]
     assert {"qpass::read_cache", "scaled_dot_product_attention"} < set(of(group, "before"))
     assert {n.site for n in (*group.before, *group.after)} == {"kv model.layers.0.self_attn.k_proj.weight"}
