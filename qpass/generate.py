@@ -72,8 +72,8 @@ def _is_settled(model: Any, cache: Any) -> bool:
     """Whether a step differs from the last one in nothing but the values of tensors: it is one graph, and no layer counts in
     Python."""
     backend = backend_of(model)
-    whole = isinstance(backend, QPass) and not any(c.fragment for c in backend.captures)
-    return whole and not any(hasattr(layer, "cumulative_length_int") for layer in cache.layers)
+    whole = isinstance(backend, QPass) and backend.captures and not any(c.fragment for c in backend.captures)
+    return bool(whole) and not any(hasattr(layer, "cumulative_length_int") for layer in cache.layers)
 
 
 def _as_before() -> AbstractContextManager[Any]:

@@ -27,6 +27,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.norm = nn.Parameter(torch.rand(WIDTH) + 0.5)
         self.gate, self.up, self.down = (nn.Linear(WIDTH, WIDTH, bias=i == 2) for i in range(3))
+        self.wide = nn.Parameter(torch.randn(3 * 32, WIDTH) / 8)
         self.compute = compute
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,6 +85,42 @@ def mean_of_something_else(m: Model, x: Tensor) -> Tensor:
     return m.down(m.norm * (x * torch.rsqrt((2 * x).pow(2).mean(-1, keepdim=True) + 1e-5)))
 
 
+def third_piece(m: Model, x: Tensor) -> Tensor:
+    first, second, _ = F.linear(x, m.wide).chunk(3, dim=-1)
+    return F.silu(first) * second
+
+
+def written_after_an_earlier_fusion(m: Model, x: Tensor) -> Tensor:
+    h = x + m.down(x)
+    normed = rms(m, h)
+    h.mul_(2.0)
+    return m.gate(normed) + h.sum()
+
+
+def written_through_a_transpose(m: Model, x: Tensor) -> Tensor:
+    h = x * 1.5
+    normed = rms(m, h)
+    h.transpose(0, 1).mul_(3.0)
+    return m.down(normed) + h.sum()
+
+
+def written_by_relu(m: Model, x: Tensor) -> Tensor:
+    h = x * 1.5
+    normed = rms(m, h)
+    F.relu(h, inplace=True)
+    return m.down(normed) + h.sum()
+
+
+def summed_into_a_buffer(m: Model, x: Tensor) -> Tensor:
+    buffer = torch.zeros_like(x)
+    torch.add(m.down(x), x, out=buffer)
+    return buffer * 2
+
+
+def rounded_on_the_way(m: Model, x: Tensor) -> Tensor:
+    return m.down(m.norm * (3 * x).to(torch.int32).to(x.dtype))
+
+
 #: What is computed -> the names that are around the linears then: norm, eps, column_scale, gate, residual.
 FIRES: dict[str, tuple[Callable[[Model, Tensor], Tensor], str]] = {
     "norm, as transformers writes it": (lambda m, x: m.down(rms(m, x)), "norm eps"),
@@ -113,6 +150,17 @@ STAYS: dict[str, tuple[Callable[[Model, Tensor], Tensor], str]] = {
     "a gate that is no gate": (lambda m, x: x + glu(m, x, torch.tanh), "residual"),
     "the gate behind": (lambda m, x: x + m.down(m.gate(x) * F.silu(m.up(x))), "residual"),
     "the gate is read beside": (gate_read_beside, ""),
+    "halves of three": (third_piece, ""),
+    "written to after an earlier fusion": (written_after_an_earlier_fusion, "residual"),
+    "written to through a transpose": (written_through_a_transpose, ""),
+    "written to by relu": (written_by_relu, ""),
+    "summed into a buffer": (summed_into_a_buffer, ""),
+    "rounded on the way": (rounded_on_the_way, ""),
+    "a multiple of the summand": (lambda m, x: torch.add(m.down(x), x, alpha=2), ""),
+    "a multiple of eps": (
+        lambda m, x: m.down(x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 0.5, alpha=2))),
+        "",
+    ),
     "the mean of something else": (mean_of_something_else, "column_scale"),
     "a norm over two dimensions": (lambda m, x: m.down(F.rms_norm(x, (5, WIDTH))), ""),
     "scaled by a number for each token": (lambda m, x: m.down(x * x.sum(-1, keepdim=True)), ""),
@@ -137,8 +185,8 @@ def test_what_is_taken_in(case: str, dtype: torch.dtype, exact_products: None) -
     model, x = Model(compute).eval(), torch.randn(2, 5, WIDTH)
     rounded = Model(compute).eval()
     with torch.no_grad():
-        for linear in (rounded.gate, rounded.up, rounded.down):
-            linear.weight.copy_(fake_quantize(linear.weight.to(dtype).float(), parse_spec("int8:channel")))
+        for weight in (rounded.gate.weight, rounded.up.weight, rounded.down.weight, rounded.wide):
+            weight.copy_(fake_quantize(weight.to(dtype).float(), parse_spec("int8:channel")))
     model.to(dtype)
     backend = qpass.QPass("int8:channel", inner="eager")
     with torch.no_grad():
@@ -149,6 +197,17 @@ def test_what_is_taken_in(case: str, dtype: torch.dtype, exact_products: None) -
     assert fused(backend) == expected
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     assert (found - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_torchs_own_eps_is_that_of_float32(dtype: torch.dtype, exact_products: None) -> None:
+    """Rows of 1e-3, beside which the eps of a shorter type would be large."""
+    model = Model(lambda m, x: m.down(F.rms_norm((x - 1) * 1e-3, (WIDTH,), m.norm))).eval().to(dtype)
+    x, backend = torch.randn(2, 5, WIDTH).to(dtype), qpass.QPass("fp32", inner="eager")
+    with torch.no_grad():
+        found, expected = torch.compile(model, backend=backend)(x), model(x)
+    assert fused(backend) == "norm eps"
+    torch.testing.assert_close(found, expected, rtol=3e-2, atol=2e-2)
 
 
 def test_a_summand_that_reads_an_int8_product_of_another_type_stays() -> None:

@@ -49,10 +49,22 @@ def some_channels(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, x[..., 8:]), dim=-1)
 
 
+def minus(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.add(x * cos, torch.cat((-second, first), dim=-1) * sin, alpha=-1)
+
+
+def in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    turned = x * cos
+    turned += torch.cat((-second, first), dim=-1) * sin
+    return turned
+
+
 FIRES: dict[str, Rotate] = {"slices": by_slices, "chunks": by_chunks}
 STAYS: dict[str, Rotate] = {
     "turned the other way": the_first_half_negative, "halves in their place": halves_in_place, "scaled": scaled,
-    "some channels": some_channels,
+    "some channels": some_channels, "the other sign": minus, "in place": in_place,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -30,6 +31,7 @@ from qpass.graph.vocabulary import (
     op_name,
     shape_of,
     source_of,
+    writes,
     writes_to,
 )
 
@@ -149,22 +151,22 @@ def memory_behind(node: Node) -> Node:
 
 
 @dataclass(frozen=True)
-class Writes:
-    """What of a graph changes in place: (position of the node that writes, whose memory)."""
+class Order:
+    """Positions of the nodes of a graph, and those of nodes that write to memory."""
 
-    order: Mapping[Node, int]
-    at: tuple[tuple[int, Node], ...]
+    of: Mapping[Node, int]
+    writes: tuple[int, ...]
 
     @classmethod
-    def of(cls, graph: Graph) -> Writes:
-        order = {node: i for i, node in enumerate(graph.nodes)}
-        found = [(order[n], memory_behind(target)) for n in graph.nodes if (target := writes_to(n)) is not None]
-        return cls(order, tuple(found))
+    def in_graph(cls, graph: Graph) -> Order:
+        of = {node: i for i, node in enumerate(graph.nodes)}
+        return cls(of, tuple(i for node, i in of.items() if writes(node)))
 
-    def change(self, value: Node, until: Node) -> bool:
-        """Whether the memory of a value is written to after it is there and before `until`."""
-        begin, root = self.order.get(value, -1), memory_behind(value)
-        return any(memory is root and begin < at < self.order[until] for at, memory in self.at)
+    def may_move(self, nodes: Iterable[Node], last: Node) -> bool:
+        """Whether `nodes` may be computed at the place of `last`: nothing is written to from the first of them on."""
+        begin, end = min(self.of.get(n, 0) for n in nodes), self.of[last]
+        at = bisect_left(self.writes, begin)
+        return at == len(self.writes) or self.writes[at] >= end
 
 
 def _origins(flow: Flow, node: Node) -> frozenset[Node]:

@@ -81,6 +81,31 @@ def writes_to(node: Node) -> Node | None:
     return node.args[0] if in_place else None
 
 
+#: Functions of torch that may be asked to write to what they are given, by a second True.
+_MAY_WRITE = {
+    "relu", "relu6", "silu", "elu", "selu", "celu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "mish", "rrelu",
+    "threshold", "dropout", "alpha_dropout", "feature_alpha_dropout",
+}  # fmt: skip
+
+
+def writes(node: Node) -> bool:
+    """Whether `node` may change memory that something else looks at; True in doubt."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        return True
+    asked = bool(node.kwargs.get("inplace")) or (op_name(node) in _MAY_WRITE and True in node.args[1:])
+    return writes_to(node) is not None or asked or node.kwargs.get("out") is not None
+
+
+def operands(node: Any, *names: str) -> tuple[Any, Any] | None:
+    """Both operands of a sum or product named so, if it is of two things and nothing else (no alpha, no out)."""
+    if not isinstance(node, Node) or op_name(node) not in names or len(node.args) != 2 or node.kwargs:
+        return None
+    return node.args[0], node.args[1]
+
+
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """An argument of a call, given by position or by name."""
     if len(node.args) > position:

@@ -9,6 +9,8 @@ from functools import partial
 from torch import Tensor
 from torch.nn import functional as F
 
+from qpass.errors import QpassError, nearest
+
 #: Name of a gate -> its function.
 GATES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -39,6 +41,8 @@ class Around:
     def after(self, y: Tensor) -> Tensor:
         """[.., N] -> [.., N], or [.., N / 2] with a gate."""
         if self.gate:
+            if self.gate not in GATES:
+                raise QpassError(f"qpass::linear: gate {self.gate!r}; {nearest(self.gate, GATES)}")
             first, second = y.chunk(2, -1)
             y = GATES[self.gate](first) * second
         return y if self.residual is None else y + self.residual

@@ -17,8 +17,8 @@ _ROWS, _COLUMNS, _STRIDE = 128, 4, 32
 
 
 def round_blocks(x: Tensor, spec: str) -> Tensor:
-    """[.., K] -> [.., K]."""
-    return fake_quantize(x, parse_spec(spec))
+    """[.., K] -> [.., K]; what is not finite gives NaN."""
+    return fake_quantize(x, parse_spec(spec)).masked_fill(~x.isfinite(), torch.nan)
 
 
 def block_linear(

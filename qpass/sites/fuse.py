@@ -12,22 +12,24 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from qpass.graph.flow import Writes
+from qpass.graph.flow import Order
 from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import (
     CASTS,
     DROPOUTS,
     argument,
     op_name,
+    operands,
     shape_of,
     source_of,
     value_of,
+    writes,
 )
 from qpass.ops.around import GATES
 from qpass.sites.core import Edit, erase_unused
 
 #: Where kernels do it.
-_DEVICES = {"cpu"}
+_DEVICES, _DTYPES = {"cpu"}, {torch.float32, torch.bfloat16, torch.float16}
 _MULS, _SPLITS = {"mul", "multiply"}, {"split_with_sizes", "split", "chunk"}
 
 
@@ -51,26 +53,23 @@ class After:
 
 
 def rewrite(graph: Graph) -> list[Edit]:
-    """norm, qpass::linear, gate and residual -> one qpass::linear, where nothing else reads what lies between them."""
-    writes = Writes.of(graph)
+    """norm, qpass::linear, gate and residual -> one qpass::linear, where nothing else reads what lies between."""
+    order = Order.in_graph(graph)
     linears = [n for n in graph.nodes if n.target is torch.ops.qpass.linear.default]
-    return [edit for node in linears if (edit := _rewrite(graph, node, writes)) is not None]
+    return [edit for node in linears if (edit := _rewrite(graph, node, order)) is not None]
 
 
-def _rewrite(graph: Graph, node: Node, writes: Writes) -> Edit | None:
+def _rewrite(graph: Graph, node: Node, order: Order) -> Edit | None:
     result = value_of(node)
-    if (
-        result is None or result.device.type not in _DEVICES
-    ):  # a linear whose tokens are columns has no value of its own
-        return None
-    before, after = read_before(node), read_after(node)
-    inputs = [n for n in (before.base, before.norm, before.column_scale) if n is not None]
-    if any(writes.change(value, node) for value in inputs):
-        before = Before(node.args[0])  # type: ignore[arg-type]
-    later = [before.base, *inputs, *([] if after.residual is None else [after.residual])]
-    if any(writes.change(value, after.out) for value in later):
-        after = After(node)
+    if result is None or result.device.type not in _DEVICES or result.dtype not in _DTYPES:
+        return None  # a linear whose tokens are columns has no value of its own
     x, *stored = node.args
+    before, after = read_before(node), read_after(node)
+    inside = _between(x, before)  # type: ignore[arg-type]
+    if inside and not order.may_move(inside, node):
+        before, inside = Before(x), []  # type: ignore[arg-type]
+    if not order.may_move([*inside, node], after.out):
+        after = After(node)
     if after.out is node and before.base is x:
         return None
     around = (before.norm, before.eps, before.column_scale, after.gate, after.residual)
@@ -87,11 +86,13 @@ def _rewrite(graph: Graph, node: Node, writes: Writes) -> Edit | None:
 
 
 def read_before(linear: Node) -> Before:
-    """What the input of a linear is made of, if nothing else reads it."""
+    """What the input of a linear is made of, if nothing else reads that input."""
     x: Any = linear.args[0]
-    value, vectors, core = x, [], None
+    value, vectors, core, like = x, [], None, value_of(linear)
     while isinstance(value, Node) and set(x.users) == {linear} and core is None:
         if op_name(value) in CASTS:
+            if not _keeps(value, like):
+                break
             value = source_of(value)
             continue
         core = _rms_core(value) or _rms_call(value)
@@ -100,73 +101,102 @@ def read_before(linear: Node) -> Before:
             break
         value, vector = scaled
         vectors.append(vector)
+    eps = None
     if core is not None:
         value, weight, eps = core
         vectors += [] if weight is None else [weight]
-    else:
-        eps = None
-    outer = vectors[0] if len(vectors) == 2 or (vectors and core is None) else None
-    norm = vectors[-1] if vectors and vectors[-1] is not outer else None
-    fits = len(vectors) <= 2 and (outer is None or value_of(outer).dtype == torch.float32)
-    like, given = value_of(linear), value_of(value) if isinstance(value, Node) else None
+    if len(vectors) > 2 or not (core or vectors):
+        return Before(x)
+    norm = vectors[-1] if core and vectors else vectors[1] if len(vectors) == 2 else None
+    outer = vectors[0] if len(vectors) == 2 or not core else None
+    given = value_of(value) if isinstance(value, Node) else None
     same = given is not None and given.dtype == like.dtype and given.shape[:-1] == like.shape[:-1]
-    return Before(value, norm, eps, outer) if fits and same and (core or vectors) else Before(x)
+    fits = same and (outer is None or value_of(outer).dtype == torch.float32)
+    return Before(value, norm, eps, outer) if fits else Before(x)
+
+
+def _between(x: Node, before: Before) -> list[Node]:
+    """The nodes that make x of what a linear is to read instead."""
+    found: dict[Node, None] = {}
+    queue = [x] if x is not before.base else []
+    while queue:
+        node = queue.pop()
+        if (
+            node not in found
+            and node not in (before.base, before.norm, before.column_scale)
+            and node.op != "placeholder"
+        ):
+            found[node] = None
+            queue += node.all_input_nodes
+    return list(found)
+
+
+def _keeps(cast: Node, like: torch.Tensor) -> bool:
+    """Whether a cast rounds to nothing less than the type of `like`, on its device."""
+    value = value_of(cast)
+    return value is not None and value.dtype in (torch.float32, like.dtype) and value.device == like.device
 
 
 def _rms_core(node: Node) -> tuple[Node, None, float] | None:
     """(x, None, eps) of x * rsqrt(mean(x^2, -1) + eps), in any order of the factors."""
-    if op_name(node) not in _MULS or len(node.args) != 2:
-        return None
-    for x, factor in (node.args, node.args[::-1]):
-        if not isinstance(factor, Node) or not isinstance(x, Node) or op_name(factor) != "rsqrt":
+    factors = operands(node, *_MULS)
+    for x, factor in (factors, factors[::-1]) if factors else ():
+        if not isinstance(factor, Node) or not isinstance(x, Node) or op_name(factor) != "rsqrt" or factor.kwargs:
             continue
-        total = source_of(factor)
-        if not isinstance(total, Node) or op_name(total) != "add" or not isinstance(total.args[1], float):
+        total = operands(source_of(factor), "add")
+        if total is None or not isinstance(total[1], float) or not _is_mean_of_rows(total[0]):
             continue
-        mean = total.args[0]
-        if not isinstance(mean, Node) or not _is_mean_of_rows(mean):
-            continue
-        if (squared := _squared(source_of(mean))) is x:
-            return _uncast(squared), None, total.args[1]
+        if (squared := _squared(source_of(total[0]))) is x:
+            return _uncast(squared), None, total[1]
     return None
 
 
-def _is_mean_of_rows(node: Node) -> bool:
+def _is_mean_of_rows(node: Any) -> bool:
+    if not isinstance(node, Node) or node.kwargs.get("out") is not None or node.kwargs.get("dtype") is not None:
+        return False
     dims = argument(node, 1, "dim")
     return op_name(node) == "mean" and dims in (-1, [-1], (-1,)) and bool(argument(node, 2, "keepdim", False))
 
 
 def _squared(node: Any) -> Node | None:
-    name = op_name(node) if isinstance(node, Node) else ""
-    if (name == "pow" and node.args[1] == 2) or name == "square" or (name in _MULS and node.args[0] is node.args[1]):
-        return node.args[0]
-    return None
+    if not isinstance(node, Node) or node.kwargs.get("out") is not None:
+        return None
+    name, product = op_name(node), operands(node, *_MULS)
+    squares = (name == "pow" and argument(node, 1, "exponent") == 2) or name == "square"
+    return source_of(node) if squares or (product is not None and product[0] is product[1]) else None
 
 
 def _uncast(node: Node) -> Node:
     """The value before it was made float32 for a norm."""
-    while op_name(node) in CASTS and isinstance(source_of(node), Node):
+    while op_name(node) in CASTS and isinstance(source_of(node), Node) and value_of(node).dtype == torch.float32:
         node = source_of(node)
     return node
 
 
 def _rms_call(node: Node) -> tuple[Node, Node | None, float] | None:
-    """(x, weight, eps) of torch's rms_norm over the last dimension."""
+    """(x, weight, eps) of torch's rms_norm over the last dimension; its own eps is that of float32 for shorter types too."""
     if op_name(node) != "rms_norm" or len(argument(node, 1, "normalized_shape")) != 1:
         return None
-    x = argument(node, 0, "input")
     eps = argument(node, 3, "eps")
-    return x, argument(node, 2, "weight"), torch.finfo(value_of(x).dtype).eps if eps is None else eps
+    return (
+        argument(node, 0, "input"),
+        argument(node, 2, "weight"),
+        torch.finfo(torch.float32).eps if eps is None else eps,
+    )
 
 
 def _scaled_by_vector(node: Node) -> tuple[Node, Node] | None:
     """(x, v) of x [.., K] * v [K], where v is an input of the graph or a row of one."""
-    if op_name(node) not in _MULS or len(node.args) != 2 or len(shape_of(node) or ()) < 2:
+    shape, factors = shape_of(node), operands(node, *_MULS)
+    if shape is None or len(shape) < 2 or factors is None:
         return None
-    for x, vector in (node.args, node.args[::-1]):
-        given = isinstance(vector, Node) and isinstance(x, Node) and shape_of(x) == shape_of(node)
-        if given and shape_of(vector) == (shape_of(node)[-1],) and _is_given(vector):  # type: ignore[index, arg-type]
-            return x, vector  # type: ignore[return-value]
+    for x, vector in (factors, factors[::-1]):
+        if not isinstance(vector, Node) or not isinstance(x, Node) or not _is_given(vector):
+            continue
+        of_x, of_vector = shape_of(x), shape_of(vector)  # lengths first: comparing sizes of a dynamic graph guards them
+        alike = of_x is not None and of_vector is not None and len(of_x) == len(shape) and len(of_vector) == 1
+        if alike and of_vector == shape[-1:] and of_x == shape:
+            return x, vector
     return None
 
 
@@ -186,9 +216,10 @@ def read_after(linear: Node) -> After:
     before = out
     while end is not None and op_name(end) in DROPOUTS and argument(end, 2, "training", True) is False:
         before, end = end, _only_user(end)
-    if end is None or op_name(end) != "add" or end.kwargs.get("alpha", 1) != 1:
+    both = operands(end, "add")
+    if end is None or both is None:
         return After(out, gate)
-    summands = [a for a in end.args if a is not before]
+    summands = [a for a in both if a is not before]
     alike = len(summands) == 1 and all(_is_alike(value_of(n), result) for n in (end, *summands) if isinstance(n, Node))
     return After(end, gate, summands[0]) if alike and isinstance(summands[0], Node) else After(out, gate)
 
@@ -206,13 +237,17 @@ def _gate(linear: Node) -> tuple[Node, str] | None:
         return None
     halves = {n.args[1]: n for n in pieces.users if n.target is operator.getitem}
     first, second = halves.get(0), halves.get(1)
-    if len(pieces.users) != 2 or first is None or second is None or shape_of(first) != shape_of(second):
+    if len(pieces.users) != 2 or first is None or second is None:
+        return None
+    width, whole = (shape_of(first) or (0,))[-1], (shape_of(linear) or (0,))[-1]
+    if not isinstance(whole, int) or 2 * width != whole:  # a third piece may go unread
         return None
     act, product = _only_user(first), _only_user(second)
     name = _gate_name(act)
-    if not name or product is None or _only_user(act) is not product or op_name(product) not in _MULS:  # type: ignore[arg-type]
+    factors = operands(product, *_MULS)
+    if not name or product is None or factors is None or writes(act):  # type: ignore[arg-type]
         return None
-    return (product, name) if set(product.args) == {act, second} else None
+    return (product, name) if set(factors) == {act, second} and _only_user(act) is product else None  # type: ignore[arg-type]
 
 
 def _gate_name(node: Node | None) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from qpass.graph.flow import Writes
+from qpass.graph.flow import Order
 from qpass.graph.provenance import stand_for
-from qpass.graph.vocabulary import ADDS, CATS, op_name, set_value, shape_of, value_of
+from qpass.graph.vocabulary import CATS, op_name, operands, set_value, shape_of, source_of, value_of
 from qpass.sites.core import Edit, erase_unused
 
 _MULS = {"mul", "multiply"}
@@ -29,28 +29,28 @@ class Rotary:
     x: Node
     cos: Node
     sin: Node
+    nodes: tuple[Node, ...]
 
 
 def rewrite(graph: Graph) -> list[Edit]:
     """rotary embedding of q and k, qpass::append -> one qpass::append_rotated, where an attention reads both."""
-    writes = Writes.of(graph)
+    order = Order.in_graph(graph)
     attentions = [n for n in graph.nodes if n.target is torch.ops.qpass.attention.default and len(n.args) > _START]
-    return [edit for node in attentions if (edit := _rewrite(graph, node, writes)) is not None]
+    return [edit for node in attentions if (edit := _rewrite(graph, node, order)) is not None]
 
 
-def _rewrite(graph: Graph, attention: Node, writes: Writes) -> Edit | None:
+def _rewrite(graph: Graph, attention: Node, order: Order) -> Edit | None:
     q, k, append = attention.args[0], attention.args[_K_LAST], attention.args[_START]
     if not (isinstance(append, Node) and op_name(append) == "qpass::append" and append.args[_KEYS] is k):
         return None
     of_q, of_k = read_rotary(q), read_rotary(k)
     if of_q is None or of_k is None or (of_q.cos, of_q.sin) != (of_k.cos, of_k.sin) or q is k:
         return None
-    order, inputs = writes.order, (of_q.x, of_k.x, of_q.cos, of_q.sin)
-    there = all(order.get(n, -1) < order[append] and not writes.change(n, append) for n in inputs)
-    early = [user for n in (q, k) for user in n.users if order.get(user, -1) < order[append]]  # type: ignore[union-attr]
-    if not there or early:
+    inputs = (of_q.x, of_k.x, of_q.cos, of_q.sin)
+    there = all(order.of.get(n, len(order.of)) < order.of[append] for n in (*inputs, q, k))  # type: ignore[index]
+    early = [user for n in (q, k) for user in n.users if order.of.get(user, len(order.of)) < order.of[append]]  # type: ignore[union-attr]
+    if not there or early or not order.may_move([*of_q.nodes, *of_k.nodes], append):
         return None
-    old = {n.name for n in (q, k, append)}  # type: ignore[union-attr]
     k_parts, v_parts, length, _, values, *rest = append.args
     with graph.inserting_before(append):
         new = graph.call_function(
@@ -63,39 +63,40 @@ def _rewrite(graph: Graph, attention: Node, writes: Writes) -> Edit | None:
         before.replace_all_uses_with(after)  # type: ignore[union-attr]
     graph.erase_node(append)
     removed = [append, *erase_unused(graph, q), *erase_unused(graph, k)]  # type: ignore[arg-type]
-    assert old <= {n.name for n in removed}
     stand_for([new, *results], removed)
     return Edit("rotate_and_append", "", tuple(n.name for n in removed), tuple(n.name for n in (new, *results)))
 
 
 def read_rotary(node: Any) -> Rotary | None:
     """Rotary embedding of x [B, H, S, D] over all of D, as transformers writes it, in any order."""
-    if not isinstance(node, Node) or op_name(node) not in ADDS or len(node.args) != 2:
-        return None
-    for straight, crossed in (node.args, node.args[::-1]):
+    summands = operands(node, "add")
+    for straight, crossed in (summands, summands[::-1]) if summands else ():
         for x, cos in _factors(straight):
             for half, sin in _factors(crossed):
                 if _is_exchanged(half, x) and _are_angles(x, cos) and _are_angles(x, sin):
-                    return Rotary(x, cos, sin)
+                    return Rotary(x, cos, sin, (node, straight, crossed, half))
     return None
 
 
 def _factors(product: Any) -> list[tuple[Node, Node]]:
-    if not isinstance(product, Node) or op_name(product) not in _MULS or len(product.args) != 2:
-        return []
-    a, b = product.args
+    a, b = operands(product, *_MULS) or (None, None)
     return [(a, b), (b, a)] if isinstance(a, Node) and isinstance(b, Node) else []
 
 
 def _is_exchanged(node: Node, x: Node) -> bool:
     """Whether it is cat(-x[.., half:], x[.., :half])."""
-    if op_name(node) not in CATS or not isinstance(node.args[0], list | tuple) or len(node.args[0]) != 2:
+    if (
+        op_name(node) not in CATS
+        or not node.args
+        or not isinstance(node.args[0], list | tuple)
+        or len(node.args[0]) != 2
+    ):
         return False
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
     second, first = node.args[0]
     if dim not in (-1, 3) or not isinstance(second, Node) or op_name(second) != "neg":
         return False
-    return _is_half(second.args[0], x, 1) and _is_half(first, x, 0)
+    return _is_half(source_of(second), x, 1) and _is_half(first, x, 0)
 
 
 def _is_half(node: Any, x: Node, which: int) -> bool:
@@ -104,7 +105,7 @@ def _is_half(node: Any, x: Node, which: int) -> bool:
     source, index = node.args
     half = (shape_of(x) or (0,))[-1] // 2
     if isinstance(source, Node) and op_name(source) in ("chunk", "split"):
-        return bool(source.args[0] is x and index == which and (shape_of(node) or (0,))[-1] == half)
+        return bool(source_of(source) is x and index == which and (shape_of(node) or (0,))[-1] == half)
     cut = slice(half, None, None) if which else slice(None, half, None)
     return source is x and isinstance(index, tuple) and index[0] is Ellipsis and index[1:] == (cut,)
 

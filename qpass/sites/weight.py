@@ -146,7 +146,12 @@ def _scaled(insert: _Insert, x: Node, stored: Stored) -> Node:
 
 
 def _cast(insert: _Insert, x: Node, dtype: torch.dtype) -> Node:
-    return x if dtype == torch.float32 else insert(_aten.to.dtype, x, dtype)
+    if dtype == torch.float32:
+        return x
+    cast = insert(_aten.to.dtype, x, dtype)
+    if value_of(x) is not None:
+        set_value(cast, value_of(x).to(dtype))
+    return cast
 
 
 def _cut(insert: _Insert, part: Node | None, whole: int, rows: tuple[int, int]) -> Node | None:

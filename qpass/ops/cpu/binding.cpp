@@ -1,4 +1,4 @@
-// torch.ops.qpass.linear, quantize and attention on CPU tensors without Python, on torch's stable ABI: the same call takes a few
+// torch.ops.qpass.linear, quantize, attention and append on CPU tensors without Python, on torch's stable ABI: the same call takes a few
 // microseconds instead of twenty-five to eighty.
 //
 // Only calls like one that Python (operators.py) has checked before are served here. "Like": everything that it looks at is
@@ -164,7 +164,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Part& scale, const Part& z
   int32_t dtype = dtype_of(x), bias_dtype = bias ? dtype_of(*bias) : 0;
   bool usual = dtype >= 0 && bias_dtype >= 0 && count && x.is_contiguous();
   usual = usual && is_vector(bias, n) && is_vector(norm, k) && is_vector(columns, k) && (!norm || dtype_of(*norm) >= 0);
-  usual = usual && (!columns || dtype_of(*columns) == 0) && (gate.empty() || n % 2 == 0);
+  usual = usual && (!columns || dtype_of(*columns) == 0) && (gate.empty() || (n % 2 == 0 && gate_of(gate) != NO_GATE));
   std::vector<int64_t> sizes(dims);
   if (usual) {
     for (int64_t i = 0; i + 1 < dims; i++) sizes[i] = x.size(i);
@@ -312,6 +312,7 @@ bool append_to(const std::vector<Tensor>& parts, const Tensor& x, const std::str
     const auto& [type, sizes] = known->parts[i];
     const Tensor& part = parts[i];
     bool fits = part.dim() == 4 && part.is_contiguous() && part.size(0) == x.size(0) && part.size(1) == x.size(1);
+    fits = fits && length + tokens <= part.size(2) && sizes.size() == 4 && sizes[2] == tokens;
     if (!fits || part.element_size() != known->bytes[i] || part.size(3) != sizes[3]) return false;
     codes[i].resize(heads * tokens * sizes[3] * known->bytes[i]);
     while (!(known->call.slots >> slot & 1)) slot++;
@@ -333,6 +334,8 @@ bool append_to(const std::vector<Tensor>& parts, const Tensor& x, const std::str
 // The next tokens of a cache; see schemas.py.
 Tensor append(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const Tensor& keys, const Tensor& values, std::string k_spec,
               std::string v_spec, const Part& k_scale, const Part& v_scale) {
+  if (length.scalar_type() != torch::headeronly::ScalarType::Long || length.numel() != 1 || *(const int64_t*)length.const_data_ptr() < 0)
+    return in_python("qpass::append_checked", k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale);
   int64_t* now = (int64_t*)length.mutable_data_ptr();
   int64_t before = *now, after = before + (keys.dim() == 4 ? keys.size(2) : 0);
   bool fits = !k.empty() && !v.empty() && k[0].dim() == 4 && after <= k[0].size(2) && v[0].dim() == 4 && after <= v[0].size(2);
