@@ -19,6 +19,7 @@ RUN = (
     "test_rows.py",
     "test_attention.py",
     "test_quantizing.py",
+    "test_appending.py",
 )
 
 

@@ -19,7 +19,8 @@ from qpass.spec import parse_spec
 
 #: Files of kernels, and the kernels that are launched.
 KERNELS = {"linear": ("linear_kernel",), "bitstream": ("bitstream_kernel",), "around": ("norm_kernel",),
-           "rows": ("rows_kernel",), "attention": ("attention_kernel",), "quantizing": ("quantize_kernel",)}  # fmt: skip
+           "rows": ("rows_kernel",), "attention": ("attention_kernel",), "quantizing": ("quantize_kernel",),
+           "appending": ("append_kernel",)}  # fmt: skip
 #: Types that kernels multiply.
 HALVES = (torch.bfloat16, torch.float16)
 #: Types that they read and write.

@@ -37,6 +37,8 @@ from qpass.ops.triton.table import (
     tiles_of,
 )
 from qpass.ops.triton.workspace import counters
+from qpass.ops.triton.writing import append as append
+from qpass.ops.triton.writing import append_rotated as append_rotated
 from qpass.ops.triton.writing import quantize as quantize
 from qpass.rotation import rotate
 
