@@ -5,6 +5,7 @@ No site is quantized by it. But in a decode step of a small model the calls deci
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,10 @@ from qpass.graph.vocabulary import (
     value_of,
 )
 from qpass.ops.around import GATES
+from qpass.ops.triton.table import takes_in
 from qpass.sites.core import Edit, erase_unused
 
-#: Where kernels do it.
-_DEVICES = {"cpu"}
+_SPEC = 6  # of qpass::linear
 _MULS, _SPLITS = {"mul", "multiply"}, {"split_with_sizes", "split", "chunk"}
 
 
@@ -58,7 +59,7 @@ def rewrite(graph: Graph) -> list[Edit]:
 
 
 def _rewrite(graph: Graph, node: Node, writes: Writes) -> Edit | None:
-    if value_of(node).device.type not in _DEVICES:
+    if not _is_taken_in(node):
         return None
     before, after = read_before(node), read_after(node)
     inputs = [n for n in (before.base, before.norm, before.column_scale) if n is not None]
@@ -78,6 +79,14 @@ def _rewrite(graph: Graph, node: Node, writes: Writes) -> Edit | None:
     removed = erase_unused(graph, after.out)
     stand_for([new], removed)
     return Edit("fuse", "", tuple(n.name for n in removed), (new.name,))
+
+
+def _is_taken_in(linear: Node) -> bool:
+    """Whether the kernels of the device do what is around it."""
+    like, x = value_of(linear), shape_of(linear.args[0])  # type: ignore[arg-type]
+    if like.device.type == "cuda":
+        return x is not None and takes_in(str(linear.args[_SPEC]), x[-1], like.dtype, math.prod(like.shape[:-1]))
+    return like.device.type == "cpu"
 
 
 # --- before it --------------------------------------------------------------------------------------------------------
