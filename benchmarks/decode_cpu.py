@@ -2,7 +2,7 @@
 
     python benchmarks/decode_cpu.py [--model FOLDER] [--contexts 128 2048] [--batches 1 4] [--prefill 512]
                                     [--engines REGEX] [--isa avx2] [--rounds 7] [--json build/decode_cpu.json]
-                                    [--chart docs/decode_cpu.svg] [--profile]
+                                    [--chart docs/decode_cpu.svg] [--profile] [--cpp-wrapper]
 
 `--model`: a Llama of transformers; without it, one of 418 M random weights.
 
@@ -199,7 +199,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("build/decode_cpu.json"))
     parser.add_argument("--chart", type=Path)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "--cpp-wrapper", action="store_true", help="Inductor's wrapper of all graphs in C++ (compiles for minutes)"
+    )
     args = parser.parse_args()
+    torch._inductor.config.cpp_wrapper = args.cpp_wrapper
     torch._dynamo.config.recompile_limit = 64  # all engines share the code of transformers
     threads = torch.get_num_threads()
     with use_isa(args.isa) if args.isa else contextlib.nullcontext():

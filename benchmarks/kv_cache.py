@@ -4,7 +4,8 @@
                                   [--outliers F] [--json OUT]
 
 Weights stay in float. The windows are those of benchmarks/accuracy.py (of the documents that are as long as `--window`), read
-`--chunk` tokens at a time: a chunk sees its own tokens as floats and all before it as they are stored.
+`--chunk` tokens at a time: a chunk sees its own tokens as floats and all before it as they are stored. `--chunk 0`: a window at a
+time, which sees all tokens, its own too, as they would be stored.
 
 Recall: ten sentences stand at ten depths of so many tokens of text, and greedy decoding must give their last words; so many of
 those that the float model gives. --outliers F: in every head two of the keys' channels (a pair that rotary embedding turns) are
@@ -25,6 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
 import qpass
+from qpass.numerics import fake_quantize
+from qpass.spec import parse_spec
 
 DEFAULT = (
     "int8", "fp8_e4m3", "int8:static", "k=int8,v=int4:channel:asym", "int4:channel:asym", "int4:channel:asym:rotated",
@@ -41,10 +44,24 @@ FACTS = (
 )  # fmt: skip
 
 
-def new_cache(config: Any, length: int, text: str | None, calibration: Any) -> Any:
+class Rounded(DynamicCache):
+    """Keys and values of one pass, each token as it would be stored."""
+
+    def __init__(self, config: Any, k: str, v: str) -> None:
+        super().__init__(config=config)
+        self.specs = parse_spec(k), parse_spec(v)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        k, v = (fake_quantize(x, spec) for x, spec in zip((key_states, value_states), self.specs, strict=True))
+        return k, v
+
+
+def new_cache(config: Any, length: int, text: str | None, calibration: Any, chunk: int = 1) -> Any:
     if text is None:
         return DynamicCache(config=config)
     halves = dict(part.split("=", 1) for part in text.split(",")) if text.startswith("k=") else {"format": text}
+    if not chunk:
+        return Rounded(config, halves.get("k", text), halves.get("v", text))
     cache = qpass.KVCache(config, length, **halves)
     return cache.calibrate(*calibration) if "static" in text else cache
 
@@ -133,17 +150,18 @@ def main() -> None:
     measured: dict[str | None, list[tuple[Tensor, float, float]]] = {text: [] for text in formats}
     sizes: dict[str | None, float] = {}
     for window in ids.split(1):  # one at a time: the logits of a long one take gigabytes
-        reference = by_chunks(model, window, DynamicCache(config=model.config), args.chunk).log_softmax(-1)[0]
+        chunk = args.chunk or args.window
+        reference = by_chunks(model, window, DynamicCache(config=model.config), chunk).log_softmax(-1)[0]
         for text in formats:
-            cache = new_cache(model.config, window.shape[1], text, calibration)
+            cache = new_cache(model.config, window.shape[1], text, calibration, args.chunk)
             found = []
-            for part, p in zip(window.split(args.chunk, 1), reference.split(args.chunk), strict=True):
-                found.append(compare(p, by_chunks(model, part, cache, args.chunk).log_softmax(-1)[0]))
+            for part, p in zip(window.split(chunk, 1), reference.split(chunk), strict=True):
+                found.append(compare(p, by_chunks(model, part, cache, chunk).log_softmax(-1)[0]))
             kl, log_q, same = (torch.cat(x) for x in zip(*found, strict=True))
             loss = -log_q[:-1].gather(-1, window[0, 1:, None]).mean()
             measured[text].append((kl, float(loss), float(same.float().mean())))
             sizes[text] = getattr(cache, "nbytes", 0) / window.shape[1] or sum(
-                2 * la.keys[0, :, 0].nbytes for la in cache.layers
+                2 * la.keys[0, :, 0].nbytes for la in cache.layers if la.keys is not None
             )
     rows: list[dict[str, Any]] = []
     for text in formats:

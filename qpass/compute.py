@@ -15,8 +15,8 @@ from qpass.spec import QuantSpec
 Compute = Literal["float", "int8", "fp8"]
 #: What a caller may choose.
 _CHOICES = (None, "float", "int8")
-#: Compute capability of the first GPUs with products of fp8 (Ada).
-_FP8_PRODUCTS = (8, 9)
+#: Compute capability of the first GPUs with products of fp8 (Ada), and of blocks that have E8M0 scales (Blackwell).
+_FP8_PRODUCTS, _BLOCK_PRODUCTS = (8, 9), (10, 0)
 
 #: Kinds of formats whose kernels can multiply int8 activations.
 _INT8_KINDS = frozenset({"uniform", "codebook"})
@@ -70,7 +70,8 @@ def compute_of(spec: QuantSpec, device: str = "cpu") -> Compute:
     have them (of more than 16 rows, if they are integers), and floats otherwise: a weight alone is dequantized in registers.
     """
     if device == "cuda":
-        return "int8" if multiplies_integers(spec) else "fp8" if multiplies_fp8(spec, device) else "float"
+        fp8 = multiplies_fp8(spec, device) or (multiplies_blocks(spec) and has_block_products(device))
+        return "int8" if multiplies_integers(spec) else "fp8" if fp8 else "float"
     served = spec.format.kind in _INT8_KINDS and spec.group_size % 8 == 0 and device == "cpu"
     wanted = _chosen[0] or ("int8" if spec.format.bits < _INT8_BELOW else "float")
     return "int8" if served and wanted == "int8" else "float"
@@ -87,6 +88,11 @@ def multiplies_fp8(spec: QuantSpec, device: str) -> bool:
     return codes and (spec.granularity is None or _of_whole_rows(spec)) and has_fp8_products(device)
 
 
+def multiplies_blocks(spec: QuantSpec) -> bool:
+    """Whether a weight and its input are both mxfp8, whose products new GPUs have."""
+    return spec.format.name == "mxfp8" and spec.activations is not None and spec.activations.format.name == "mxfp8"
+
+
 def _activations_are(spec: QuantSpec, name: str) -> bool:
     """With a scale for each row, or one for all."""
     activations = spec.activations
@@ -100,9 +106,19 @@ def _of_whole_rows(spec: QuantSpec) -> bool:
 
 def has_fp8_products(device: str) -> bool:
     """Whether GPUs of this kind, "cuda", multiply fp8."""
+    return _capability(device) >= _FP8_PRODUCTS
+
+
+def has_block_products(device: str) -> bool:
+    """Whether GPUs of this kind, "cuda", multiply blocks of fp8 that have E8M0 scales."""
+    return _capability(device) >= _BLOCK_PRODUCTS
+
+
+def _capability(device: str) -> tuple[int, int]:
+    """Compute capability of NVIDIA's GPUs; (0, 0) for others, and if there is none."""
     if device != "cuda" or not torch.cuda.is_available() or torch.version.hip:
-        return False
-    return torch.cuda.get_device_capability() >= _FP8_PRODUCTS
+        return 0, 0
+    return torch.cuda.get_device_capability()
 
 
 def int8_by_default() -> list[str]:

@@ -62,6 +62,11 @@ class QuantSpec:
         return self.format.kind == "identity"
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether blocks share a power of two, as in the MX formats."""
+        return self.format.scale == "e8m0"
+
+    @property
     def reads_tensor_range(self) -> bool:
         """Whether a scale follows from the range of the whole tensor."""
         return isinstance(self.granularity, PerTensor) or self.format.scale == "e4m3"
@@ -216,8 +221,6 @@ def _activations(part: str, text: str) -> QuantSpec:
         reason = "rotated, zero=float and t<tokens> are for a KV cache"
     elif spec.static and spec.granularity is not None:
         reason = "a static scale is one for all tokens"
-    elif spec.format.scale == "e8m0":
-        reason = "the compiler has no E8M0; take int8:g32, or fp8_e4m3:g32"
     elif isinstance(spec.granularity, PerTensor) or spec.format.scale == "e4m3":
         reason = "one scale for all tokens comes from calibration: int8:static; or take one a token: int8"
     elif spec.scale_dtype != torch.float32 or spec.double_quantized:

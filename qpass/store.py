@@ -83,20 +83,7 @@ class Entry:
         self.states = [_state(p) for p in params]
         # Held, so that new memory of a Parameter cannot come to lie where the old was.
         self.storages = [p.untyped_storage() for p in params if not isinstance(p, QTensor)]
-
-        #: Of QTensors alone: what makes each the one that it was.
-        known = [(p.token, p.quantized) for p in params if isinstance(p, QTensor)]
-        self.known = known if len(known) == len(params) else None
-
-    def is_quick(self, args: Sequence[Any], indices: Sequence[int]) -> bool:
-        """`is_of` for QTensors among the arguments of a call, in a tenth of the time."""
-        if self.known is None:
-            return False
-        for i, (token, quantized) in zip(indices, self.known, strict=True):
-            param = args[i]
-            if getattr(param, "token", None) is not token or param.quantized is not quantized:
-                return False
-        return True
+        self.of_qtensors = all(isinstance(p, QTensor) for p in params)
 
     def holds(self, param: Tensor) -> bool:
         """Whether the parts were made of `param`, among others."""

@@ -81,9 +81,14 @@ def check(text: str, case: tuple[bool, float | None, bool, str, bool], lead: tup
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("text", SPECS)
-def test_each_format(text: str, case: tuple[bool, float | None, bool, str, bool]) -> None:
+@pytest.mark.parametrize("text", ["int8", "int4:g32:asym"])
+def test_each_part(text: str, case: tuple[bool, float | None, bool, str, bool]) -> None:
     check(text, case, (2, 1), 26, 77, torch.float32, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_each_format(text: str) -> None:
+    check(text, EVERYTHING, (2, 1), 26, 77, torch.float32, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -170,3 +170,25 @@ def test_two_processes_calibrate_it_as_one_does(smollm2: Path, tmp_path: Path) -
         one, two = (model(ids).logits for model in found)
         plain = in_float(smollm2)(ids).logits
     assert float((one - two).abs().mean()) < 0.2 * float((one - plain).abs().mean()), "sums are rounded differently"
+
+
+def test_the_worst_sites_are_those_that_leaving_each_out_finds(smollm2: Path) -> None:
+    """qpass.blame restores sites in the graph; here each weight is put back into a plain model, which reads all anew."""
+    text = (TEXTS / "validation.txt").read_text()[:4000]
+    ids = torch.tensor([AutoTokenizer.from_pretrained(smollm2)(text).input_ids[:256]])
+    reference, plain = in_float(smollm2), in_float(smollm2)
+    model = qpass.quantize(in_float(smollm2), "int4", inner="eager")
+    worst = [row.name for row in qpass.blame(model, reference, [ids]).rows[:10]]
+    floats = dict(reference.named_parameters())
+    stored = {name: p.dequantize() for name, p in model.named_parameters() if isinstance(p, qpass.QTensor)}
+    weights = dict(plain.named_parameters())
+    with torch.no_grad():
+        exact = reference(ids).logits.log_softmax(-1)
+        for name, value in stored.items():
+            weights[name].copy_(value)
+        left: dict[str, float] = {}
+        for name, value in stored.items():
+            weights[name].copy_(floats[name])
+            left[name] = float((exact.exp() * (exact - plain(ids).logits.log_softmax(-1))).sum(-1).mean())
+            weights[name].copy_(value)
+    assert set(sorted(left, key=left.__getitem__)[:5]) <= set(worst)

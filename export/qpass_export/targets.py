@@ -59,7 +59,7 @@ class Target:
         rules = {"embedding": self.embedding, "kv": self.kv}
         for kinds, name, spec in specs:
             for kind in kinds.split("+"):  # a tied table is two
-                refusal = rules.get(kind, self.linear)(spec)
+                refusal = _blocks_of_inputs(spec) or rules.get(kind, self.linear)(spec)
                 if refusal is not None:
                     raise QpassError(
                         f"{self.name}: {name} ({kinds}) in {spec}: {refusal.reason}; "
@@ -75,6 +75,12 @@ _FP4 = {"fp4_e2m1", "mxfp4", "nvfp4"}
 
 def _power_of_two(size: int) -> bool:
     return size & (size - 1) == 0
+
+
+def _blocks_of_inputs(spec: QuantSpec) -> Refusal | None:
+    if spec.activations is None or not spec.activations.in_blocks:
+        return None
+    return Refusal("ONNX rounds no inputs to blocks that share a power of two", str(spec).split("@")[0])
 
 
 def _blocks(spec: QuantSpec, least: int, most: int) -> Refusal | None:

@@ -23,6 +23,10 @@ SCHEMAS = {
         f"(Tensor x, Tensor x_scale, Tensor? x_zero_point, {_PARTS.format('')}, Tensor? bias, str spec, "
         "ScalarType dtype) -> Tensor"
     ),
+    # x [.., K] as it comes back from blocks that share an E8M0 scale, which the compiler does not know, in x's dtype
+    "round_blocks": "(Tensor x, str spec) -> Tensor",
+    # linear of round_blocks(x), where spec says of what. GPUs that multiply such blocks do.
+    "block_linear": f"(Tensor x, {_PARTS.format('')}, Tensor? bias, str spec) -> Tensor",
     # x [.., K] and ids, broadcast together, -> [.., N]: each row of x by the expert (N rows of the weight) that ids names for
     # it. Negative ids count from the end; the id `experts` itself is no expert: zeros. It reads ids on the host.
     "experts": f"(Tensor x, Tensor ids, {_PARTS.format('')}, int experts, str spec) -> Tensor",

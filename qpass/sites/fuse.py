@@ -82,8 +82,10 @@ def _rewrite(graph: Graph, node: Node, writes: Writes) -> Edit | None:
 
 
 def _is_taken_in(linear: Node) -> bool:
-    """Whether the kernels of the device do what is around it."""
+    """Whether the kernels of the device do what is around it. A linear whose tokens are columns has no value of its own."""
     like, x = value_of(linear), shape_of(linear.args[0])  # type: ignore[arg-type]
+    if like is None:
+        return False
     if like.device.type == "cuda":
         return x is not None and takes_in(str(linear.args[_SPEC]), x[-1], like.dtype, math.prod(like.shape[:-1]))
     return like.device.type == "cpu"
@@ -114,12 +116,8 @@ def read_before(linear: Node) -> Before:
     outer = vectors[0] if len(vectors) == 2 or (vectors and core is None) else None
     norm = vectors[-1] if vectors and vectors[-1] is not outer else None
     fits = len(vectors) <= 2 and (outer is None or value_of(outer).dtype == torch.float32)
-    like = value_of(linear)
-    same = (
-        isinstance(value, Node)
-        and value_of(value).dtype == like.dtype
-        and value_of(value).shape[:-1] == like.shape[:-1]
-    )
+    like, given = value_of(linear), value_of(value) if isinstance(value, Node) else None
+    same = given is not None and given.dtype == like.dtype and given.shape[:-1] == like.shape[:-1]
     return Before(value, norm, eps, outer) if fits and same and (core or vectors) else Before(x)
 
 

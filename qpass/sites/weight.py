@@ -81,7 +81,10 @@ def _linears(insert: _Insert, group: WeightGroup, matches: Sequence[Match], stor
         whole = shape_of(parts[0])[0]  # type: ignore[arg-type, index]
         parts = [_cut(insert, part, whole, call.rows) for part in parts]
     bias = _bias_of(call) if len(matches) == 1 else stored.bias
-    if spec.activations is not None and _is_quantized(spec.activations, stored) and _multiplies_codes(spec, parts[0]):
+    if spec.activations is not None and spec.activations.in_blocks:
+        x = _cast(insert, _scaled(insert, _input(insert, call, dtype), stored), dtype)
+        fused = insert(torch.ops.qpass.block_linear.default, x, *parts, bias, str(spec))
+    elif spec.activations is not None and _is_quantized(spec.activations, stored) and _multiplies_codes(spec, parts[0]):
         codes, *of_input = _codes(insert, _input(insert, call, None), spec.activations, stored)
         zero = of_input[1] if len(of_input) > 1 else None
         fused = insert(torch.ops.qpass.integer_linear.default, codes, of_input[0], zero, *parts, bias, str(spec), dtype)
@@ -121,7 +124,9 @@ def _ready(insert: _Insert, call: LinearCall, group: WeightGroup, stored: Stored
     """The input as floats, after its columns were scaled and it was rounded, if the spec says so."""
     dtype, activations = value_of(call.node).dtype, group.spec.activations
     x = _scaled(insert, _input(insert, call, dtype), stored)
-    if activations is not None and _is_quantized(activations, stored):
+    if activations is not None and activations.in_blocks:
+        x = insert(torch.ops.qpass.round_blocks.default, _cast(insert, x, dtype), str(activations))
+    elif activations is not None and _is_quantized(activations, stored):
         x = insert(
             torch.ops.qpass.round_input.default, x, stored.input_scale, stored.input_zero_point, str(activations)
         )
