@@ -4,10 +4,11 @@
     TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --tiny        its own logic, kernels in Triton's interpreter
 
 Checks every kernel against float64 with fresh inputs and poisoned outputs, and stops if one is wrong (--sanitize: also under
-compute-sanitizer, for accesses outside of memory and for races). Then: what a copy and a
-bfloat16 product reach; linears of 1, 8 and 64 rows alone, attention alone over a long cache, the rounding of weights; a decode
-step of a random Llama of the shape of an 8B model in CUDA graphs, with float and quantized caches; prompts; memory. `fraction`:
-of the copy's bandwidth at which the bytes that must be read are read, or of the product's operations a second.
+compute-sanitizer, for accesses outside of memory and for races); --check does only that, and counts the kernels of a layer of a
+decode step, which may be 7. Then: what a copy and a bfloat16 product reach; linears of 1, 8 and 64 rows alone, attention alone
+over a long cache, the rounding of weights; a decode step of a random Llama of the shape of an 8B model in CUDA graphs, with float
+and quantized caches; prompts; memory. `fraction`: of the copy's bandwidth at which the bytes that must be read are read, or of
+the product's operations a second.
 
 The model has --layers of the 32 layers, so that compiling leaves time to measure; `ms of 32` counts the rest from these, with the
 vocabulary projection measured alone. --layers 32 is the whole. What the minutes do not reach is named. --page writes the tables
@@ -115,9 +116,12 @@ def check(run: Run) -> bool:
             for rows in run.shape.rows if run.tiny else (*run.shape.rows, 200):
                 for dtype in (torch.bfloat16,) if run.tiny else TOLERANCE:
                     columns = max(columns, 128)
-                    error = parts.check_linear(text, rows, dtype, run.device, outputs, columns, seed := seed + 2)
-                    if not error <= TOLERANCE[dtype]:
-                        wrong.append(f"linear {text} {dtype} [{rows}, {columns}] x {outputs}: {error:.2e}")
+                    for around in (False, True)[: 2 if outputs == sizes[0][0] else 1]:
+                        seed += 2
+                        error = parts.check_linear(text, rows, dtype, run.device, outputs, columns, seed, around)
+                        if not error <= TOLERANCE[dtype]:
+                            name = f"linear {text} {dtype} [{rows}, {columns}] x {outputs}, around it: {around}"
+                            wrong.append(f"{name}: {error:.2e}")
     for text in CACHES:
         for queries, tokens in (
             ((1, 70), (3, 200)) if run.tiny else ((1, 5), (1, 9001), (4, 1000), (1, 100_000), (40, 500))
@@ -125,9 +129,31 @@ def check(run: Run) -> bool:
             error = parts.check_attention(text, queries, tokens, run.shape, run.device, seed := seed + 1)
             if not error <= 1.5e-2:
                 wrong.append(f"attention {text}, {queries} over {tokens}: {error:.2e}")
+        for batch, new in ((1, 1), (3, 5)):
+            if what := parts.check_append(text, batch, new, run.shape, run.device, seed := seed + 1):
+                wrong.append(f"append {text} of {batch} x {new} tokens: {what}")
     torch.use_deterministic_algorithms(False)
     for line in wrong:
         print("WRONG", line)
+    return not wrong
+
+
+#: Of a layer of a decode step: q, k and v; rotary embedding and cache; mask; attention; its output; gate and up; down.
+MOST_KERNELS = 7
+
+
+def check_kernels_per_layer(run: Run) -> bool:
+    """What each further layer of a decode step launches; False, and of which engine, if it is more than it may be."""
+    wrong = []
+    for engine in parts.engines(compiles=True):
+        if engine.cache is not None:
+            one, three = (parts.kernels_of_step(engine, layers, run.device) for layers in (1, 3))
+            print(f"{engine.name}: {(three - one) / 2} kernels a layer", flush=True)
+            if (three - one) / 2 > MOST_KERNELS:
+                wrong.append(engine.name)
+            _forget()
+    for name in wrong:
+        print("WRONG", f"{name}: more than {MOST_KERNELS} kernels a layer")
     return not wrong
 
 
@@ -289,6 +315,8 @@ def main() -> None:
         if args.sanitize:
             sanitize()
         if args.check:
+            if args.device != "cpu" and not args.tiny and not check_kernels_per_layer(run):
+                sys.exit(1)
             return
         measure(run)
         run.save()

@@ -18,7 +18,10 @@ from transformers.cache_utils import StaticCache
 
 import qpass
 from qpass.numerics import Quantized, dequantize, quantize
+from qpass.ops import reference
+from qpass.ops.around import Around
 from qpass.ops.triton import operators
+from qpass.packing import as_bytes
 from qpass.spec import parse_spec
 from qpass.weights import quantize_weight
 
@@ -109,14 +112,56 @@ def stored_on(device: str, rows: int, columns: int, text: str, seed: int) -> Qua
     return quantize_weight(values, parse_spec(text))
 
 
-def check_linear(text: str, rows: int, dtype: torch.dtype, device: str, outputs: int, columns: int, seed: int) -> float:
-    """Error of the operator by the largest result, against float64; its output held NaN before."""
-    stored = stored_on(device, outputs, columns, text, seed)
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1)).to(dtype).to(device)
-    found = operators.linear(x, *stored.parts, None, text).double()
-    values = dequantize(stored, parse_spec(text), columns).double()
-    expected = F.linear(x.double(), values)
+def check_linear(
+    text: str, rows: int, dtype: torch.dtype, device: str, outputs: int, columns: int, seed: int, around: bool = False
+) -> float:
+    """Error of the operator by the largest result, against float64; its output held NaN before. `around`: with a norm before, a
+    gate and a residual behind, of twice as many rows of the weight."""
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    stored = stored_on(device, 2 * outputs if around else outputs, columns, text, seed)
+    x, norm, residual = random(rows, columns), random(columns), random(rows, outputs)
+    rest = Around(norm, 1e-5, None, "silu", residual) if around else Around()
+    found = operators.linear(x, *stored.parts, None, text, *vars(rest).values()).double()
+    y = x.double()
+    if around:
+        y = y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.double()
+    expected = F.linear(y, dequantize(stored, parse_spec(text), columns).double())
+    if around:
+        first, second = expected.chunk(2, -1)
+        expected = F.silu(first) * second + residual.double()
     return float((found - expected).abs().max() / expected.abs().max())
+
+
+def check_append(text: str, batch: int, new: int, shape: Shape, device: str, seed: int) -> str:
+    """What is wrong with new tokens of a cache: their codes, anything beside them, or the length; "" if nothing is."""
+    generator, start = torch.Generator().manual_seed(seed), 7
+    spec, size = parse_spec(text), (batch, shape.key_heads, new, shape.head)
+    q, k, v = (
+        torch.randn(batch, heads, new, shape.head, generator=generator).bfloat16().to(device)
+        for heads in (shape.heads, shape.key_heads, shape.key_heads)
+    )
+    phase = torch.rand(1, 1, new, shape.head, generator=generator) * 6
+    cos, sin = (x.bfloat16().to(device) for x in (phase.cos(), phase.sin()))
+    like = [as_bytes(p) for p in reference.quantized_like(q.new_empty(size), text)]
+    caches = [[p.new_full((*p.shape[:2], 32, p.shape[3]), 77) for p in like] for _ in range(2)]
+    length = torch.tensor(start, device=device)
+    before, _, keys = operators.append_rotated(*caches, length, q, k, v, cos, sin, text, text)
+    exact = reference.rotated(k.double(), cos.double(), sin.double())
+    if (int(before), int(length)) != (start, start + new):
+        return f"the length was {int(before)} and is {int(length)}"
+    if float((keys - exact).abs().max() / exact.abs().max()) > TOLERANCE[torch.bfloat16]:
+        return "the rotated keys"
+    for cache, states in zip(caches, (keys, v), strict=True):
+        for part, codes in zip(cache, [p for p in quantize(states, spec).parts if p is not None], strict=True):
+            expected = torch.full_like(part, 77)
+            expected[:, :, start : start + new] = as_bytes(codes)
+            if not torch.equal(part, expected):
+                return "the codes"
+    return ""
 
 
 def check_attention(text: str, queries: int, tokens: int, shape: Shape, device: str, seed: int) -> float:
@@ -347,3 +392,12 @@ def profile_of(step: Callable[[], Tensor]) -> Profile:
     copies = sum("Memcpy DtoD" in name for name in on_device)
     kernels = sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
     return Profile(kernels, sum(e.name == "cudaGraphLaunch" for e in events), copies)
+
+
+def kernels_of_step(engine: Engine, layers: int, device: str) -> int:
+    """Kernels of a decode step of a small model."""
+    model = engine.prepare(random_llama(TINY, layers, device))
+    step, _ = decode_step(model, engine, 1, 8, 16, device)
+    for _ in range(4):  # compiled, then captured
+        step()
+    return profile_of(step).kernels

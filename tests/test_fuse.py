@@ -8,11 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
 from torch.nn import functional as F
 
 import qpass
 from qpass.numerics import fake_quantize
+from qpass.sites.fuse import rewrite
 from qpass.spec import parse_spec
 from tests.models import build, logits_of, tokens
 
@@ -244,3 +246,29 @@ def test_column_scales_of_awq_are_taken_in(exact_products: None) -> None:
     layer = "norm eps column_scale; column_scale residual; norm eps column_scale gate=silu; column_scale residual"
     assert fused(backend) == "; ".join([layer] * model.config.num_hidden_layers)
     assert (found - expected).abs().max() <= 2e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "dtype", "fires"),
+    [
+        ("int8:channel", 1, torch.bfloat16, True),
+        ("int4:g32:asym", 64, torch.float16, True),
+        ("int5:g32:asym", 8, torch.float32, True),
+        ("int8:channel", 65, torch.bfloat16, False),
+        ("int8:channel", 9, torch.float32, False),
+        ("nf4", 1, torch.float32, False),
+        ("int4:g40", 1, torch.bfloat16, False),
+        ("fp32", 1, torch.bfloat16, False),
+    ],
+)
+def test_on_gpus_it_fires_where_one_kernel_does_it_all(text: str, rows: int, dtype: torch.dtype, fires: bool) -> None:
+    """A graph of CUDA tensors, written by hand."""
+    graph = Graph()
+    x, norm, data = (graph.placeholder(name) for name in ("x", "norm", "data"))
+    normed = graph.call_function(F.rms_norm, (x, (WIDTH,), norm, 1e-6))
+    y = graph.call_function(torch.ops.qpass.linear.default, (normed, data, None, None, None, None, text))
+    graph.output(y)
+    with FakeTensorMode():
+        for node, shape in ((x, (rows, WIDTH)), (norm, (WIDTH,)), (normed, (rows, WIDTH)), (y, (rows, 32))):
+            node.meta["example_value"] = torch.empty(shape, dtype=dtype, device="cuda")
+    assert bool(rewrite(graph)) == fires

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -27,9 +27,19 @@ class Around:
     gate: str = ""
     residual: Tensor | None = None
 
+    @property
+    def changes_input(self) -> bool:
+        """Whether anything is done before the product."""
+        return self.norm is not None or self.eps is not None or self.column_scale is not None
+
+    @property
+    def behind(self) -> Around:
+        """Only what is done after it."""
+        return replace(self, norm=None, eps=None, column_scale=None)
+
     def before(self, x: Tensor) -> Tensor:
         """[.., K] -> [.., K], computed in float32."""
-        if self.norm is None and self.eps is None and self.column_scale is None:
+        if not self.changes_input:
             return x
         y = x.float()
         if self.eps is not None:

@@ -304,16 +304,16 @@ def append_rotated(
     cos: Tensor,
     sin: Tensor,
     *rest: Any,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`append` of rotated keys; gives the length before, the rotated queries and keys."""
     q, keys = rotated(queries, cos, sin), rotated(keys, cos, sin)
-    return [torch.ops.qpass.append(k, v, length, keys, values, *rest), q, keys]
+    return torch.ops.qpass.append(k, v, length, keys, values, *rest), q, keys
 
 
 def _append_rotated_fake(
     k: list[Tensor], v: list[Tensor], length: Tensor, queries: Tensor, keys: Tensor, *rest: Any
-) -> list[Tensor]:
-    return [torch.empty_like(length), *(x.new_empty(x.shape) for x in (queries, keys))]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(length), queries.new_empty(queries.shape), keys.new_empty(keys.shape)
 
 
 def _append_fake(k: list[Tensor], v: list[Tensor], length: Tensor, *rest: Any) -> Tensor:

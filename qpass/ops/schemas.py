@@ -62,7 +62,7 @@ SCHEMAS = {
     # cos and sin [B or 1, 1, S, D]. Gives the length before, and queries and keys as they were rotated.
     "append_rotated": (
         "(Tensor(a!)[] k, Tensor(b!)[] v, Tensor(c!) length, Tensor queries, Tensor keys, Tensor values, Tensor cos, Tensor sin, "
-        "str k_spec, str v_spec, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor[]"
+        "str k_spec, str v_spec, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor, Tensor)"
     ),
     # Positions length .. length + new - 1 of the next tokens in a cache; refuses to run past its capacity.
     "cache_positions": "(Tensor length, SymInt new, SymInt capacity) -> Tensor",

@@ -5,6 +5,7 @@ No site is quantized by it. But in a decode step of a small model the calls deci
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,11 @@ from qpass.graph.vocabulary import (
     writes,
 )
 from qpass.ops.around import GATES
+from qpass.ops.triton.table import takes_in
 from qpass.sites.core import Edit, erase_unused
 
-#: Where kernels do it.
-_DEVICES, _DTYPES = {"cpu"}, {torch.float32, torch.bfloat16, torch.float16}
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_SPEC = 6  # of qpass::linear
 _MULS, _SPLITS = {"mul", "multiply"}, {"split_with_sizes", "split", "chunk"}
 
 
@@ -60,9 +62,8 @@ def rewrite(graph: Graph) -> list[Edit]:
 
 
 def _rewrite(graph: Graph, node: Node, order: Order) -> Edit | None:
-    result = value_of(node)
-    if result is None or result.device.type not in _DEVICES or result.dtype not in _DTYPES:
-        return None  # a linear whose tokens are columns has no value of its own
+    if not _is_taken_in(node):
+        return None
     x, *stored = node.args
     before, after = read_before(node), read_after(node)
     inside = _between(x, before)  # type: ignore[arg-type]
@@ -80,6 +81,16 @@ def _rewrite(graph: Graph, node: Node, order: Order) -> Edit | None:
     removed = erase_unused(graph, after.out)
     stand_for([new], removed)
     return Edit("fuse", "", tuple(n.name for n in removed), (new.name,))
+
+
+def _is_taken_in(linear: Node) -> bool:
+    """Whether the kernels of the device do what is around it. A linear whose tokens are columns has no value of its own."""
+    like, x = value_of(linear), shape_of(linear.args[0])  # type: ignore[arg-type]
+    if like is None or like.dtype not in _DTYPES:
+        return False
+    if like.device.type == "cuda":
+        return x is not None and takes_in(str(linear.args[_SPEC]), x[-1], like.dtype, math.prod(like.shape[:-1]))
+    return like.device.type == "cpu"
 
 
 # --- before it --------------------------------------------------------------------------------------------------------

@@ -41,14 +41,20 @@ def rewrite(graph: Graph) -> list[Edit]:
 
 def _rewrite(graph: Graph, attention: Node, order: Order) -> Edit | None:
     q, k, append = attention.args[0], attention.args[_K_LAST], attention.args[_START]
-    if not (isinstance(append, Node) and op_name(append) == "qpass::append" and append.args[_KEYS] is k):
+    if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(append, Node)):
+        return None
+    if op_name(append) != "qpass::append" or append.args[_KEYS] is not k:
         return None
     of_q, of_k = read_rotary(q), read_rotary(k)
     if of_q is None or of_k is None or (of_q.cos, of_q.sin) != (of_k.cos, of_k.sin) or q is k:
         return None
     inputs = (of_q.x, of_k.x, of_q.cos, of_q.sin)
-    there = all(order.of.get(n, len(order.of)) < order.of[append] for n in (*inputs, q, k))  # type: ignore[index]
-    early = [user for n in (q, k) for user in n.users if order.of.get(user, len(order.of)) < order.of[append]]  # type: ignore[union-attr]
+
+    def comes_before(n: Node) -> bool:
+        return order.of.get(n, len(order.of)) < order.of[append]
+
+    there = all(map(comes_before, (*inputs, q, k)))
+    early = any(comes_before(user) for n in (q, k) for user in n.users)
     if not there or early or not order.may_move([*of_q.nodes, *of_k.nodes], append):
         return None
     k_parts, v_parts, length, _, values, *rest = append.args
@@ -59,10 +65,10 @@ def _rewrite(graph: Graph, attention: Node, order: Order) -> Edit | None:
         )
         results = [graph.call_function(operator.getitem, (new, i)) for i in range(3)]
     for before, after in zip((append, q, k), results, strict=True):
-        set_value(after, value_of(before))  # type: ignore[arg-type]
-        before.replace_all_uses_with(after)  # type: ignore[union-attr]
+        set_value(after, value_of(before))
+        before.replace_all_uses_with(after)
     graph.erase_node(append)
-    removed = [append, *erase_unused(graph, q), *erase_unused(graph, k)]  # type: ignore[arg-type]
+    removed = [append, *erase_unused(graph, q), *erase_unused(graph, k)]
     stand_for([new, *results], removed)
     return Edit("rotate_and_append", "", tuple(n.name for n in removed), tuple(n.name for n in (new, *results)))
 

@@ -50,7 +50,8 @@ class Launch:
                 signature[name], multiple = "i32" if abs(value) < 1 << 31 else "i64", value % 16 == 0
             if multiple:
                 multiples[(i,)] = [["tt.divisibility", 16]]
-        options = {name: self.arguments[name] for name in ("num_warps", "num_stages") if name in self.arguments}
+        names = ("num_warps", "num_stages", "debug", "sanitize_overflow")
+        options = {name: self.arguments[name] for name in names if name in self.arguments}
         source = ASTSource(self.kernel, signature=signature, constexprs=values, attrs=multiples)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         return Code.of(made)

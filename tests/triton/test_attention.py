@@ -96,6 +96,25 @@ def test_causal_capped_and_with_sinks(dtype: torch.dtype, device: str, served: l
     assert len(served) == 4
 
 
+def test_new_tokens_as_they_come_out_of_a_linear(device: str, served: list[int]) -> None:
+    """Sequences apart, in the result of q, k and v together."""
+    k, v = cache((3, 2, 70, 64), "int8"), cache((3, 2, 70, 48), "int8", 1)
+    joined = random(3, 1, 8 + 2 * 64 + 2 * 48, seed=5).bfloat16()
+    new_k = joined[..., 8 : 8 + 128].unflatten(-1, (2, 64)).transpose(1, 2)
+    new_v = joined[..., 8 + 128 :].unflatten(-1, (2, 48)).transpose(1, 2)
+    assert caches._heads_in_a_row(new_v) is new_v
+    check(
+        random(3, 4, 1, 64, seed=2).bfloat16(),
+        k,
+        v,
+        "int8",
+        48,
+        device,
+        extra=(None, None, new_k, new_v, torch.tensor(69)),
+    )
+    assert served
+
+
 @pytest.mark.parametrize("text", ["int8:static", "fp8_e4m3:static"])
 def test_static_scales_of_channels(text: str, device: str, served: list[int]) -> None:
     spec, scale = parse_spec(text), torch.rand(1, 2, 1, 64) / 40 + 0.01

@@ -83,6 +83,37 @@ def test_instructions_for_a_code_across_words(text: str, most: float, launches: 
     assert found.compiled(90).loop_length * found.arguments["num_warps"] * 32 / tile <= most
 
 
+@pytest.mark.parametrize("text", [*OFTEN, "int5:g32:asym"])
+@pytest.mark.parametrize(("rows", "capability"), [(1, 90), (8, 80), pytest.param(8, 89, marks=pytest.mark.long)])
+def test_what_is_around_a_product_is_in_its_kernel(
+    text: str,
+    rows: int,
+    capability: int,
+    launches: list[Launch],  # noqa: F811
+) -> None:
+    """A norm before it, a gate and a residual behind: what is loaded still comes 16 bytes at once, and in time."""
+    stored, _ = weight(304, 4096, text, "cpu")
+    x, norm, residual = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((rows, 4096), (4096,), (rows, 152)))
+    operators.linear(x, *stored.parts, None, text, norm, 1e-5, None, "silu", residual)
+    (found,) = launches
+    code = found.compiled(capability)
+    assert code.count("LDGSTS") > 0
+    assert code.spills == 0
+    assert code.shared <= 99 << 10
+    assert not re.search(r"ftz\.(bf16|f16)", code.ptx)
+
+
+def test_of_many_rows_the_norm_is_a_kernel_before(launches: list[Launch]) -> None:  # noqa: F811
+    stored, _ = weight(304, 4096, "int8", "cpu")
+    x, norm = torch.zeros(9, 4096, dtype=torch.bfloat16), torch.zeros(4096)
+    operators.linear(x, *stored.parts, None, "int8", norm, 1e-5, norm)
+    before, product = launches
+    assert product.arguments["norm"] is product.arguments["eps"] is product.arguments["column_scale"] is None
+    code = before.compiled(90)
+    assert code.spills == 0
+    assert "LDG.E.128" in " ".join(code.instructions)
+
+
 @pytest.mark.parametrize("text", ["int8", "int5:g32:asym", "int4:g32:zero=float"])
 def test_linear_of_float32(text: str, launches: list[Launch]) -> None:  # noqa: F811
     """No product is rounded to TF32."""
@@ -107,6 +138,16 @@ def test_instructions_for_a_byte_of_weights(text: str, most: float, launches: li
     tile = found.arguments["BN"] * found.arguments["BW"] * 4
     inside = code.loop_length * found.arguments["num_warps"] * 32 / tile
     assert inside <= most
+
+
+@pytest.mark.parametrize(("text", "most"), [("int8", 4.0), ("int4:g128", 6.4), ("fp8_e4m3", 4.2)])
+def test_a_norm_takes_few_instructions_more(text: str, most: float, launches: list[Launch]) -> None:  # noqa: F811
+    """No more than there is time for."""
+    stored, _ = weight(300, 4096, text, "cpu")
+    x, norm = torch.zeros(1, 4096, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.bfloat16)
+    operators.linear(x, *stored.parts, None, text, norm, 1e-5)
+    tile = launches[0].arguments["BN"] * launches[0].arguments["BW"] * 4
+    assert launches[0].compiled(90).loop_length * launches[0].arguments["num_warps"] * 32 / tile <= most
 
 
 @pytest.mark.parametrize(

@@ -107,3 +107,21 @@ def test_graphs_captured_apart_may_run_at_the_same_time(made: Callable[[], Calla
                 graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(result, expected) for result in results)
+
+
+def test_a_captured_append_counts_on() -> None:
+    """Each replay writes behind the one before."""
+    parts = [[torch.zeros(1, 2, 8, 64, dtype=torch.int8).cuda(), torch.zeros(1, 2, 8, 1).cuda()] for _ in range(2)]
+    length, x = torch.tensor(0).cuda(), random(1, 2, 1, 64).bfloat16().cuda()
+
+    def call() -> Tensor:
+        return operators.append(*parts, length, x, x, "int8", "int8")
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        before = call()
+    for start in range(1, 8):
+        graph.replay()
+        assert (int(before), int(length)) == (start, start + 1)
+    assert all(bool((p == p[:, :, :1]).all()) for half in parts for p in half)

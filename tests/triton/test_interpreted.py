@@ -13,7 +13,14 @@ import torch
 from qpass.ops.triton.triton_private import interpreted
 
 #: Those that run kernels.
-RUN = ("test_linear.py", "test_rows.py", "test_attention.py", "test_quantizing.py")
+RUN = (
+    "test_linear.py",
+    "test_around.py",
+    "test_rows.py",
+    "test_attention.py",
+    "test_quantizing.py",
+    "test_appending.py",
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or interpreted(), reason="the kernels are run by the tests themselves")

@@ -7,7 +7,7 @@ import torch
 
 import qpass
 from qpass.numerics import quantize
-from qpass.ops.triton import operators
+from qpass.ops.triton import operators, writing
 from qpass.spec import parse_spec
 from tests.triton.compiling import Launch, launches  # noqa: F401  a fixture
 from tests.triton.test_linear import TOLERANCE, random
@@ -23,8 +23,8 @@ OTHERS = ["int8:tensor", "int8:g7", "nvfp4", "int4:t4"]
 def written(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the calls of the kernel."""
     calls: list[int] = []
-    made = operators._quantize
-    monkeypatch.setattr(operators, "_quantize", lambda *given: calls.append(1) or made(*given))  # type: ignore[func-returns-value]
+    made = writing._quantize
+    monkeypatch.setattr(writing, "_quantize", lambda *given: calls.append(1) or made(*given))  # type: ignore[func-returns-value]
     return calls
 
 

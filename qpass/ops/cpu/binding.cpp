@@ -138,10 +138,16 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
   return Tensor(y);
 }
 
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
 template <class Result = Tensor, class... T> Result in_python(const char* name, const T&... arguments) {
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Result>(stack[0]);
+  if constexpr (std::is_same_v<Result, Three>)
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+            torch::stable::detail::to<Tensor>(stack[2])};
+  else
+    return torch::stable::detail::to<Result>(stack[0]);
 }
 
 // One of `size` numbers side by side, or none.
@@ -366,9 +372,9 @@ Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin) {
   return y;
 }
 
-std::vector<Tensor> append_rotated(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const Tensor& queries, const Tensor& keys,
-                                   const Tensor& values, const Tensor& cos, const Tensor& sin, std::string k_spec, std::string v_spec,
-                                   const Part& k_scale, const Part& v_scale) {
+Three append_rotated(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const Tensor& queries, const Tensor& keys,
+                     const Tensor& values, const Tensor& cos, const Tensor& sin, std::string k_spec, std::string v_spec,
+                     const Part& k_scale, const Part& v_scale) {
   auto is_usual = [&](const Tensor& x) {
     bool rows = x.dim() == 4 && dtype_of(x) == 0 && x.numel() && x.stride(3) == 1 && x.size(3) % 2 == 0;
     for (const Tensor& t : {cos, sin}) {
@@ -378,8 +384,8 @@ std::vector<Tensor> append_rotated(std::vector<Tensor> k, std::vector<Tensor> v,
     return rows;
   };
   if (!is_usual(queries) || !is_usual(keys))
-    return in_python<std::vector<Tensor>>("qpass::append_rotated_checked", k, v, length, queries, keys, values, cos, sin, k_spec, v_spec,
-                                          k_scale, v_scale);
+    return in_python<Three>("qpass::append_rotated_checked", k, v, length, queries, keys, values, cos, sin, k_spec, v_spec, k_scale,
+                            v_scale);
   Tensor q = rotated(queries, cos, sin), key = rotated(keys, cos, sin);
   return {append(k, v, length, key, values, k_spec, v_spec, k_scale, v_scale), q, key};
 }

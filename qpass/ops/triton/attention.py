@@ -136,7 +136,8 @@ def _float_tokens(
     MASK: tl.constexpr, ONE_ROW: tl.constexpr, CAUSAL: tl.constexpr, SOFT_CAP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The part of the first tokens and of those from `begin` on, of which there are floats: writes sums, gives top and total."""
+    """The part of the first tokens and of those from `begin` on, of which there are floats: writes sums, gives top and total.
+    k_last, v_last: those of this head."""
     top = tl.full((R,), -float("inf"), tl.float32)
     total = tl.zeros((R,), tl.float32)
     sums = tl.zeros((R, BV), tl.float32)
@@ -146,7 +147,7 @@ def _float_tokens(
         of_first = i < firsts
         token = tl.where(of_first, i, begin + i - firsts)
         there = (token < tokens) & (i < firsts + lasts) & ~(of_first & (token >= begin) & (token < begin + lasts))
-        row = (head * lasts + i - firsts)[:, None]
+        row = (i - firsts)[:, None]
         late = (there & ~of_first)[:, None]
         keys = tl.load(k_last + row * D + d, mask=late & (d < D), other=0)
         values = tl.load(v_last + row * DV + c, mask=late & (c < DV), other=0)
@@ -172,7 +173,7 @@ def attention_kernel(
     heads, tokens, chunk, firsts, lasts, factor, soft_cap,
     k_batch, k_head, ks_batch, ks_head, kz_batch, kz_head, k_words, k_blocks, k_zero_width,
     v_batch, v_head, vs_batch, vs_head, vz_batch, vz_head, v_words, v_blocks, v_zero_width,
-    mask_batch, mask_head, mask_query, mask_token,
+    mask_batch, mask_head, mask_query, mask_token, k_last_batch, v_last_batch,
     K_KIND: tl.constexpr, K_PLANES: tl.constexpr, K_UNIT: tl.constexpr, K_GROUP: tl.constexpr, K_SCALE: tl.constexpr,
     V_KIND: tl.constexpr, V_PLANES: tl.constexpr, V_UNIT: tl.constexpr, V_GROUP: tl.constexpr, V_SCALE: tl.constexpr,
     PRMT: tl.constexpr, K_CAST: tl.constexpr, V_CAST: tl.constexpr, MASK: tl.constexpr, ONE_ROW: tl.constexpr,
@@ -183,7 +184,8 @@ def attention_kernel(
     """q [B, heads * GROUPS, QUERIES, D], caches [B, heads, tokens, *] with strides of batches and heads, data as 32-bit words.
 
     PARTS programs share the tokens, `chunk` each; with FLOATS, the last of them has the float tokens instead: k_first
-    [B, heads, firsts, D], k_last [B, heads, lasts, D] from token `start` on. R: rows of a program, padded; S: tokens at a time.
+    [B, heads, firsts, D], k_last [B, heads, lasts, D] from token `start` on, sequences `k_last_batch` apart. R: rows of a
+    program, padded; S: tokens at a time.
     """
     DTYPE: tl.constexpr = q.dtype.element_ty
     WK: tl.constexpr = BD // (2 * K_PLANES)
@@ -212,8 +214,9 @@ def attention_kernel(
     place = (tl.program_id(0).to(tl.int64) * PARTS + part) * R
     if FLOATS and part == PARTS - 1:
         top, total = _float_tokens(
-            qs, k_first, v_first, k_last, v_last, mask, part_sums + place * DV, mask_row, mask_token, query, real,
-            b * heads + h, begin, tokens, firsts, lasts, factor, soft_cap, MASK, ONE_ROW, CAUSAL, SOFT_CAP, D, DV, R, S, BD, BV,
+            qs, k_first, v_first, k_last + b * k_last_batch + h * lasts * D, v_last + b * v_last_batch + h * lasts * DV,
+            mask, part_sums + place * DV, mask_row, mask_token, query, real, b * heads + h, begin, tokens, firsts, lasts,
+            factor, soft_cap, MASK, ONE_ROW, CAUSAL, SOFT_CAP, D, DV, R, S, BD, BV,
         )  # fmt: skip
     else:
         first = part * chunk

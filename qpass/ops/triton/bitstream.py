@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qpass.ops.triton.linear import finish
+from qpass.ops.triton.around import finish, prepared, row_factors, weight_rows
 from qpass.ops.triton.unpacking import BYTE_SCALE, scale_values
 
 UNIT = tl.constexpr(32)
@@ -96,16 +96,16 @@ def _for_units(per_block, COUNT: tl.constexpr):
 
 @triton.jit
 def bitstream_kernel(
-    x, data, scale, zero, outer, eights, bias, y, partial, counters,
+    x, data, scale, zero, outer, eights, eps, norm, column_scale, bias, residual, y, partial, counters,
     M, N, K, units, blocks, scale_stride, zero_stride, zero_width, outer_stride, chunk,
-    BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOAT_ZERO: tl.constexpr, SPLIT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOAT_ZERO: tl.constexpr, GATE: tl.constexpr,
+    SPLIT: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
     """As linear_kernel; `data` [N, units, BITS] int32, `zero_width`: stored elements of a row of zero points, `eights`: int32
     0 .. 7. GROUP: columns that share a scale, whole units, 0: the whole row. SPLIT programs share them, `chunk` units each.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n, there = weight_rows(N, BN, GATE)
     row = tl.minimum(n, N - 1).to(tl.int64)[None, :]  # rows beyond the end are computed, and not stored
     m = tl.arange(0, BM)
     u = tl.arange(0, BU)[:, None]
@@ -116,6 +116,9 @@ def bitstream_kernel(
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, units)
     acc = tl.zeros((BN, BM), tl.float32)
+    factors = 1.0
+    if eps is not None:
+        factors = row_factors(x, eps, M, K, ROWS, BM)[None, :]
     for at in range(first, last, BU):
         words = _words(data + (row * units + at + u) * BITS, at + u < last, BITS)
         block = at // GROUP_UNITS + g if GROUP > 0 else g
@@ -126,6 +129,7 @@ def bitstream_kernel(
             unit = at + c // 4
             columns = unit * UNIT + (four + c % 4)
             xs = tl.load(x + m[None, :] * K + columns, mask=(m[None, :] < M) & (unit < last), other=0)
+            xs = prepared(xs, factors, eps, norm, column_scale, columns, unit < last)
             q0 = (_code(words, four, BITS) * scales - above).to(DTYPE)
             q1 = (_code(words, four + 1, BITS) * scales - above).to(DTYPE)
             q2 = (_code(words, four + 2, BITS) * scales - above).to(DTYPE)
@@ -133,4 +137,4 @@ def bitstream_kernel(
             values = tl.join(tl.join(q0, q2), tl.join(q1, q3))
             values = tl.reshape(tl.permute(values, (1, 0, 2, 3)), (BN, 4 * BU))
             acc = tl.dot(values, xs, acc, input_precision="ieee")
-    finish(tl.trans(acc), bias, partial, counters, y, m, n, M, N, SPLIT)
+    finish(tl.trans(acc), bias, residual, partial, counters, y, m, n, there, M, N, SPLIT, GATE)

@@ -199,7 +199,10 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
     device, rows = device_of(q.device), groups * queries
     tiles = attention_tiles(rows, queries)
     assert tiles is not None
-    k_first, k_last, v_first, v_last = (None if f is None else f.contiguous() for f in floats)
+    k_first, k_last, v_first, v_last = floats
+    k_first, v_first = (None if f is None else f.contiguous() for f in (k_first, v_first))
+    k_last, v_last = (None if f is None else _heads_in_a_row(f) for f in (k_last, v_last))
+    apart = tuple(0 if f is None else f.stride(0) for f in (k_last, v_last))
     parts = token_parts(tokens, batch * heads, device.multiprocessors)
     shared = counters(batch * heads, q.device)
     if shared is None:  # in a graph that is captured before anything ran: zeros of its own, which the graph sets
@@ -227,7 +230,7 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
         k_first, v_first, k_last, v_last, start if k_last is not None else None,
         None if sinks is None else sinks.contiguous(), y, sums, tops, totals, shared,
         heads, tokens, chunk, 0 if k_first is None else k_first.shape[2], 0 if k_last is None else k_last.shape[2],
-        float(factor), float(soft_cap), *k.sizes, *v.sizes, *strides,
+        float(factor), float(soft_cap), *k.sizes, *v.sizes, *strides, *apart,
         **k_constants, **v_constants, PRMT=permutes_bytes(q.device), MASK=kind, ONE_ROW=one_row, CAUSAL=is_causal,
         SOFT_CAP=soft_cap != 0, FLOATS=k_last is not None, PARTS=parts, QUERIES=queries, GROUPS=groups, D=columns,
         DV=v_columns, R=padded, S=tiles.tokens, BD=wide_k, BV=wide_v, SCAN=4096 if one_row else max(64, 16384 // padded),
@@ -235,6 +238,11 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
+
+
+def _heads_in_a_row(x: Tensor) -> Tensor:
+    """[B, H, S, D], where sequences may be apart, as those of one new token are in the result of a linear."""
+    return x if x[:1].is_contiguous() else x.contiguous()
 
 
 def _padded(columns: int, planes: int) -> int:

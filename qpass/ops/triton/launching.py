@@ -15,12 +15,16 @@ from torch import Tensor
 
 from qpass.memory import outside_of_graphs
 from qpass.ops.triton.table import device_of
+from qpass.spec import parse_spec
 
 #: Files of kernels, and the kernels that are launched.
-KERNELS = {"linear": ("linear_kernel",), "bitstream": ("bitstream_kernel",), "rows": ("rows_kernel",),
-           "attention": ("attention_kernel",), "quantizing": ("quantize_kernel",)}  # fmt: skip
+KERNELS = {"linear": ("linear_kernel",), "bitstream": ("bitstream_kernel",), "around": ("norm_kernel",),
+           "rows": ("rows_kernel",), "attention": ("attention_kernel",), "quantizing": ("quantize_kernel",),
+           "appending": ("append_kernel",)}  # fmt: skip
 #: Types that kernels multiply.
 HALVES = (torch.bfloat16, torch.float16)
+#: Types that they read and write.
+FLOATS = (torch.float32, *HALVES)
 
 
 @cache
@@ -101,3 +105,16 @@ def codebook(values: tuple[float, ...], device: torch.device) -> Tensor:
 def eights(device: torch.device) -> Tensor:
     """int32 0 .. 7."""
     return outside_of_graphs(lambda: torch.arange(8, dtype=torch.int32, device=device))
+
+
+@cache
+def code_kind(text: str) -> int | None:
+    """How rows_kernel reads and quantize_kernel writes codes of a format; None if they do not."""
+    rows, fmt = kernels_of("rows"), parse_spec(text).format
+    if fmt.kind == "uniform" and fmt.bits in (2, 3, 4, 5, 6, 8):
+        return rows.UNIFORM.value
+    if fmt.codebook is not None and fmt.bits == 4 and len(fmt.codebook) == 16:
+        return rows.CODEBOOK.value
+    if fmt.kind == "float8":
+        return rows.FLOAT8_E4M3.value if fmt.storage == torch.float8_e4m3fn else rows.FLOAT8_E5M2.value
+    return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qpass.ops.triton.around import finish, prepared, row_factors, weight_rows
 from qpass.ops.triton.unpacking import (
     BYTE_SCALE,
     E4M3_SCALE,
@@ -34,27 +35,32 @@ def _scales(scale, outer, row, block, scale_stride, outer_stride, SCALE: tl.cons
 
 @triton.jit
 def linear_kernel(
-    x, data, scale, zero, outer, bias, table, y, partial, counters,
+    x, data, scale, zero, outer, table, eps, norm, column_scale, bias, residual, y, partial, counters,
     M, N, K, words, blocks, scale_stride, zero_stride, outer_stride, chunk,
     KIND: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, PRMT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    ZERO: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+    ZERO: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BW: tl.constexpr,
 ):  # fmt: skip
     """`data` [N, words] int32; `scale` [N or 1, blocks], `zero` [N or 1, *] packed, `outer` [N or 1], or None. Strides: from
     one row to the next, 0 where there is one.
 
     GROUP: columns that share a scale, 0: the whole row. SPLIT programs share the columns, `chunk` words each. `partial`
-    [SPLIT, M, N] float32 and `counters` [programs along N], all 0 before and after, are used if SPLIT > 1.
+    [SPLIT, M, N] float32 and `counters` [programs along N], all 0 before and after, are used if SPLIT > 1. eps, norm [K],
+    column_scale [K], residual, GATE: of Around, or None; ROWS: a power of two, M or more, if there is an eps.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     CODES: tl.constexpr = 2 * PLANES
     BK: tl.constexpr = CODES * BW
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n, there = weight_rows(N, BN, GATE)
     row = tl.minimum(n, N - 1).to(tl.int64)  # rows beyond the end are computed, and not stored
     m = tl.arange(0, BM)
     w = tl.arange(0, BW)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, words)
     acc = tl.zeros((BM, BN), tl.float32)
+    factors = 1.0
+    if eps is not None:
+        factors = row_factors(x, eps, M, K, ROWS, BM)[:, None]
     if ZERO == INTEGER_ZERO and GROUP == 0:
         of_row = (zero_codes(zero, row, row * 0, zero_stride, KIND) / UNIT).to(DTYPE)[:, None]
     for at in range(first, last, BW):
@@ -62,6 +68,11 @@ def linear_kernel(
         packed = tl.load(data + row[:, None] * words + (at + w[None, :]), mask=inside, other=0)
         columns = at * CODES + tl.arange(0, BK)[None, :]
         xs = tl.load(x + m[:, None] * K + columns, mask=(m[:, None] < M) & (columns < last * CODES), other=0)
+        if (
+            ROWS > 1
+        ):  # a factor for each element is copied ahead of time, as x is; of one row that is more work than waiting
+            columns = tl.broadcast_to(columns, (BM, BK))
+        xs = prepared(xs, factors, eps, norm, column_scale, columns, columns < last * CODES)
         xs = planes_of(xs, PLANES)
         looked = looked_up(packed, table, KIND, DTYPE, PRMT)
         scales = 1.0
@@ -98,30 +109,4 @@ def linear_kernel(
             acc += sums * scales[None, :]
     if GROUP == 0 and scale is not None:
         acc *= _scales(scale, outer, row, row * 0, scale_stride, outer_stride, SCALE)[None, :]
-    finish(acc * UNIT, bias, partial, counters, y, m, n, M, N, SPLIT)
-
-
-@triton.jit
-def finish(acc, bias, partial, counters, y, m, n, M, N, SPLIT: tl.constexpr):
-    """Sums [BM, BN] of a program to y [M, N], with the bias; of SPLIT programs the last adds up what all have written."""
-    stored = (m[:, None] < M) & (n[None, :] < N)
-    place = m[:, None] * N + n[None, :]
-    if SPLIT > 1:
-        tl.store(partial + tl.program_id(1) * M * N + place, acc, mask=stored)
-        tl.debug_barrier()  # every thread has written before one of them says so
-        mine = counters + tl.program_id(0)
-        if tl.atomic_add(mine, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
-            acc = tl.zeros_like(acc)
-            for part in range(SPLIT):
-                acc += tl.load(partial + part * M * N + place, mask=stored, other=0, cache_modifier=".cg")
-            tl.store(mine, 0)
-            _store(acc, bias, y, n, place, N, stored)
-    else:
-        _store(acc, bias, y, n, place, N, stored)
-
-
-@triton.jit
-def _store(acc, bias, y, n, place, N, stored):
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
-    tl.store(y + place, acc.to(y.dtype.element_ty), mask=stored)
+    finish(acc * UNIT, bias, residual, partial, counters, y, m, n, there, M, N, SPLIT, GATE)

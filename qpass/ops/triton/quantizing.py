@@ -70,21 +70,37 @@ def quantize_kernel(
     x, data, scale, zero, outer, given, middles, rows, columns, width, blocks, zero_width, tokens, heads,
     KIND: tl.constexpr, BITS: tl.constexpr, FROM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr,
     SCALE: tl.constexpr, TINY: tl.constexpr, EMAX: tl.constexpr, CEIL: tl.constexpr, SYMMETRIC: tl.constexpr,
-    FLOAT_ZERO: tl.constexpr, MIDDLES: tl.constexpr, SIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FLOAT_ZERO: tl.constexpr, MIDDLES: tl.constexpr, SIGNED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """x [rows, columns] -> `data` [rows, width], `scale` [rows, blocks] or None, `zero` [rows, zero_width] or None, and `outer`
-    [rows] where scales are bytes times one float, or None.
-
-    GROUP: columns that share a scale, COLUMNS for the whole row; TINY: the least scale of its type. LOW, HIGH: range of codes;
-    FROM: the least code that there is. `given` [heads, columns]: what rows, `tokens` of each head, are divided by before.
-    """
-    BLOCKS: tl.constexpr = COLUMNS // GROUP
+    """x [rows, columns] -> the parts that `write_rows` writes. `given` [heads, columns]: what rows, `tokens` of each head, are
+    divided by before."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLUMNS)[None, :]
-    real = (row < rows) & (c < columns)
-    values = tl.load(x + row * columns + c, mask=real, other=0).to(tl.float32)
+    values = tl.load(x + row * columns + c, mask=(row < rows) & (c < columns), other=0).to(tl.float32)
+    write_rows(values, row, row < rows, row // tokens % heads, data, scale, zero, outer, given, middles, columns, width, blocks,
+               zero_width, KIND, BITS, FROM, LOW, HIGH, GROUP, SCALE, TINY, EMAX, CEIL, SYMMETRIC, FLOAT_ZERO, MIDDLES, SIGNED,
+               COLUMNS)  # fmt: skip
+
+
+@triton.jit
+def write_rows(
+    values, row, exists, head, data, scale, zero, outer, given, middles, columns, width, blocks, zero_width,
+    KIND: tl.constexpr, BITS: tl.constexpr, FROM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, GROUP: tl.constexpr,
+    SCALE: tl.constexpr, TINY: tl.constexpr, EMAX: tl.constexpr, CEIL: tl.constexpr, SYMMETRIC: tl.constexpr,
+    FLOAT_ZERO: tl.constexpr, MIDDLES: tl.constexpr, SIGNED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """float32 values [R, COLUMNS], 0 beyond `columns`, as rows `row` [R, 1] of `data` [*, width], `scale` [*, blocks] or None,
+    `zero` [*, zero_width] or None, and `outer` [*] where scales are bytes times one float, or None; only those that exist.
+
+    GROUP: columns that share a scale, COLUMNS for the whole row; TINY: the least scale of its type. LOW, HIGH: range of codes;
+    FROM: the least code that there is. `given` [heads, columns]: what values are divided by before.
+    """
+    BLOCKS: tl.constexpr = COLUMNS // GROUP
+    ROWS: tl.constexpr = values.shape[0]
+    c = tl.arange(0, COLUMNS)[None, :]
+    real = exists & (c < columns)
     if given is not None:
-        by = tl.load(given + row // tokens % heads * columns + c, mask=real, other=1)
+        by = tl.load(given + head * columns + c, mask=real, other=1)
         values = tl.div_rn(values, by.to(tl.float32))
     block = tl.arange(0, BLOCKS)[None, :]
     if scale is not None:
@@ -104,7 +120,7 @@ def quantize_kernel(
                 largest = tl.maximum(-low, high)
             span = tl.zeros_like(low) + (HIGH - LOW)
             made = tl.div_rn(high, span) - tl.div_rn(low, span)
-        there = (row < rows) & (block < blocks)
+        there = exists & (block < blocks)
         if SCALE == E8M0_SCALE:
             exponents = _exponents(largest, bad, HIGH, EMAX, CEIL)
             tl.store(scale + row * blocks + block, exponents.to(tl.uint8), mask=there)
@@ -116,7 +132,7 @@ def quantize_kernel(
             codes = _rounded(tl.div_rn(made, tl.zeros_like(made) + of_row), 1.0, 255.0)
             tl.store(scale + row * blocks + block, codes.to(tl.uint8), mask=there)
             of_row = tl.where(tl.max(bad.to(tl.int32), 1)[:, None] != 0, float("nan"), of_row)
-            tl.store(outer + row, of_row, mask=row < rows)
+            tl.store(outer + row, of_row, mask=exists)
             stored = codes * of_row
         else:
             stored = made.to(scale.dtype.element_ty).to(tl.float32)
@@ -134,13 +150,13 @@ def quantize_kernel(
             zeros = _rounded(LOW - tl.div_rn(low, stored), LOW, HIGH)
             codes += _spread(zeros, GROUP)
             zeros = tl.where(block < blocks, zeros, FROM)  # what fills the last byte is 0
-            _store(zero, zeros.to(tl.int32), row, rows, zero_width, FROM, BITS, BLOCKS)
+            _store(zero, zeros.to(tl.int32), row, exists, zero_width, FROM, BITS, BLOCKS)
         codes = tl.minimum(tl.maximum(codes, LOW), HIGH).to(tl.int32)
     elif KIND == CODEBOOK:
         codes = _nearest(values, middles, MIDDLES, SIGNED)
     else:
         codes = _float8_codes(values, KIND)
-    _store(data, tl.where(c < columns, codes, FROM), row, rows, width, FROM, BITS, COLUMNS)
+    _store(data, tl.where(c < columns, codes, FROM), row, exists, width, FROM, BITS, COLUMNS)
 
 
 @triton.jit
@@ -152,11 +168,11 @@ def _spread(per_block, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _store(to, codes, row, rows, width, FROM: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
+def _store(to, codes, row, exists, width, FROM: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
     """Codes [ROWS, COUNT] as bytes, counted from FROM if they are packed: eight of b bits are b bytes."""
     if BITS == 8:
         at = tl.arange(0, COUNT)[None, :]
-        tl.store(to + row * width + at, codes.to(tl.uint8), mask=(row < rows) & (at < width))
+        tl.store(to + row * width + at, codes.to(tl.uint8), mask=exists & (at < width))
     else:
         EIGHT: tl.constexpr = 8 if COUNT >= 8 else COUNT
         parts = tl.reshape((codes - FROM).to(tl.int64), (codes.shape[0], COUNT // EIGHT, EIGHT))
@@ -164,4 +180,4 @@ def _store(to, codes, row, rows, width, FROM: tl.constexpr, BITS: tl.constexpr, 
         at = tl.arange(0, COUNT // EIGHT)[None, :] * BITS
         for i in tl.static_range(BITS):
             byte = ((packed >> (8 * i)) & 255).to(tl.uint8)
-            tl.store(to + row * width + at + i, byte, mask=(row < rows) & (at + i < width))
+            tl.store(to + row * width + at + i, byte, mask=exists & (at + i < width))

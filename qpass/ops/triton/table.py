@@ -32,6 +32,9 @@ UNIT = 32
 #: Rows of x up to which weights are read as they are stored, by its type. float32 has no tensor cores.
 MOST_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 8}
 
+#: Rows of x up to which every program of a product normalizes all of them itself; more are normalized by a kernel before it.
+NORMED_ROWS = 8
+
 #: Compute capability of the first GPUs with bfloat16 products and asynchronous copies (Ampere). fp8 weights need no hardware for
 #: fp8: their bits are moved to where bfloat16 has them.
 LEAST = (8, 0)
@@ -128,6 +131,13 @@ def fused_kind(text: str, columns: int, dtype: torch.dtype) -> str | None:
         return FUSED[name]
     whole_units = columns % UNIT == 0 and group % UNIT == 0
     return "BITSTREAM" if name in BITSTREAM and whole_units else None
+
+
+def takes_in(text: str, columns: int, dtype: torch.dtype, rows: int | torch.SymInt) -> bool:
+    """Whether a product may do what is around it: one kernel does it all. Of many rows, known when it is compiled, and of other
+    formats, Inductor joins the norm, the gate and the sum with what stands before and behind them."""
+    few = rows <= MOST_ROWS.get(dtype, 0) if isinstance(rows, int) else dtype in MOST_ROWS
+    return few and fused_kind(text, columns, dtype) is not None
 
 
 @dataclass(frozen=True)

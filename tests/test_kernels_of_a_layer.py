@@ -1,0 +1,78 @@
+"""A layer of a decode step is six operators, each of which is one kernel on a GPU, and one that Inductor makes at most."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch._inductor import metrics
+from torch.fx import Graph
+
+import qpass
+from qpass.graph.vocabulary import op_name, value_of
+from qpass.ops.triton.table import takes_in
+from tests.models import tokens
+
+transformers = pytest.importorskip("transformers")
+
+#: The same memory, looked at in another way; of one token, the heads of an attention are in order already.
+VIEWS = {"view", "reshape", "transpose", "unsqueeze", "getitem", "split_with_sizes", "contiguous"}
+LAYER = Counter({"qpass::linear": 4, "qpass::append_rotated": 1, "qpass::attention": 1})
+MOST = 7
+
+
+def decode_graph(layers: int, batch: int, weights: str, kv: str, inner: str = "eager") -> Graph:
+    """The rewritten graph of one token for each sequence."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).bfloat16().eval()
+    model = qpass.quantize(model, qpass.Recipe.uniform(weights, kv=kv), inner=inner)
+    cache = qpass.KVCache(config, 16, kv)
+    with torch.no_grad():
+        for length in (4, 1):
+            metrics.reset()  # of the last call, one token
+            model(input_ids=tokens(batch, length), past_key_values=cache, use_cache=True)
+    return qpass.registry.captured(model, "test").captures[-1].after
+
+
+def operators_of(graph: Graph) -> Counter[str]:
+    """Names of what computes something, and how often."""
+    calls = [op_name(n) for n in graph.nodes if n.op in ("call_function", "call_method")]
+    return Counter(name for name in calls if name not in VIEWS)
+
+
+@pytest.mark.parametrize(
+    ("weights", "kv"), [("int8:channel", "int8"), ("int4:g32", "int4:channel:asym"), ("nf4:g32", "fp8_e4m3:channel")]
+)
+@pytest.mark.parametrize("batch", [1, 8])
+def test_operators_of_a_layer(weights: str, kv: str, batch: int) -> None:
+    """Three layers, less one, are two of them."""
+    one, three = (decode_graph(layers, batch, weights, kv) for layers in (1, 3))
+    two = operators_of(three) - operators_of(one)
+    assert two == Counter({name: 2 * count for name, count in LAYER.items()})
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_inductor_adds_the_mask_and_copies_nothing(batch: int) -> None:
+    """What one operator gives to the next goes there as it is. The mask is made for each attention."""
+    made = []
+    for layers in (1, 3):
+        torch._dynamo.reset()
+        decode_graph(layers, batch, "int8:channel", "int8", inner="inductor")
+        made.append(metrics.generated_kernel_count)
+    assert (made[1] - made[0]) / 2 <= MOST - LAYER.total()
+
+
+@pytest.mark.parametrize("weights", ["int8:channel", "int4:g32", "nf4:g32"])
+def test_the_linears_of_a_layer_are_taken_in_on_gpus(weights: str) -> None:
+    """Nothing is around those that a kernel of a GPU would leave to torch."""
+    linears = decode_graph(2, 1, weights, "int8").find_nodes(op="call_function", target=torch.ops.qpass.linear.default)
+    assert len(linears) == 9
+    for node in linears:
+        x = value_of(node.args[0])
+        assert takes_in(node.args[6], x.shape[-1], x.dtype, math.prod(x.shape[:-1]))
