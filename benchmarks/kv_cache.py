@@ -135,6 +135,8 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    if not args.chunk and (args.recall or any("static" in text for text in args.formats)):
+        parser.error("--chunk 0 rounds tokens as they come: no static scales, no recall")
     if args.outliers != 1:
         with_key_outliers(model, args.outliers)
 
@@ -160,15 +162,16 @@ def main() -> None:
             kl, log_q, same = (torch.cat(x) for x in zip(*found, strict=True))
             loss = -log_q[:-1].gather(-1, window[0, 1:, None]).mean()
             measured[text].append((kl, float(loss), float(same.float().mean())))
-            sizes[text] = getattr(cache, "nbytes", 0) / window.shape[1] or sum(
-                2 * la.keys[0, :, 0].nbytes for la in cache.layers if la.keys is not None
-            )
+            if isinstance(cache, qpass.KVCache):
+                sizes[text] = cache.nbytes / window.shape[1]
+            elif not isinstance(cache, Rounded):  # which stores nothing
+                sizes[text] = sum(2 * la.keys[0, :, 0].nbytes for la in cache.layers)
     rows: list[dict[str, Any]] = []
     for text in formats:
         kl = torch.stack([k for k, _, _ in measured[text]])
         losses, same = (torch.tensor(x) for x in list(zip(*measured[text], strict=True))[1:])
         row: dict[str, Any] = {
-            "format": text or "float", "bytes_per_token": sizes[text], "kl": float(kl.mean()),
+            "format": text or "float", "bytes_per_token": sizes.get(text), "kl": float(kl.mean()),
             "kl_by_quarter": [float(q.mean()) for q in kl.chunk(4, 1)], "perplexity": float(losses.mean().exp()),
             "standard_error": float(kl.mean(1).std() / len(ids) ** 0.5), "top1": float(same.mean()),
         }  # fmt: skip
@@ -178,10 +181,10 @@ def main() -> None:
         rows.append(row)
         quarters = " ".join(f"{q:.5f}" for q in row["kl_by_quarter"])
         recalled = " ".join(_recalled(row, rows[0], f"recall_{n}") for n in args.recall)
-        print(
-            f"| {row['format']} | {sizes[text]:,.0f} | {row['perplexity']:.3f} | {row['kl']:.5f} | {row['standard_error']:.5f} "
-            f"| {quarters} | {row['top1']:.4f} | {recalled} |", flush=True,
-        )  # fmt: skip
+        quality = (
+            f"{row['perplexity']:.3f} | {row['kl']:.5f} | {row['standard_error']:.5f} | {quarters} | {row['top1']:.4f}"
+        )
+        print(f"| {row['format']} | {sizes.get(text, 0):,.0f} | {quality} | {recalled} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
