@@ -162,7 +162,7 @@ def test_a_site_that_stays_in_float_says_why(show: Open, llama: Diff) -> None:
     ("text", "found"),
     [
         ("down_proj", ["down_proj"]),
-        ("int8:channel", ["scaled_dot_product_attention", "lm_head"]),
+        ("int8:channel", ["qpass::append", "scaled_dot_product_attention", "lm_head"]),
         ("MLP gate", ["gate_proj, up_proj"]),
     ],
     ids=["module", "format", "words"],
