@@ -18,6 +18,10 @@
 
 #include "extras.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 using torch::stable::Tensor;
 using Part = std::optional<Tensor>;
 
