@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class QpassError(Exception):
@@ -15,19 +17,33 @@ class Breach(QpassError):
     """A limit that was set does not hold: all is well formed, and the answer is no."""
 
 
-_NAME, _PLACES = "QpassError: ", "\n\nAt:\n"
+_kept = threading.local()
+
+
+def kept_for_cpp(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which C++ calls: of a QpassError that it raises, C++ passes on no more than words."""
+
+    def keeping(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except QpassError as error:
+            _kept.error = error
+            raise
+
+    return keeping
 
 
 @contextmanager
 def errors_through_cpp() -> Iterator[None]:
-    """A QpassError that operators raise behind C++ (ops/cpu/binding.cpp) comes out of it as a RuntimeError that begins with the
-    name; here it becomes a QpassError again."""
+    """A QpassError that operators raise behind C++ (ops/cpu/binding.cpp) comes out of it as a RuntimeError; here it is itself
+    again."""
+    _kept.error = None
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith(_NAME):
+    except RuntimeError:
+        if _kept.error is None:
             raise
-        raise QpassError(str(error).removeprefix(_NAME).partition(_PLACES)[0]) from None
+        raise _kept.error from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

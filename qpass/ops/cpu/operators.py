@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qpass.compute import compute_of
+from qpass.errors import kept_for_cpp
 from qpass.ops import reference
 from qpass.ops import triton as on_gpu
 from qpass.ops.around import Around
@@ -226,4 +227,4 @@ for _name in BOUND:  # the CPU's own key is binding.cpp's
     _on_cpu = _on_cpu_here.get(_name, _reference)
     _gpu = getattr(on_gpu.operators, _name, _reference)
     LIBRARY.impl(_name, _on_any_device(_on_cpu, _gpu, _reference), "CompositeExplicitAutograd")
-    LIBRARY.impl(f"{_name}_checked", _on_cpu, "CPU")
+    LIBRARY.impl(f"{_name}_checked", kept_for_cpp(_on_cpu), "CPU")
