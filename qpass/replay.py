@@ -22,7 +22,7 @@ from qpass.errors import QpassError
 from qpass.graph.calls import LinearCall
 from qpass.graph.flow import memory_behind
 from qpass.graph.torch_private import exit_autocast, is_graph_fragment
-from qpass.graph.vocabulary import op_name, writes_to
+from qpass.graph.vocabulary import op_name, written_by
 from qpass.memory import return_freed_heap
 from qpass.observers import InputStats
 from qpass.progress import track
@@ -86,8 +86,7 @@ class Program:
             inputs = node.all_input_nodes
             if node.op in ("call_function", "call_method") and inputs and of_weights.issuperset(inputs):
                 of_weights.add(node)
-        targets = (writes_to(node) for node in nodes)
-        written = frozenset(memory_behind(target) for target in targets if target is not None)
+        written = frozenset(memory_behind(target) for node in nodes for target in written_by(node))
         last_use = {
             read: number[node]
             for node in nodes

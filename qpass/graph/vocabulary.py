@@ -81,6 +81,20 @@ def writes_to(node: Node) -> Node | None:
     return node.args[0] if in_place else None
 
 
+def written_by(node: Node) -> list[Node]:
+    """All nodes whose memory `node` changes: an operator may write to several arguments, and to lists of them."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return [n for n in (writes_to(node),) if n is not None]
+    overload = target if isinstance(target, torch._ops.OpOverload) else getattr(target, target.overloads()[0])
+    found: list[Any] = []
+    for position, declared in enumerate(overload._schema.arguments):
+        if declared.alias_info is not None and declared.alias_info.is_write:
+            given = argument(node, position, declared.name)
+            found += given if isinstance(given, list | tuple) else [given]
+    return [n for n in found if isinstance(n, Node)]
+
+
 #: Functions of torch that may be asked to write to what they are given, by a second True.
 _MAY_WRITE = {
     "relu", "relu6", "silu", "elu", "selu", "celu", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "mish", "rrelu",
