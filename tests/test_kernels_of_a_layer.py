@@ -49,7 +49,7 @@ def operators_of(graph: Graph) -> Counter[str]:
 @pytest.mark.parametrize(
     ("weights", "kv"), [("int8:channel", "int8"), ("int4:g32", "int4:channel:asym"), ("nf4:g32", "fp8_e4m3:channel")]
 )
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.long)])
 def test_operators_of_a_layer(weights: str, kv: str, batch: int) -> None:
     """Three layers, less one, are two of them."""
     one, three = (decode_graph(layers, batch, weights, kv) for layers in (1, 3))
@@ -57,7 +57,7 @@ def test_operators_of_a_layer(weights: str, kv: str, batch: int) -> None:
     assert two == Counter({name: 2 * count for name, count in LAYER.items()})
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.long)])
 def test_inductor_adds_the_mask_and_copies_nothing(batch: int) -> None:
     """What one operator gives to the next goes there as it is. The mask is made for each attention."""
     made = []
