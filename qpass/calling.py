@@ -48,8 +48,8 @@ class Settled:
     so that no other can come to have its id; what is `quantized` is held by the entry.
     """
 
-    def __init__(self, lookups: Sequence[Lookup], args: Sequence[Any]) -> None:
-        found = [(lookup, lookup.entry(args)) for lookup in lookups]
+    def __init__(self, lookups: Sequence[Lookup], entries: Sequence[Entry], args: Sequence[Any]) -> None:
+        found = list(zip(lookups, entries, strict=True))
         self.entries = [(weakref.ref(entry) if entry.of_qtensors else None, lookup) for lookup, entry in found]
         indices = [i for lookup, entry in found if entry.of_qtensors for i in lookup.indices]
         self.weights = itemgetter(*indices, *indices[:1]) if indices else lambda args: ()  # two or more give a tuple
@@ -93,7 +93,7 @@ class Arguments:
         entries = None if self._settled is None else self._settled.find(args)
         if entries is None:
             entries = [lookup.entry(args) for lookup in self.lookups]
-            self._settled = Settled(self.lookups, args)
+            self._settled = Settled(self.lookups, entries, args)
         parts: list[Sequence[Any]] = [entry.parts for entry in entries]
         parts += [args[i].parts for i in self.states]
         return [args[j] if i < 0 else parts[i][j] for i, j in self.order]

@@ -81,12 +81,19 @@ def writes_to(node: Node) -> Node | None:
     return node.args[0] if in_place else None
 
 
+def _overload(node: Node) -> torch._ops.OpOverload | None:
+    """The operator that `node` calls, if it calls one."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    return target if isinstance(target, torch._ops.OpOverload) else None
+
+
 def written_by(node: Node) -> list[Node]:
     """All nodes whose memory `node` changes: an operator may write to several arguments, and to lists of them."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    overload = _overload(node)
+    if overload is None:
         return [n for n in (writes_to(node),) if n is not None]
-    overload = target if isinstance(target, torch._ops.OpOverload) else getattr(target, target.overloads()[0])
     found: list[Any] = []
     for position, declared in enumerate(overload._schema.arguments):
         if declared.alias_info is not None and declared.alias_info.is_write:
@@ -104,10 +111,8 @@ _MAY_WRITE = {
 
 def writes(node: Node) -> bool:
     """Whether `node` may change memory that something else looks at; True in doubt."""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, target.overloads()[0])
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+    overload = _overload(node)
+    if overload is not None and overload._schema.is_mutable:
         return True
     asked = bool(node.kwargs.get("inplace")) or (op_name(node) in _MAY_WRITE and True in node.args[1:])
     return writes_to(node) is not None or asked or node.kwargs.get("out") is not None

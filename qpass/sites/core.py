@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from qpass.graph.vocabulary import writes_to
+from qpass.graph.vocabulary import writes
 from qpass.spec import QuantSpec
 
 #: What a recipe can set, in the order in which data flows. `linear` is a linear layer that is none of the others.
@@ -78,7 +78,7 @@ def erase_unused(graph: Graph, node: Node) -> list[Node]:
     while dead:
         n = dead.pop()
         stays = n.users or n in removed or n.op not in ("call_function", "call_method")
-        if not stays and writes_to(n) is None:
+        if not stays and not writes(n):
             dead += n.all_input_nodes
             removed[n] = None
             graph.erase_node(n)
