@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
@@ -100,9 +101,9 @@ template <class Call> struct Memory {
   }
 };
 
-Memory<LinearCall> linears;
-Memory<AttentionCall> attentions;
-Memory<QuantizeParts> quantizes;
+Memory<LinearCall> linear_calls;
+Memory<AttentionCall> attention_calls;
+Memory<QuantizeParts> quantize_calls;
 // What Python says of the call that it was asked for by this thread.
 thread_local std::optional<LinearCall> linear_answer;
 thread_local std::optional<AttentionCall> attention_answer;
@@ -188,7 +189,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const Part& scale, const Part& z
     key.second.push_back(k);
     key.second.push_back(dtype);
     for (const Part& part : {Part(w), scale, zero, outer}) look_at(part, key.second);
-    if (auto call = linears.find(key); call && count <= call->most_rows) {
+    if (auto call = linear_calls.find(key); call && count <= call->most_rows) {
       Around around{data(norm), (const float*)data(columns), data(residual), float(eps.value_or(0)), eps.has_value(),
                     norm ? dtype_of(*norm) : 0, gate_of(gate)};
       Tensor y = empty(sizes, type_of(x));
@@ -200,8 +201,70 @@ Tensor linear(const Tensor& x, const Tensor& w, const Part& scale, const Part& z
   }
   linear_answer.reset();
   Tensor y = in_python("qpass::linear_checked", x, w, scale, zero, outer, bias, spec, norm, eps, columns, gate, residual);
-  if (usual && linear_answer) linears.keep(key, *linear_answer);
+  if (usual && linear_answer) linear_calls.keep(key, *linear_answer);
   return y;
+}
+
+// A linear of a row: see Step of steps.py.
+struct Step {
+  std::string spec, given, gate;
+  std::optional<double> eps;
+  int64_t residual;  // of which step; -1: none
+  bool kept, added;  // given back; added to a later one's result
+};
+using Steps = std::shared_ptr<const std::vector<Step>>;
+
+Memory<Steps> known_steps;
+
+std::vector<std::string> cut(const std::string& text, char at) {
+  std::vector<std::string> pieces(1);
+  for (char c : text)
+    if (c == at) pieces.emplace_back();
+    else pieces.back() += c;
+  return pieces;
+}
+
+// Of text that steps.py wrote and checked, when the graph was made.
+Steps steps_of(const std::string& text) {
+  std::pair<std::string, Layout> key{text, {}};
+  if (auto known = known_steps.find(key)) return *known;
+  auto steps = std::make_shared<std::vector<Step>>();
+  for (const std::string& step : cut(text, '|')) {
+    auto fields = cut(step, ';');
+    STD_TORCH_CHECK(fields.size() == 6, "qpass::linears: a step has 6 fields: ", step);
+    int64_t residual = fields[4].empty() ? -1 : std::stoll(fields[4]);
+    STD_TORCH_CHECK(residual < int64_t(steps->size()), "qpass::linears: the result of a later step is added: ", step);
+    auto eps = fields[2].empty() ? std::nullopt : std::optional(std::stod(fields[2]));
+    steps->push_back({fields[0], fields[1], fields[3], eps, residual, fields[5] == "1", false});
+    if (residual >= 0) (*steps)[residual].added = true;
+  }
+  known_steps.keep(key, steps);
+  return steps;
+}
+
+// x [.., K] -> the results of the steps that are kept
+std::vector<Tensor> linears(const Tensor& x, std::vector<Tensor> tensors, std::string text) {
+  auto steps = steps_of(text);
+  std::vector<Part> added(steps->size());
+  std::vector<Tensor> kept;
+  Tensor y = x;
+  size_t used = 0;
+  for (size_t i = 0; i < steps->size(); i++) {
+    const Step& step = (*steps)[i];
+    Part given[8];  // in the order of LETTERS
+    for (char letter : step.given) {
+      size_t at = std::string("dszobncr").find(letter);
+      STD_TORCH_CHECK(at < 8 && used < tensors.size(), "qpass::linears: ", tensors.size(), " tensors for steps ", text);
+      given[at] = tensors[used++];
+    }
+    STD_TORCH_CHECK(given[0], "qpass::linears: a step without a weight: ", text);
+    const auto& [w, scale, zero, outer, bias, norm, columns, residual] = given;
+    y = linear(y, *w, scale, zero, outer, bias, step.spec, norm, step.eps, columns, step.gate, step.residual < 0 ? residual : added[step.residual]);
+    if (step.added) added[i] = y;
+    if (step.kept) kept.push_back(y);
+  }
+  STD_TORCH_CHECK(used == tensors.size(), "qpass::linears: ", tensors.size(), " tensors for steps ", text);
+  return kept;
 }
 
 // Strides with which a mask reads as [B, heads, queries, tokens], or nothing if it does not.
@@ -239,7 +302,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
     key.second.reserve(64);
     for (int64_t size : {q.size(0), q.size(1), q.size(3), v_columns}) key.second.push_back(size);
     for (const Part& part : {Part(k), k_scale, k_zero, k_outer, Part(v), v_scale, v_zero, v_outer}) look_at(part, key.second);
-    if (auto call = attentions.find(key); call && q.size(2) <= call->most_queries) {
+    if (auto call = attention_calls.find(key); call && q.size(2) <= call->most_queries) {
       Tensor y = empty({q.size(0), q.size(1), q.size(2), v_columns}, type_of(q));
       int64_t sizes[] = {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), call->k_capacity, call->v_capacity,
                          (*strides)[0], (*strides)[1], (*strides)[2], (*strides)[3]};
@@ -261,7 +324,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
   attention_answer.reset();
   Tensor y = in_python("qpass::attention_checked", q, k, k_scale, k_zero, k_outer, k_spec, v, v_scale, v_zero, v_outer, v_columns, v_spec,
                        mask, causal, scale, k_first, v_first, k_last, v_last, start, soft_cap, sinks);
-  if (usual && attention_answer) attentions.keep(key, *attention_answer);
+  if (usual && attention_answer) attention_calls.keep(key, *attention_answer);
   return y;
 }
 
@@ -275,7 +338,7 @@ std::vector<Tensor> quantize(const Tensor& x, std::string spec, const Part& stat
     key.second.reserve(24);
     look_at(x, key.second);
     look_at(static_scale, key.second);
-    if (auto known = quantizes.find(key)) {
+    if (auto known = quantize_calls.find(key)) {
       const QuantizeCall& call = known->call;
       std::vector<Tensor> parts;
       void* slots[4] = {};
@@ -301,7 +364,7 @@ std::vector<Tensor> quantize(const Tensor& x, std::string spec, const Part& stat
       known.parts.emplace_back(type_of(part), sizes);
       known.bytes.push_back(part.element_size());
     }
-    quantizes.keep(key, known);
+    quantize_calls.keep(key, known);
   }
   return parts;
 }
@@ -313,7 +376,7 @@ bool append_to(const std::vector<Tensor>& parts, const Tensor& x, const std::str
   key.second.reserve(24);
   look_at(x, key.second);
   look_at(static_scale, key.second);
-  auto known = quantizes.find(key);
+  auto known = quantize_calls.find(key);
   if (!known || known->parts.size() != parts.size() || known->call.tokens != x.size(2)) return false;
   int64_t heads = x.size(0) * x.size(1), tokens = x.size(2);
   std::vector<std::vector<char>> codes(parts.size());
@@ -416,14 +479,15 @@ void qpass_remember_quantize(void* kernel, const void* spec, int64_t scale_rows,
 
 // Another instruction set or another way of computing from now on.
 void qpass_forget() {
-  linears.forget();
-  attentions.forget();
-  quantizes.forget();
+  linear_calls.forget();
+  attention_calls.forget();
+  quantize_calls.forget();
 }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linears", TORCH_BOX(&linears));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("append", TORCH_BOX(&append));
