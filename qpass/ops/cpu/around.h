@@ -4,6 +4,8 @@
 #include "extras.h"
 #include "weight.h"
 
+constexpr int ROWS_AT_ONCE = 4;  // weight rows that share the reading of an input
+
 // Rows x [count, k] as floats: x / sqrt(mean(x^2) + eps) * norm * columns.
 struct Input {
   const void* x;
@@ -42,6 +44,14 @@ struct Input {
   }
 };
 
+// Products of some rows of the weight: that of row n with input m is values[m * stride + n].
+struct Products {
+  float* values;
+  int64_t stride;
+
+  float& at(int64_t m, int64_t n) const { return values[m * stride + n]; }
+};
+
 // A result on its way out: y[m, column] = value + bias[column] + residual[m, column], in y's dtype; rows of y have n columns.
 struct Output {
   void* y;
@@ -55,15 +65,19 @@ struct Output {
     if (residual) rest.residual = (const char*)residual + m * n * size_of(dtype);
     return rest;
   }
-  INLINE float value_at(const void* p, int32_t dtype, int64_t i) {
-    float value;
-    from_dtype((const char*)p + i * size_of(dtype), 1, dtype, &value);
-    return value;
+  // values[i] += numbers[from + i]
+  static void add(const void* numbers, int32_t dtype, int64_t from, float* values, int64_t count) {
+    float* floats = scratch<float>(ADDED, count);
+    const float* added = dtype == X_FP32 ? (const float*)numbers + from : floats;
+    if (added == floats) from_dtype((const char*)numbers + from * size_of(dtype), count, dtype, floats);
+    SIMD for (int64_t i = 0; i < count; i++) values[i] += added[i];
   }
-  __attribute__((always_inline)) void put(int64_t m, int64_t column, float value) const {
-    if (bias) value += value_at(bias, bias_dtype, column);
-    if (residual) value += value_at(residual, dtype, m * n + column);
-    to_dtype(&value, 1, dtype, (char*)y + (m * n + column) * size_of(dtype));
+  // `values` may be where they are put.
+  void put(int64_t m, int64_t column, float* values, int64_t count) const {
+    if (bias) add(bias, bias_dtype, column, values, count);
+    if (residual) add(residual, dtype, m * n + column, values, count);
+    void* to = (char*)y + (m * n + column) * size_of(dtype);
+    if (to != values) to_dtype(values, count, dtype, to);
   }
 };
 
@@ -96,20 +110,27 @@ static void apply_gate(int32_t gate, float* first, const float* second, int64_t 
   std::memcpy(first + i, a, (count - i) * sizeof(float));
 }
 
-// rows(begin, end, output) for pieces of the weight's n rows. With a gate for pieces of its halves: y = gate(first) * second.
+// rows(begin, end, products) for pieces of the weight's n rows. With a gate for pieces of its halves: y = gate(first) * second.
 template <class Rows> INLINE void in_pieces(int64_t n, int64_t piece, int64_t count, const Output& out, int threads, Rows&& rows) {
-  if (!out.gate) return parallel(n, piece, threads, [&](int64_t begin, int64_t end) { rows(begin, end, out); });
   int64_t half = n / 2;
-  parallel(half, (piece + 1) / 2, threads, [&](int64_t begin, int64_t end) {
+  if (out.gate) n = half, piece = round_up((piece + 1) / 2, ROWS_AT_ONCE);
+  parallel(n, piece, threads, [&](int64_t begin, int64_t end) {
     int64_t width = end - begin;
-    float *first = scratch<float>(PAIRS, 2 * count * width), *second = first + count * width;
-    Output to = out;
-    to.residual = nullptr, to.dtype = X_FP32, to.n = width;
-    to.y = first - begin, rows(begin, end, to);
-    to.y = second - half - begin, rows(half + begin, half + end, to);
-    apply_gate(out.gate, first, second, count * width);
-    to = out;
-    to.bias = nullptr;
-    for (int64_t m = 0; m < count; m++) for (int64_t i = 0; i < width; i++) to.put(m, begin + i, first[m * width + i]);
+    Products found{(float*)out.y, out.n};
+    if (out.gate || out.dtype != X_FP32) found = {scratch<float>(PAIRS, (out.gate ? 2 : 1) * count * width) - begin, width};
+    Output rest = out;
+    if (out.gate) {
+      Products second{found.values + count * width - half, width};
+      rows(begin, end, found), rows(half + begin, half + end, second);
+      for (int64_t m = 0; m < count && out.bias; m++) {
+        Output::add(out.bias, out.bias_dtype, begin, &found.at(m, begin), width);
+        Output::add(out.bias, out.bias_dtype, half + begin, &second.at(m, half + begin), width);
+      }
+      apply_gate(out.gate, &found.at(0, begin), &second.at(0, half + begin), count * width);
+      rest.bias = nullptr;
+    } else {
+      rows(begin, end, found);
+    }
+    for (int64_t m = 0; m < count; m++) rest.put(m, begin, &found.at(m, begin), width);
   });
 }

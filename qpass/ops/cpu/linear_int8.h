@@ -156,10 +156,13 @@ INLINE void dot_int8(const Row8* rows, const Scales& groups, int64_t whole_steps
     for (; step < whole_steps; step++) one(step, nullptr, stored(step));
     if (step < steps) one(step, nullptr, tail);
   }
-  UNROLL for (int m = 0; m < M; m++) UNROLL for (int r = 0; r < R; r++) {
+  UNROLL for (int m = 0; m < M; m++) {
     const float* sums = in.sums + (m0 + m) * in.sums_stride;
-    for (int64_t g = 0; g < in.sums_stride; g += W) acc[m][r] = sub(acc[m][r], mul(load(rows[r].shift + g), load(sums + g)));
-    out[m * R + r] = sum(acc[m][r]);
+    UNROLL for (int r = 0; r < R; r++) {
+      for (int64_t g = 0; g < in.sums_stride; g += W) acc[m][r] = sub(acc[m][r], mul(load(rows[r].shift + g), load(sums + g)));
+      if (R != 4) out[m * R + r] = sum(acc[m][r]);
+    }
+    if constexpr (R == 4) sum4(acc[m], out + m * R);
   }
 }
 
@@ -223,34 +226,44 @@ INLINE void prepare_row(const Matrix& w, int64_t r, const Scales& groups, int64_
 }
 
 // Rows [n, n + R) of the weight by inputs [m_begin, m_end). One input: row after row, as one stream, which the hardware sees
-// and fetches ahead (rows side by side reach two thirds of the bandwidth). More inputs: two rows share the reading of inputs.
+// and fetches ahead (rows side by side reach two thirds of the bandwidth); but of short rows, which end soon, four share the
+// reading of the input and their sums. More inputs: two rows share the reading of inputs.
 template <int R, int M, class Factors, bool Steps>
 INLINE int64_t some_rows(const Matrix& w, const Row8* rows, int64_t n, const Inputs8& in, int64_t m, int64_t m_end, Bytes book,
-                         const Scales& groups, const Output& out) {
+                         const Scales& groups, const Products& out) {
   float y[M * R];
   for (; m + M <= m_end; m += M) {
     dot_int8<R, M, Factors, Steps>(rows, groups, w.row_bytes / Factors::bytes, in.padded / (W * Factors::lane), book, in, m, y);
-    for (int i = 0; i < M * R; i++) out.put(m + i / R, n + i % R, y[i] * w.spec->unit);
+    for (int i = 0; i < M * R; i++) out.at(m + i / R, n + i % R) = y[i] * w.spec->unit;
   }
   return m;
 }
 
 template <class Factors, bool Steps>
 static void linear_int8_rows(const Matrix& w, const Inputs8& in, int64_t m_begin, int64_t m_end, int64_t begin, int64_t end,
-                             const Table& table, const Scales& groups, const Output& out) {
+                             const Table& table, const Scales& groups, const Products& out) {
   int64_t lanes = in.padded / Factors::lane, each = 2 * round_up(w.blocks, W) + lanes + 2 * W;
-  float* memory = scratch<float>(SCALES, 2 * each);
-  Row8 rows[2] = {};
+  float* memory = scratch<float>(SCALES, ROWS_AT_ONCE * each);
+  Row8 rows[ROWS_AT_ONCE] = {};
   Bytes book = table_of(table.bytes);
-  for (int64_t n = begin; n < end;) {
-    bool pair = m_end - m_begin >= INPUTS8 && n + 2 <= end;
-    for (int r = 0; r < (pair ? 2 : 1); r++) prepare_row<Factors>(w, n + r, groups, lanes, memory + r * each, rows[r]);
-    int64_t m = m_begin;
-    if (pair) m = some_rows<2, INPUTS8, Factors, Steps>(w, rows, n, in, m, m_end, book, groups, out);
-    else m = some_rows<1, INPUTS8, Factors, Steps>(w, rows, n, in, m, m_end, book, groups, out);
+  auto prepare = [&](int64_t n, int count) __attribute__((always_inline)) {
+    for (int r = 0; r < count; r++) prepare_row<Factors>(w, n + r, groups, lanes, memory + r * each, rows[r]);
+  };
+  bool many = m_end - m_begin >= INPUTS8, short_rows = w.row_bytes <= SHORT_ROW;
+  int64_t n = begin;
+  for (; !many && short_rows && n + ROWS_AT_ONCE <= end; n += ROWS_AT_ONCE) {
+    prepare(n, ROWS_AT_ONCE);
+    some_rows<ROWS_AT_ONCE, 1, Factors, Steps>(w, rows, n, in, m_begin, m_end, book, groups, out);
+  }
+  for (; many && n + 2 <= end; n += 2) {
+    prepare(n, 2);
+    int64_t m = some_rows<2, INPUTS8, Factors, Steps>(w, rows, n, in, m_begin, m_end, book, groups, out);
+    some_rows<2, 1, Factors, Steps>(w, rows, n, in, m, m_end, book, groups, out);
+  }
+  for (; n < end; n++) {
+    prepare(n, 1);
+    int64_t m = some_rows<1, INPUTS8, Factors, Steps>(w, rows, n, in, m_begin, m_end, book, groups, out);
     some_rows<1, 1, Factors, Steps>(w, rows, n, in, m, m_end, book, groups, out);
-    if (pair) some_rows<1, 1, Factors, Steps>(w, rows + 1, n + 1, in, m, m_end, book, groups, out);
-    n += pair ? 2 : 1;
   }
 }
 
@@ -271,7 +284,7 @@ static void linear_int8_inputs(const Matrix& w, const Input& x, int64_t count, c
       }
     });
     Scales groups(w, step, padded / step);
-    in_pieces(w.n, piece_of(w, threads), count, out, threads, [&](int64_t begin, int64_t end, const Output& to) {
+    in_pieces(w.n, piece_of(w, threads), count, out, threads, [&](int64_t begin, int64_t end, const Products& to) {
       for (int64_t m = 0; m < count; m += inputs) {
         int64_t m_end = least(count, m + inputs);
         if (groups.whole) linear_int8_rows<Factors, true>(w, in, m, m_end, begin, end, table, groups, to);

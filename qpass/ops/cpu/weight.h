@@ -242,7 +242,7 @@ INLINE void into_frame(const Frame& frame, int64_t head, const float* x, int64_t
 }
 
 // Memory of a thread that outlives the call; its contents do not. A slot for each use that may be live with others.
-enum Slot { ROWS, TURNED, SCALES, INPUT, SCORES, KEYS, VALUES, SUMS, NORM, PAIRS, SLOTS };
+enum Slot { ROWS, TURNED, SCALES, INPUT, SCORES, KEYS, VALUES, SUMS, NORM, PAIRS, ADDED, SLOTS };
 
 template <class T> INLINE T* scratch(Slot slot, int64_t count) {
   static thread_local std::vector<uint64_t> memory[SLOTS];
