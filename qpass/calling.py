@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qpass.errors import errors_through_cpp
 from qpass.passes import GraphInput, StateInput
+from qpass.qtensor import last_change
 from qpass.sites.group import WeightGroup
 from qpass.store import Entry, WeightStore
 
@@ -44,28 +45,41 @@ class Settled:
     """What a call looked up, to be found again at the next: nearly always the weights are the same, and asking for each takes as
     long as a linear does. Serves QTensors; a float weight or bias may be edited in place and is looked up every time.
 
-    Entries are referred to weakly: the store lets go of those whose Parameters are gone. A token that dies takes its entry along,
-    so that no other can come to have its id; what is `quantized` is held by the entry.
+    The weights are the same if they are the same objects and no QTensor was written to; else if their tokens and contents are.
     """
 
-    def __init__(self, lookups: Sequence[Lookup], entries: Sequence[Entry], args: Sequence[Any]) -> None:
-        found = list(zip(lookups, entries, strict=True))
-        self.entries = [(weakref.ref(entry) if entry.of_qtensors else None, lookup) for lookup, entry in found]
-        indices = [i for lookup, entry in found if entry.of_qtensors for i in lookup.indices]
+    def __init__(
+        self, lookups: Sequence[Lookup], entries: Sequence[Entry], args: Sequence[Any], order: Sequence[tuple[int, int]]
+    ) -> None:
+        self.change = last_change()
+        mine = {i: entry for i, entry in enumerate(entries) if entry.of_qtensors}
+        indices = [index for i in mine for index in lookups[i].indices]
         self.weights = itemgetter(*indices, *indices[:1]) if indices else lambda args: ()  # two or more give a tuple
         weights = self.weights(args)
+        self.objects, self.types = ids(weights), list(map(type, weights))
         self.tokens, self.quantized = ids(map(_token, weights)), ids(map(_quantized, weights))
+        #: The arguments, but for those that each call brings: their positions, and what they are as in Arguments.order.
+        self.picked = [mine[i].parts[j] if i in mine else None for i, j in order]
+        self.brought = [(at, i, j) for at, (i, j) in enumerate(order) if i not in mine]
+        self.lookups = {i: lookup for i, lookup in enumerate(lookups) if i not in mine}
+        self.refs = [weakref.ref(entry, self._let_go) for entry in mine.values()]
 
-    def find(self, args: Sequence[Any]) -> list[Entry] | None:
-        """The entries of another call; None if it has other weights."""
-        weights = self.weights(args)
+    def _let_go(self, _: object) -> None:
+        """Parameters are gone: the store held their parts no longer than that, and so does this."""
+        self.picked, self.objects, self.tokens = [], [], []
+
+    def is_of(self, args: Sequence[Any]) -> bool:
+        """Whether the QTensors of a call are those that were looked up."""
+        weights, change = self.weights(args), last_change()
+        if change == self.change:
+            return ids(weights) == self.objects and list(map(type, weights)) == self.types
         try:
-            if ids(map(_token, weights)) != self.tokens or ids(map(_quantized, weights)) != self.quantized:
-                return None
+            same = ids(map(_token, weights)) == self.tokens and ids(map(_quantized, weights)) == self.quantized
         except AttributeError:  # something else than a QTensor
-            return None
-        entries = [lookup.entry(args) if ref is None else ref() for ref, lookup in self.entries]
-        return None if None in entries else entries  # type: ignore[return-value]
+            return False
+        if same:
+            self.objects, self.types, self.change = ids(weights), list(map(type, weights)), change
+        return same
 
 
 def ids(objects: Iterable[Any]) -> list[int]:
@@ -90,13 +104,16 @@ class Arguments:
         self._settled: Settled | None = None
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
-        entries = None if self._settled is None else self._settled.find(args)
-        if entries is None:
+        settled = self._settled
+        if settled is None or not settled.is_of(args):
             entries = [lookup.entry(args) for lookup in self.lookups]
-            self._settled = Settled(self.lookups, entries, args)
-        parts: list[Sequence[Any]] = [entry.parts for entry in entries]
-        parts += [args[i].parts for i in self.states]
-        return [args[j] if i < 0 else parts[i][j] for i, j in self.order]
+            settled = self._settled = Settled(self.lookups, entries, args, self.order)
+        picked = settled.picked.copy()
+        parts = {i: lookup.entry(args).parts for i, lookup in settled.lookups.items()}
+        parts |= {len(self.lookups) + n: args[i].parts for n, i in enumerate(self.states)}
+        for at, i, j in settled.brought:
+            picked[at] = args[j] if i < 0 else parts[i][j]
+        return picked
 
 
 def run_as_inference(

@@ -6,6 +6,7 @@ dequantized float weight; writing to it (`copy_`, `mul_`, `load_state_dict`) qua
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,15 @@ class Outcome:
     sqnr_db: float = math.nan
     seconds: float = 0.0
     observed: Observed | None = None
+
+
+#: Counts what is set on QTensors; the last count. A call that saw the same one before has the same contents now.
+_changes, _last_change = itertools.count(1), [0]
+
+
+def last_change() -> int:
+    """A number that is another one once anything was set on any QTensor, as a new one or with contents exchanged."""
+    return _last_change[0]
 
 
 _KEEPING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
@@ -67,6 +77,10 @@ class QTensor(Tensor):
     ) -> None:
         self.quantized, self.spec, self.transposed = quantized, spec, transposed
         self.outcome, self.base, self.token = Outcome(), None, Token()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        _last_change[0] = next(_changes)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

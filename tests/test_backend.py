@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch._dynamo.backends import registry
 from torch._dynamo.backends.common import aot_autograd
 
 import qpass
-from qpass.store import guards_beside_the_lookup
+from qpass.store import WeightStore, guards_beside_the_lookup
 from tests.models import BLOCKS, INT8, FusedBlock, build, dequantized_copy, logits_of, tokens
 
 IDS = tokens()
@@ -221,8 +223,6 @@ def test_dead_models_leave_nothing_behind() -> None:
     assert backend.store._entries
     del model
     torch._dynamo.reset()
-    import gc
-
     gc.collect()
     assert not backend.decisions.items()
     assert not backend.store._entries
@@ -360,14 +360,55 @@ def test_threads_get_the_results_of_a_serial_run() -> None:
 # --- guards -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_quantized_weight_exchanged_for_another_is_seen() -> None:
-    """No guard of Dynamo's looks inside of a QTensor: the lookup does."""
-    model, other = (qpass.quantize(build("nanogpt", seed=s), "int8", inner="eager") for s in (0, 1))
-    run(model)
-    model.second.fc.weight = other.second.fc.weight
-    reference = build("nanogpt")
-    reference.second.fc.weight = build("nanogpt", seed=1).second.fc.weight
+def exchange_objects(weight: nn.Parameter, other: nn.Parameter, place: nn.Linear) -> None:
+    place.weight = other
+
+
+def exchange_contents(weight: nn.Parameter, other: nn.Parameter, place: nn.Linear) -> None:
+    """As torch.utils.swap_tensors does, which refuses a weight that Dynamo refers to."""
+    weight.__dict__, other.__dict__ = other.__dict__, weight.__dict__
+
+
+def exchange_parts(weight: nn.Parameter, other: nn.Parameter, place: nn.Linear) -> None:
+    weight.quantized = other.quantized  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("exchange", [exchange_objects, exchange_contents, exchange_parts])
+def test_whatever_is_exchanged_is_seen_and_nothing_else_looked_up(
+    exchange: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No guard of Dynamo's looks inside of a QTensor: the lookup does. Both weights were there before the first call: no new one
+    betrays the exchange."""
+    model, other = (qpass.quantize(build("llama", seed=s), "int8", inner="eager") for s in (0, 1))
+    reference = build("llama")
     assert_quantized(run(model), reference)
+    looked_up: list[str] = []
+    get = WeightStore.get
+    monkeypatch.setattr(WeightStore, "get", lambda self, *a: looked_up.append(str(a[1])) or get(self, *a))
+    run(model)
+    assert not looked_up
+    exchange(
+        model.model.layers[1].mlp.down_proj.weight,
+        other.model.layers[1].mlp.down_proj.weight,
+        model.model.layers[1].mlp.down_proj,
+    )
+    reference.model.layers[1].mlp.down_proj.weight = build("llama", seed=1).model.layers[1].mlp.down_proj.weight
+    assert_quantized(run(model), reference)
+    assert looked_up
+    looked_up.clear()
+    run(model)
+    assert not looked_up
+
+
+def test_parts_of_weights_that_are_gone_are_let_go() -> None:
+    model = qpass.quantize(build("llama"), "int8", inner="eager")
+    run(model)
+    part = weakref.ref(model.model.layers[1].mlp.down_proj.weight.quantized.data)
+    model.model.layers[1].mlp.down_proj.weight = (
+        qpass.quantize(build("llama", seed=1), "int8", inner="eager").model.layers[1].mlp.down_proj.weight
+    )
+    gc.collect()
+    assert part() is None
 
 
 def test_a_weight_in_another_format_than_was_compiled_is_refused() -> None:

@@ -56,7 +56,7 @@ def _join(graph: Graph, row: Sequence[Node]) -> None:
     steps, tensors = [], list[Node]()
     for node in row:
         _, *parts_and_bias, spec, norm, eps, column_scale, gate, residual = (*node.args, *_NOTHING_AROUND)[:_ARGUMENTS]
-        before = row.index(residual) if residual in row else None  # type: ignore[arg-type]
+        before = row.index(residual) if residual in row else None
         given = dict(
             zip(LETTERS, (*parts_and_bias, norm, column_scale, None if before is not None else residual), strict=True)
         )
