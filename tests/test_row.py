@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -60,6 +60,12 @@ def read_by_two(m: Model, x: Tensor) -> Tensor:
     return m.b(h) * m.b(h).tanh()
 
 
+def two_read_later(m: Model, x: Tensor) -> Tensor:
+    first = m.a(x)
+    second = m.b(first)
+    return m.c(second).tanh() + first + second
+
+
 def two_rows(m: Model, x: Tensor) -> Tensor:
     y = m.b(m.a(x))
     return m.c(m.b(y.tanh())) + y
@@ -77,6 +83,7 @@ JOINED: dict[str, tuple[Callable[[Model, Tensor], Tensor], list[str]]] = {
     "three": (lambda m, x: m.c(m.b(m.a(x))), ["linears"]),
     "the tail of a layer": (layer, ["linears"]),
     "a result that is read later": (read_beside, ["linears"]),
+    "two results that are read later": (two_read_later, ["linears", "linear"]),
     "a residual of another row": (two_rows, ["linears", "linears"]),
 }
 APART: dict[str, tuple[Callable[[Model, Tensor], Tensor], list[str]]] = {
@@ -130,6 +137,23 @@ def test_a_decode_step_of_a_llama_is_a_row_between_two_attentions(compiler: str)
     assert found == ["linear", *["linears"] * layers, "linear"]
 
 
+@pytest.mark.long
+def test_inductors_wrapper_in_cpp_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes lists of tensors, and takes no list back but through Python."""
+    model = build("llama").eval()
+    found = []
+    for cpp in (False, True):
+        monkeypatch.setattr("torch._inductor.config.cpp_wrapper", cpp)
+        torch._dynamo.reset()
+        cache = qpass.KVCache(model.config, 16, "int8")
+        compiled = torch.compile(model, backend=qpass.QPass("int4"))
+        with torch.no_grad():
+            for _ in range(3):
+                logits = compiled(tokens(1, 1), past_key_values=cache, use_cache=True).logits
+        found.append(logits)
+    torch.testing.assert_close(*found)
+
+
 def test_linears_of_other_devices_stay() -> None:
     graph = Graph()
     x, data = graph.placeholder("x"), graph.placeholder("data")
@@ -171,7 +195,7 @@ def test_without_python_it_gives_what_it_gives_with(spec: str, letters: str, row
         Step(spec, letters + "r"),
         Step(spec, letters + "bn", 1e-5, "silu", kept=True),
         Step(spec, letters, residual=0),
-        Step("fp32", "dc", kept=True),
+        Step("fp32", "dc"),
     )
     tensors = [
         *parts(33, 70, spec), residual, *parts(46, 33, spec), torch.randn(46), norm, *parts(33, 23, spec),
@@ -179,7 +203,7 @@ def test_without_python_it_gives_what_it_gives_with(spec: str, letters: str, row
     ]  # fmt: skip
     text = "|".join(map(str, steps))
     found = torch.ops.qpass.linears(x, tensors, text)
-    assert [tuple(y.shape) for y in found] == [(rows, 23), (rows, 7)]
+    assert [tuple(y.shape) for y in found] == [(rows, 7), (rows, 23)]
     torch.testing.assert_close(found, linears(x, tensors, text), rtol=0, atol=0)
     in_double = linears(x.double(), tensors, text)
     for y, reference in zip(found, in_double, strict=True):
@@ -196,7 +220,8 @@ def test_without_python_it_gives_what_it_gives_with(spec: str, letters: str, row
     ids=str,
 )
 def test_text_of_a_step_is_read_back(step: Step) -> None:
-    assert parse_steps(f"{step}|{step}") == (step, step)
+    other = replace(step, kept=False)
+    assert parse_steps(f"{step}|{other}") == (step, other)
     assert str(step).count(";") == len(astuple(step)) - 1
 
 
@@ -206,10 +231,15 @@ def test_text_that_is_no_step_is_refused(text: str) -> None:
         parse_steps(text)
 
 
+def test_two_kept_results_are_refused() -> None:
+    with pytest.raises(qpass.QpassError, match="keep more than one result beside the last"):
+        parse_steps("|".join([str(Step("int8:channel", "ds", kept=True))] * 2))
+
+
 def test_tensors_that_no_step_names_are_refused() -> None:
-    x, tensors, text = torch.randn(2, 32), parts(8, 32, "int8:channel"), str(Step("int8:channel", "ds", kept=True))
+    x, tensors, text = torch.randn(2, 32), parts(8, 32, "int8:channel"), str(Step("int8:channel", "ds"))
     bind()
-    assert torch.ops.qpass.linears(x, tensors, text)[0].shape == (2, 8)
+    assert [tuple(y.shape) for y in torch.ops.qpass.linears(x, tensors, text)] == [(2, 8), (0,)]
     for wrong in (tensors[:1], [*tensors, x]):
         with pytest.raises(qpass.QpassError, match="tensors for steps that name 2"):
             linears(x, wrong, text)

@@ -14,8 +14,9 @@ SCHEMAS = {
         f"(Tensor x, {_PARTS.format('')}, Tensor? bias, str spec, Tensor? norm=None, float? eps=None, "
         "Tensor? column_scale=None, str gate='', Tensor? residual=None) -> Tensor"
     ),
-    # Linears one after another, each of the result of the one before it; gives the results that are kept. See ops/steps.py.
-    "linears": "(Tensor x, Tensor[] tensors, str steps) -> Tensor[]",
+    # Linears one after another, each of the result of the one before it; gives the last result, and the one that is kept or an
+    # empty one. See ops/steps.py. (Two and no list: Inductor's wrapper in C++ calls operators that give lists through Python.)
+    "linears": "(Tensor x, Tensor[] tensors, str steps) -> (Tensor, Tensor)",
     # x [.., K] -> codes, with scale and zero point unless those of a static spec are given. Written out for the compiler, which
     # joins it with what makes x; round_input gives the same as floats in x's dtype.
     "quantize_input": "(Tensor x, Tensor? scale, Tensor? zero_point, str spec) -> Tensor[]",

@@ -20,7 +20,7 @@ class Step:
     """One linear of a row, as text "spec;given;eps;gate;residual;kept".
 
     `given`: the letters of the tensors that it has, in the order of LETTERS. `residual`: of which step the result is added.
-    `kept`: whether its result is one of the row's.
+    `kept`: whether its result is given back beside the last one; of one step at most.
     """
 
     spec: str
@@ -40,16 +40,19 @@ def parse_steps(steps: str) -> tuple[Step, ...]:
     """The steps of "step|step|..". Raises `QpassError` for text that is none."""
     try:
         cut = [text.split(";") for text in steps.split("|")]
-        return tuple(
+        row = tuple(
             Step(spec, given, float(eps) if eps else None, gate, int(residual) if residual else None, kept == "1")
             for spec, given, eps, gate, residual, kept in cut
         )
     except ValueError as e:
         raise QpassError(f"qpass::linears: steps {steps!r} are not written as Step says ({e})") from None
+    if sum(step.kept for step in row) > 1:
+        raise QpassError(f"qpass::linears: steps {steps!r} keep more than one result beside the last")
+    return row
 
 
-def linears(x: Tensor, tensors: list[Tensor], steps: str) -> list[Tensor]:
-    """x [.., K] -> the results of the steps that are kept. `tensors`: of all steps, one after another."""
+def linears(x: Tensor, tensors: list[Tensor], steps: str) -> tuple[Tensor, Tensor]:
+    """x [.., K] -> the last result [.., N], and the kept one or [0]. `tensors`: of all steps, one after another."""
     results: list[Tensor] = []
     row = parse_steps(steps)
     for step, t in zip(row, _by_step(tensors, row), strict=True):
@@ -57,13 +60,15 @@ def linears(x: Tensor, tensors: list[Tensor], steps: str) -> list[Tensor]:
         parts = (t["d"], t.get("s"), t.get("z"), t.get("o"), t.get("b"))
         x = torch.ops.qpass.linear(x, *parts, step.spec, t.get("n"), step.eps, t.get("c"), step.gate, residual)
         results.append(x)
-    return [y for step, y in zip(row, results, strict=True) if step.kept]
+    kept = (y for step, y in zip(row, results, strict=True) if step.kept)
+    return x, next(kept, x.new_empty(0))
 
 
-def _linears_fake(x: Tensor, tensors: list[Tensor], steps: str) -> list[Tensor]:
+def _linears_fake(x: Tensor, tensors: list[Tensor], steps: str) -> tuple[Tensor, Tensor]:
     row = parse_steps(steps)
     rows = [t["d"].shape[0] // (2 if step.gate else 1) for step, t in zip(row, _by_step(tensors, row), strict=True)]
-    return [x.new_empty((*x.shape[:-1], n)) for step, n in zip(row, rows, strict=True) if step.kept]
+    kept = ((*x.shape[:-1], n) for step, n in zip(row, rows, strict=True) if step.kept)
+    return x.new_empty((*x.shape[:-1], rows[-1])), x.new_empty(next(kept, (0,)))
 
 
 def _by_step(tensors: list[Tensor], row: tuple[Step, ...]) -> list[dict[str, Tensor]]:

@@ -20,7 +20,9 @@ _LINEAR = torch.ops.qpass.linear.default
 
 
 def join_linears(graph_module: GraphModule) -> None:
-    """qpass::linear, each of the result of the one before it -> one qpass::linears at the place of the last of them."""
+    """qpass::linear, each of the result of the one before it -> one qpass::linears at the place of the last of them.
+
+    It gives the result of the last, and of one other that is read elsewhere."""
     graph = graph_module.graph
     order, joined = Order.in_graph(graph), set[Node]()
     rows = []
@@ -46,10 +48,11 @@ def _row_from(first: Node, order: Order) -> list[Node]:
         following = [n for n in row[-1].users if _is_linear(n) and n.args[0] is row[-1]]
         if len(following) != 1 or not order.may_move(row, following[0]):
             return row
-        last = order.of[following[0]]
-        if any(order.of[user] < last for node in row for user in node.users if user not in row):
+        last, longer = order.of[following[0]], [*row, *following]
+        read = [[user for user in node.users if user not in longer] for node in row]
+        if sum(map(bool, read)) > 1 or any(order.of[user] < last for users in read for user in users):
             return row
-        row += following
+        row = longer
 
 
 def _join(graph: Graph, row: Sequence[Node]) -> None:
@@ -61,15 +64,15 @@ def _join(graph: Graph, row: Sequence[Node]) -> None:
             zip(LETTERS, (*parts_and_bias, norm, column_scale, None if before is not None else residual), strict=True)
         )
         given = {letter: tensor for letter, tensor in given.items() if tensor is not None}
-        kept = any(user not in row for user in node.users)
+        kept = node is not row[-1] and any(user not in row for user in node.users)
         steps.append(Step(str(spec), "".join(given), eps, str(gate), before, kept))  # type: ignore[arg-type]
         tensors += given.values()  # type: ignore[arg-type]
-    kept_nodes = [node for node, step in zip(row, steps, strict=True) if step.kept]
+    read = [row[-1], *(node for node, step in zip(row, steps, strict=True) if step.kept)]
     with graph.inserting_before(row[-1]):
         new = graph.call_function(torch.ops.qpass.linears.default, (row[0].args[0], tensors, "|".join(map(str, steps))))
-        results = [graph.call_function(operator.getitem, (new, i)) for i in range(len(kept_nodes))]
+        results = [graph.call_function(operator.getitem, (new, i)) for i in range(len(read))]
     stand_for([new, *results], row)
-    for node, result in zip(kept_nodes, results, strict=True):
+    for node, result in zip(read, results, strict=True):
         set_value(result, value_of(node))
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in row)
     for node in reversed(row):

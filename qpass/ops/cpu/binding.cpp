@@ -242,11 +242,11 @@ Steps steps_of(const std::string& text) {
   return steps;
 }
 
-// x [.., K] -> the results of the steps that are kept
-std::vector<Tensor> linears(const Tensor& x, std::vector<Tensor> tensors, std::string text) {
+// x [.., K] -> the last result, and the one that is kept
+std::tuple<Tensor, Tensor> linears(const Tensor& x, std::vector<Tensor> tensors, std::string text) {
   auto steps = steps_of(text);
   std::vector<Part> added(steps->size());
-  std::vector<Tensor> kept;
+  Part kept;
   Tensor y = x;
   size_t used = 0;
   for (size_t i = 0; i < steps->size(); i++) {
@@ -261,10 +261,10 @@ std::vector<Tensor> linears(const Tensor& x, std::vector<Tensor> tensors, std::s
     const auto& [w, scale, zero, outer, bias, norm, columns, residual] = given;
     y = linear(y, *w, scale, zero, outer, bias, step.spec, norm, step.eps, columns, step.gate, step.residual < 0 ? residual : added[step.residual]);
     if (step.added) added[i] = y;
-    if (step.kept) kept.push_back(y);
+    if (step.kept) kept = y;
   }
   STD_TORCH_CHECK(used == tensors.size(), "qpass::linears: ", tensors.size(), " tensors for steps ", text);
-  return kept;
+  return {y, kept ? *kept : empty({0}, type_of(x))};
 }
 
 // Strides with which a mask reads as [B, heads, queries, tokens], or nothing if it does not.
