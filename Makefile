@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
+# GPU kernels in Triton's interpreter, on the CPU.
+KERNELS := CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/triton
+
 .PHONY: demo test test-long zoo accuracy lint clean
 
 demo: $(VENV)/.installed
@@ -14,9 +17,11 @@ test test-long: export OMP_WAIT_POLICY = passive
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not long"
+	$(KERNELS) -m "not long"
 
 test-long: lint zoo
 	$(BIN)/python -m pytest -n auto --dist loadfile --hypothesis-profile=long
+	$(KERNELS)
 
 # Every architecture of transformers, in about ten minutes; writes docs/architectures.md.
 zoo: $(VENV)/.installed

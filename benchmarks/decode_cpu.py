@@ -111,9 +111,9 @@ def compare(found: list[Engine], batch: int, context: int, rows: int, rounds: in
         if context > e.largest or (batch > 1 and "llama.cpp" in e.name):
             continue
         qpass.set_compute(e.compute)
-        fresh = e.start(batch, 0, rows * 2 + 8)
-        first[e.name] = fresh(ids)
-        steps[e.name] = e.start(batch, context, (rounds * (_STEPS + 1) + 3) * rows)
+        room = (rounds * (_STEPS + 1) + 3) * rows
+        first[e.name] = e.start(batch, 0, context + room)(ids)  # of the same capacity, so of the same graphs
+        steps[e.name] = e.start(batch, context, room)
         for _ in range(2):
             steps[e.name](ids)
     computes = {e.name: e.compute for e in found}

@@ -65,7 +65,7 @@ def _key_bytes(config: Any, bits: float) -> int:
 
 def _filled(cache: Any, model: Any, call: Any, batch: int, context: int) -> Any:
     """The cache as after `context` tokens: random keys and values, for a prefill of 32k tokens would take minutes."""
-    call(input_ids=torch.ones(batch, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    call(input_ids=torch.ones(batch, 1, dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
     for layer in cache.layers:
         quantized = hasattr(layer, "k")
         for part in [*layer.k.parts, *layer.v.parts] if quantized else [layer.keys, layer.values]:
@@ -157,7 +157,7 @@ def of_llama_cpp(name: str, reference: Any, kind: str, threads: int) -> Engine |
 
         return step
 
-    return Engine(name, start, size, _key_bytes(reference.config, 16), largest=2048)
+    return Engine(name, start, size, _key_bytes(reference.config, 16), largest=8192)
 
 
 def _write_gguf(path: Path, model: Any, kind: str) -> int:

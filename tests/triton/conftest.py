@@ -1,4 +1,5 @@
-"""Kernels run on a GPU if there is one, otherwise in Triton's interpreter: see test_interpreted.py."""
+"""Kernels run on a GPU if there is one, otherwise in Triton's interpreter, with TRITON_INTERPRET=1, as
+`make test` does: only they are run then."""
 
 from __future__ import annotations
 
@@ -15,13 +16,20 @@ if interpreted():
     mend_interpreter()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if interpreted():
+        kernels = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kernels])
+        items[:] = kernels
+
+
 @pytest.fixture
 def device() -> str:
     """Where kernels can be run in this process."""
     if torch.cuda.is_available():
         return "cuda"
     if not interpreted():
-        pytest.skip("needs a GPU, or TRITON_INTERPRET=1: test_interpreted.py runs it so")
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1, as in make test")
     return "cpu"
 
 

@@ -4,7 +4,11 @@
 
 constexpr int64_t COLUMNS_AT_ONCE = 1024;   // of rows and inputs that stay in the first-level cache
 constexpr int INPUTS_AT_ONCE = W == 16 ? 4 : 2;  // inputs that share the reading of the weight, as registers allow
+#if defined(__AVX2__)
 constexpr int64_t SHORT_ROW = 1024;  // bytes
+#else
+constexpr int64_t SHORT_ROW = 0;  // nothing is gained, and compiling takes twice as long
+#endif
 constexpr int64_t SHORT_GROUP = 32;  // elements of a group as most specs have it
 constexpr int64_t FEW_INPUTS = 8;  // so many at most that each weight is made a float anew for some of them, and not kept
 
@@ -133,8 +137,8 @@ static const float* padded_inputs(const Input& x, int64_t count, int threads) {
 template <class Read, bool Zeros>
 static void linear_stored(const Matrix& w, const float* x, int64_t count, int64_t padded, int64_t begin, int64_t end, const Products& out) {
   float* memory = scratch<float>(SCALES, ROWS_AT_ONCE * 2 * w.blocks);
-  if (count == 1 && w.row_bytes <= SHORT_ROW)
-    for (; begin + ROWS_AT_ONCE <= end; begin += ROWS_AT_ONCE)
+  if constexpr (SHORT_ROW > 0 && Read::bits == 8)  // of fewer bits they are multiplied as integers, unless told otherwise
+    for (; count == 1 && w.row_bytes <= SHORT_ROW && begin + ROWS_AT_ONCE <= end; begin += ROWS_AT_ONCE)
       dot_stored<Read, Zeros, ROWS_AT_ONCE, 1>(w, begin, x, padded, memory, &out.at(0, begin));
   int64_t half = (end - begin + 1) / 2;
   for (int64_t i = 0; i < end - begin; i++) {  // two halves by turns: two streams are fetched further ahead than one

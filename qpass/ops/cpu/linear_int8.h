@@ -251,14 +251,15 @@ static void linear_int8_rows(const Matrix& w, const Inputs8& in, int64_t m_begin
   };
   bool many = m_end - m_begin >= INPUTS8, short_rows = w.row_bytes <= SHORT_ROW;
   int64_t n = begin;
-  for (; !many && short_rows && n + ROWS_AT_ONCE <= end; n += ROWS_AT_ONCE) {
-    prepare(n, ROWS_AT_ONCE);
-    some_rows<ROWS_AT_ONCE, 1, Factors, Steps>(w, rows, n, in, m_begin, m_end, book, groups, out);
-  }
+  if constexpr (SHORT_ROW > 0)
+    for (; !many && short_rows && n + ROWS_AT_ONCE <= end; n += ROWS_AT_ONCE) {
+      prepare(n, ROWS_AT_ONCE);
+      some_rows<ROWS_AT_ONCE, 1, Factors, Steps>(w, rows, n, in, m_begin, m_end, book, groups, out);
+    }
   for (; many && n + 2 <= end; n += 2) {
     prepare(n, 2);
     int64_t m = some_rows<2, INPUTS8, Factors, Steps>(w, rows, n, in, m_begin, m_end, book, groups, out);
-    some_rows<2, 1, Factors, Steps>(w, rows, n, in, m, m_end, book, groups, out);
+    for (int r = 0; r < 2; r++) some_rows<1, 1, Factors, Steps>(w, rows + r, n + r, in, m, m_end, book, groups, out);
   }
   for (; n < end; n++) {
     prepare(n, 1);
