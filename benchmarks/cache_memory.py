@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qpass
+from qpass.cache import CACHE_ARGUMENT
 from qpass.memory import return_freed_heap
 
 CONFIG = LlamaConfig(
@@ -46,19 +47,19 @@ def measure(text: str, tokens: int) -> dict[str, float]:
     room = tokens + 64
     small = qpass.KVCache(CONFIG, room, spec)
     for step in (_CHUNK, _CHUNK, 1, 1):  # compiled before anything is counted
-        model(torch.zeros((1, step), dtype=torch.long), past_key_values=small, logits_to_keep=1)
+        model(torch.zeros((1, step), dtype=torch.long), **{CACHE_ARGUMENT: small}, logits_to_keep=1)
     del small
     return_freed_heap()
     _forget_peak()
     before = _memory("VmRSS")
     cache = qpass.KVCache(CONFIG, room, spec)
     for start in range(0, tokens, _CHUNK):
-        model(torch.randint(0, 8000, (1, min(_CHUNK, tokens - start))), past_key_values=cache, logits_to_keep=1)
+        model(torch.randint(0, 8000, (1, min(_CHUNK, tokens - start))), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     prefill = _memory("VmHWM") - before
     return_freed_heap()
     _forget_peak()
     for _ in range(8):
-        model(torch.zeros((1, 1), dtype=torch.long), past_key_values=cache)
+        model(torch.zeros((1, 1), dtype=torch.long), **{CACHE_ARGUMENT: cache})
     plan = qpass.plan_memory(CONFIG, "int8", context=room, kv=spec, dtype=torch.float32).cache
     return {"planned": plan.bytes, "nominal": plan.nominal_bytes, "allocated": cache.nbytes, "prefill": prefill,
             "decode": _memory("VmHWM") - before}  # fmt: skip

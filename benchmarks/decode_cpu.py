@@ -219,6 +219,7 @@ def main() -> None:
 
         def save() -> None:  # after each table: a whole run takes an hour
             about = {"model": args.model and args.model.name, "machine": platform.machine(), "threads": threads, "isa": isa,
+                     "wrapper": "C++" if args.cpp_wrapper else "Python",
                      "torch": torch.__version__, "absent": absent}  # fmt: skip
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({**about, "rows": results, "profiles": profiles}, indent=1))

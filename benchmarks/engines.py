@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import StaticCache
 
 import qpass
+from qpass.cache import CACHE_ARGUMENT
 
 #: One step on ids [B, S]: its logits [B, V] of the last position as float32.
 Step = Callable[[torch.Tensor], torch.Tensor]
@@ -65,7 +66,7 @@ def _key_bytes(config: Any, bits: float) -> int:
 
 def _filled(cache: Any, model: Any, call: Any, batch: int, context: int) -> Any:
     """The cache as after `context` tokens: random keys and values, for a prefill of 32k tokens would take minutes."""
-    call(input_ids=torch.ones(batch, 1, dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    call(input_ids=torch.ones(batch, 1, dtype=torch.long), **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
     for layer in cache.layers:
         quantized = hasattr(layer, "k")
         for part in [*layer.k.parts, *layer.v.parts] if quantized else [layer.keys, layer.values]:
@@ -91,7 +92,7 @@ def of_transformers(
         _filled(cache, model, call, batch, context)
 
         def step(ids: torch.Tensor) -> torch.Tensor:
-            out = call(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = call(input_ids=ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
             return out.logits[:, -1].float()
 
         return step

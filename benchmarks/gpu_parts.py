@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import StaticCache
 
 import qpass
+from qpass.cache import CACHE_ARGUMENT
 from qpass.numerics import Quantized, dequantize, quantize
 from qpass.ops import reference
 from qpass.ops.around import Around
@@ -337,7 +338,7 @@ def decode_step(
     )
     ids = torch.randint(0, 90, (batch, 1), device=device)
     torch.compiler.cudagraph_mark_step_begin()
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
     size = 0
     for layer in cache.layers:
         stored = engine.cache is not None
@@ -352,7 +353,7 @@ def decode_step(
     def step() -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():
-            return model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            return model(input_ids=ids, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1).logits
 
     return step, size
 

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
 import qpass
+from qpass.cache import CACHE_ARGUMENT
 from qpass.numerics import fake_quantize
 from qpass.spec import parse_spec
 
@@ -69,7 +70,9 @@ def new_cache(config: Any, length: int, text: str | None, calibration: Any, chun
 @torch.no_grad()
 def by_chunks(model: Any, ids: Tensor, cache: Any, chunk: int, keep: int = 0) -> Tensor:
     parts = ids.split(chunk, 1)
-    return torch.cat([model(p, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits for p in parts], 1)
+    return torch.cat(
+        [model(p, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=keep).logits for p in parts], 1
+    )
 
 
 @torch.no_grad()
@@ -103,7 +106,7 @@ def recalls(model: Any, tokenizer: Any, words: list[int], length: int, make: Any
     for question, answer in FACTS:
         cache, token, given, wanted = copy.deepcopy(read), torch.tensor([encoded(question)]), [], encoded(answer)
         for _ in wanted:
-            token = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+            token = model(token, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1).logits.argmax(-1)
             given.append(int(token))
         found.append(given == wanted)
     return found

@@ -44,6 +44,7 @@ from qpass_export.rules import violations
 from transformers.cache_utils import DynamicCache
 
 import qpass
+from qpass.cache import CACHE_ARGUMENT
 from qpass.errors import QpassError
 from qpass.recipe import Recipe
 
@@ -108,7 +109,7 @@ def error(bound: Bound, model: Any, cache: Any, ids: torch.Tensor) -> float:
     for count in (_PROMPT, *[1] * _CHECKED):
         given = ids[None, context : context + count]
         with torch.no_grad(), qpass.set_compute("float"):
-            expected = model(given, past_key_values=cache, use_cache=True).logits.float().numpy()
+            expected = model(given, **{CACHE_ARGUMENT: cache}, use_cache=True).logits.float().numpy()
         logits, past = bound.step(given.numpy(), context, past)
         difference = np.abs(logits.astype(np.float32) - expected).max() / np.abs(expected).max()
         worst, context = max(worst, float(np.nan_to_num(difference, nan=np.inf))), context + count
