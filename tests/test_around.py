@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 import qpass
 from qpass.numerics import dequantize, quantize
-from qpass.ops.cpu.build import REFERENCE, available_isas, use_isa
+from qpass.ops.cpu.build import REFERENCE, use_isa
 from qpass.spec import parse_spec
+from tests.isas import isas
 
 SPECS = ["int8", "int8:g32:scale=fp16", "int5:g32:asym:scale=fp16", "int4:g32:asym", "nf4", "fp8_e4m3", "int4:g7"]
 #: norm, eps, column scale, gate, residual
@@ -31,7 +32,7 @@ CASES = {
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(autouse=True, params=[*available_isas(), REFERENCE])
+@pytest.fixture(autouse=True, params=[*isas(), REFERENCE])
 def isa(request: pytest.FixtureRequest, exact_products: None) -> Iterator[str]:
     with use_isa(request.param), qpass.set_compute("float"):
         yield request.param

@@ -12,10 +12,11 @@ import qpass
 from qpass.numerics import Quantized, quantize
 from qpass.ops import reference
 from qpass.ops.cpu import build
-from qpass.ops.cpu.build import REFERENCE, available_isas, use_isa
+from qpass.ops.cpu.build import REFERENCE, use_isa
 from qpass.ops.cpu.library import bind
 from qpass.packing import as_bytes
 from qpass.spec import parse_spec
+from tests.isas import isas
 
 SPECS = ["int8", "int8:g48:asym", "int8:tensor", "int4:g32:asym", "int4:g128", "int3:g24", "nf4:g32:dq", "nvfp4", "mxfp4",
          "fp8_e4m3", "fp8_e4m3:channel", "bf16", "fp32"]  # fmt: skip
@@ -23,7 +24,7 @@ CACHES = ["int8", "int4:g32:asym", "fp8_e4m3", "int8:tensor", "fp32"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True, params=available_isas())
+@pytest.fixture(autouse=True, params=isas())
 def isa(request: pytest.FixtureRequest, exact_products: None) -> Iterator[str]:
     with use_isa(request.param), qpass.set_compute(None):
         assert bind() is None

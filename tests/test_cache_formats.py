@@ -12,9 +12,10 @@ from transformers.cache_utils import DynamicCache
 
 import qpass
 from qpass.numerics import Quantized, dequantize, fake_quantize, quantize
-from qpass.ops.cpu.build import REFERENCE, available_isas, use_isa
+from qpass.ops.cpu.build import REFERENCE, use_isa
 from qpass.rotation import rotate, rotation
 from qpass.spec import parse_spec
+from tests.isas import isas
 from tests.models import BLOCKS, build, hf, tokens
 from tests.zoo.check import FakeQuantizedCache
 
@@ -174,7 +175,7 @@ def in_float64(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float,
     return (weights[..., :-1] if sinks is not None else weights) @ v
 
 
-@pytest.mark.parametrize("isa", [REFERENCE, *available_isas()])
+@pytest.mark.parametrize("isa", [REFERENCE, *isas()])
 @pytest.mark.parametrize(
     ("k_spec", "v_spec"),
     [
@@ -257,7 +258,7 @@ NEW_SPECS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("spec", NEW_SPECS)
 @pytest.mark.parametrize("shape", [(2, 3, 64, 48), (1, 1, 7, 5), (2, 1, 33, 80)], ids=str)
 def test_the_kernel_rounds_as_the_reference_to_the_bit(spec: str, shape: tuple[int, ...], isa: str) -> None:

@@ -26,6 +26,7 @@ from qpass.ops.cpu.matrix import SpecStruct
 from qpass.ops.cpu.weights import compare_weight, round_weight
 from qpass.spec import parse_spec
 from qpass.weights import quantize_weight
+from tests.isas import isas
 
 SPECS = ["int8", "int4:g64:zero=float", "int2:g32:zero=float:scale=fp16", "int8:g48:asym", "int8:tensor", "int6",
          "int5:g20", "int4:g32:asym", "int4:g128", "int4:channel", "int4:g7",
@@ -43,7 +44,7 @@ with qpass.set_compute("int8"):
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.fixture(autouse=True, params=available_isas())
+@pytest.fixture(autouse=True, params=isas())
 def isa(request: pytest.FixtureRequest, exact_products: None) -> Iterator[str]:
     with use_isa(request.param), qpass.set_compute(None):
         yield request.param

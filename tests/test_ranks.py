@@ -54,7 +54,7 @@ def two_processes(name: str, folder: Path, how: str = "alike") -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["gptq", "bits", *(pytest.param(n, marks=pytest.mark.long) for n in ("awq", "static"))]
+    "name", ["bits", *(pytest.param(n, marks=pytest.mark.long) for n in ("awq", "gptq", "static"))]
 )
 def test_two_processes_give_what_one_gives(name: str, tmp_path: Path) -> None:
     says = two_processes(name, tmp_path)

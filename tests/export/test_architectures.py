@@ -23,7 +23,10 @@ DECODERS = [
     "OPTForCausalLM", "BloomForCausalLM", "PhiForCausalLM", "MistralForCausalLM", "GptOssForCausalLM", "MixtralForCausalLM",
 ]  # fmt: skip
 ENCODERS = ["BertForMaskedLM", "DistilBertForMaskedLM", "ModernBertForMaskedLM"]
-LONG = {"GPTNeoXForCausalLM", "PhiForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM", "DistilBertForMaskedLM"}
+LONG = {
+    "GPTNeoXForCausalLM", "PhiForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM", "Qwen3ForCausalLM", "BloomForCausalLM",
+    "DistilBertForMaskedLM",
+}  # fmt: skip
 #: float32 sums in another order, over the largest logit.
 CLOSE = 1e-5
 
