@@ -148,8 +148,9 @@ def of_llama_cpp(name: str, reference: Any, kind: str, threads: int) -> Engine |
         llama = llama_cpp.Llama(
             str(path), n_ctx=context + room + 8, n_threads=threads, n_threads_batch=threads, n_batch=512, verbose=False
         )
-        if context:
-            llama.eval([1] * context)
+        llama.eval([1] * max(context, 1))
+        if not context:  # the first call allocates
+            llama.reset()
 
         def step(ids: torch.Tensor) -> torch.Tensor:
             llama.eval(ids[0].tolist())

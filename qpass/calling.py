@@ -66,7 +66,8 @@ class Settled:
 
     def _let_go(self, _: object) -> None:
         """Parameters are gone: the store held their parts no longer than that, and so does this."""
-        self.picked, self.objects, self.tokens = [], [], []
+        self.objects, self.tokens = [], []
+        self.picked = []
 
     def is_of(self, args: Sequence[Any]) -> bool:
         """Whether the QTensors of a call are those that were looked up."""
@@ -105,10 +106,11 @@ class Arguments:
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
         settled = self._settled
+        picked = [] if settled is None else settled.picked.copy()  # first, for another thread may let go of it
         if settled is None or not settled.is_of(args):
             entries = [lookup.entry(args) for lookup in self.lookups]
             settled = self._settled = Settled(self.lookups, entries, args, self.order)
-        picked = settled.picked.copy()
+            picked = settled.picked.copy()
         parts = {i: lookup.entry(args).parts for i, lookup in settled.lookups.items()}
         parts |= {len(self.lookups) + n: args[i].parts for n, i in enumerate(self.states)}
         for at, i, j in settled.brought:
