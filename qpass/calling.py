@@ -62,15 +62,19 @@ class Settled:
         self.picked = [mine[i].parts[j] if i in mine else None for i, j in order]
         self.brought = [(at, i, j) for at, (i, j) in enumerate(order) if i not in mine]
         self.lookups = {i: lookup for i, lookup in enumerate(lookups) if i not in mine}
-        self.refs = [weakref.ref(entry, self._let_go) for entry in mine.values()]
+        self.gone = False
+        let_go = weakref.WeakMethod(self._let_go)  # no cycle: what is replaced goes at once
+        self.refs = [weakref.ref(entry, lambda _: (done := let_go()) and done()) for entry in mine.values()]
 
-    def _let_go(self, _: object) -> None:
+    def _let_go(self) -> None:
         """Parameters are gone: the store held their parts no longer than that, and so does this."""
-        self.objects, self.tokens = [], []
+        self.gone = True
         self.picked = []
 
     def is_of(self, args: Sequence[Any]) -> bool:
         """Whether the QTensors of a call are those that were looked up."""
+        if self.gone:
+            return False
         weights, change = self.weights(args), last_change()
         if change == self.change:
             return ids(weights) == self.objects and list(map(type, weights)) == self.types

@@ -42,7 +42,8 @@ _changes, _last_change = itertools.count(1), [0]
 
 
 def last_change() -> int:
-    """A number that is another one once anything was set on any QTensor, as a new one or with contents exchanged."""
+    """A number that is another one once an attribute of any QTensor was set, of a new one or with contents exchanged. (What is
+    written to its `__dict__` past `setattr` is not seen.)"""
     return _last_change[0]
 
 

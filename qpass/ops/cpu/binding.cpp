@@ -1,4 +1,4 @@
-// torch.ops.qpass.linear, quantize, attention and append on CPU tensors without Python, on torch's stable ABI: the same call takes a few
+// torch.ops.qpass.linear, linears, quantize, attention and append on CPU tensors without Python, on torch's stable ABI: the same call takes a few
 // microseconds instead of twenty-five to eighty.
 //
 // Only calls like one that Python (operators.py) has checked before are served here. "Like": everything that it looks at is
@@ -9,11 +9,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <locale>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -234,7 +236,12 @@ Steps steps_of(const std::string& text) {
     STD_TORCH_CHECK(fields.size() == 6, "qpass::linears: a step has 6 fields: ", step);
     int64_t residual = fields[4].empty() ? -1 : std::stoll(fields[4]);
     STD_TORCH_CHECK(residual < int64_t(steps->size()), "qpass::linears: the result of a later step is added: ", step);
-    auto eps = fields[2].empty() ? std::nullopt : std::optional(std::stod(fields[2]));
+    std::optional<double> eps;
+    if (!fields[2].empty()) {  // as C writes numbers, whatever the user's locale
+      std::istringstream number(fields[2]);
+      number.imbue(std::locale::classic());
+      number >> eps.emplace();
+    }
     steps->push_back({fields[0], fields[1], fields[3], eps, residual, fields[5] == "1", false});
     if (residual >= 0) (*steps)[residual].added = true;
   }
