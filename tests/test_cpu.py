@@ -1,4 +1,4 @@
-"""The CPU kernels, on every instruction set that this machine runs, against float64; how they are built and chosen."""
+"""The CPU kernels, on the instruction sets that this machine runs (isas.py), against float64; how they are built and chosen."""
 
 from __future__ import annotations
 

@@ -60,10 +60,8 @@ def _join(graph: Graph, row: Sequence[Node]) -> None:
     for node in row:
         _, *parts_and_bias, spec, norm, eps, column_scale, gate, residual = (*node.args, *_NOTHING_AROUND)[:_ARGUMENTS]
         before = row.index(residual) if residual in row else None
-        given = dict(
-            zip(LETTERS, (*parts_and_bias, norm, column_scale, None if before is not None else residual), strict=True)
-        )
-        given = {letter: tensor for letter, tensor in given.items() if tensor is not None}
+        all_tensors = (*parts_and_bias, norm, column_scale, residual if before is None else None)
+        given = {letter: tensor for letter, tensor in zip(LETTERS, all_tensors, strict=True) if tensor is not None}
         kept = node is not row[-1] and any(user not in row for user in node.users)
         steps.append(Step(str(spec), "".join(given), eps, str(gate), before, kept))  # type: ignore[arg-type]
         tensors += given.values()  # type: ignore[arg-type]

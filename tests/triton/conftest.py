@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ if interpreted():
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """It sees the items of the whole run: those of other folders stay."""
     if interpreted():
-        kernels = [item for item in items if "device" in getattr(item, "fixturenames", ())]
-        config.hook.pytest_deselected(items=[item for item in items if item not in kernels])
-        items[:] = kernels
+        folder = Path(__file__).parent
+        beside = {i for i in items if folder in i.path.parents and "device" not in getattr(i, "fixturenames", ())}
+        config.hook.pytest_deselected(items=list(beside))
+        items[:] = [item for item in items if item not in beside]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Compiling the C++ kernels at first use, and finding out which instruction set the machine has.
 
-The kernels have a plain C interface and know nothing of torch, so any compiler takes a few seconds for them; binding.cpp
+The kernels have a plain C interface and know nothing of torch, so any compiler will do, in ten seconds to a minute; binding.cpp
 uses torch's stable ABI, which is as small. A library is kept under a name made of everything that it depends on. It is
 written beside its place and moved there in one step, so that several processes may build it at once.
 """
