@@ -31,7 +31,7 @@ from pathlib import Path
 import gpu_parts as parts
 import torch
 from gpu_page import Row, write_page
-from gpu_parts import CACHES, MORE_WEIGHTS, TINY, TOLERANCE, WEIGHTS, Shape
+from gpu_parts import CACHES, MORE_WEIGHTS, TINY, TOLERANCE, WEIGHTS, WRITTEN_OUT, Shape
 
 
 class Run:
@@ -161,7 +161,7 @@ def kernels(run: Run) -> None:
     """Linears, attention and rounding alone."""
     shape, device = run.shape, run.device
     for rows in shape.rows:
-        for text in ("bf16", *WEIGHTS, *MORE_WEIGHTS):
+        for text in ("bf16", *WEIGHTS, *MORE_WEIGHTS, *((WRITTEN_OUT,) if rows == 1 else ())):
             run.measure(
                 f"linear {text}, {rows} rows",
                 lambda t=text, r=rows: run.of_bandwidth(*parts.time_linear(t, r, shape, device)),

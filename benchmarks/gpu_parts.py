@@ -29,6 +29,7 @@ from qpass.weights import quantize_weight
 #: Formats of weights and of caches.
 WEIGHTS = ("int8", "int4:g128", "int4:g32:asym", "nf4", "fp8_e4m3:channel")
 MORE_WEIGHTS = ("mxfp8", "mxfp4", "nvfp4", "int3:g128", "int5:g32:asym:scale=fp16")
+WRITTEN_OUT = "int8 written out"
 CACHES = ("int8", "fp8_e4m3:channel", "int4:channel:asym")
 #: Of a sum of some thousand products in bfloat16, by the largest result; of float32.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -184,18 +185,27 @@ def check_attention(text: str, queries: int, tokens: int, shape: Shape, device: 
 
 
 def time_linear(text: str, rows: int, shape: Shape, device: str) -> tuple[float, int]:
-    """Seconds of one product with [ffn, hidden], and the bytes of its weight; "bf16": torch's own."""
+    """Seconds of one product with [ffn, hidden], and the bytes of its weight; "bf16": torch's own; WRITTEN_OUT:
+    int8 as the sum that Inductor makes a kernel of."""
     xs = torch.randn(rows, shape.hidden, dtype=torch.bfloat16, device=device)
     if text == "bf16":
         floats = [
             torch.randn(shape.ffn, shape.hidden, dtype=torch.bfloat16, device=device) for _ in range(shape.copies)
         ]
         return seconds_of([lambda w=w: F.linear(xs, w) for w in floats], device, shape.repeats), floats[0].nbytes
-    weights = [stored_on(device, shape.ffn, shape.hidden, text, seed) for seed in range(min(2, shape.copies))]
+    spec = "int8" if text == WRITTEN_OUT else text
+    weights = [stored_on(device, shape.ffn, shape.hidden, spec, seed) for seed in range(min(2, shape.copies))]
     while len(weights) < shape.copies:
         weights.append(weights[len(weights) % 2].map(torch.clone))
-    calls = [lambda w=w: operators.linear(xs, *w.parts, None, text) for w in weights]
+    product = _written_out if text == WRITTEN_OUT else lambda *parts: operators.linear(*parts, None, spec)
+    calls = [lambda w=w: product(xs, *w.parts) for w in weights]
     return seconds_of(calls, device, shape.repeats), weights[0].nbytes
+
+
+@torch.compile
+def _written_out(x: Tensor, data: Tensor, scale: Tensor, *_: None) -> Tensor:
+    """As sites/written.py has it: [1, K] and codes [N, K] -> [1, N]."""
+    return ((x.float().unsqueeze(-2) * data.float()).sum(-1) * scale.view(-1)).to(x.dtype)
 
 
 def time_attention(text: str, tokens: int, shape: Shape, device: str) -> tuple[float, int]:

@@ -67,6 +67,7 @@ from qpass.sites.core import Edit, Match, Plan, Skip
 from qpass.sites.find import find_sites
 from qpass.sites.group import WeightGroup, group_weights
 from qpass.sites.row import join_linears
+from qpass.sites.written import write_out_products
 from qpass.store import Kept, WeightStore, anchor, quantize_group
 from qpass.weights import as_rows, check_weight
 
@@ -332,6 +333,7 @@ class QPass:
         after = copy_graph(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
         join_linears(result.graph_module)
+        write_out_products(result.graph_module)
         pick = Arguments(sources, lookups)
         bind()
         fakes = {i: fake_parts_of(inputs[i], inputs[i].parts) for i in pick.states}

@@ -12,10 +12,10 @@ from qpass.formats import FORMATS
 from qpass.granularity import PerAxis, PerTensor
 from qpass.spec import QuantSpec
 
-Compute = Literal["float", "int8", "fp8"]
+Compute = Literal["float", "int8", "fp8", "fp4"]
 #: What a caller may choose.
 _CHOICES = (None, "float", "int8")
-#: Compute capability of the first GPUs with products of fp8 (Ada), and of blocks that have E8M0 scales (Blackwell).
+#: Compute capability of the first GPUs with products of fp8 (Ada), and of blocks that have scales of 8 bits (Blackwell).
 _FP8_PRODUCTS, _BLOCK_PRODUCTS = (8, 9), (10, 0)
 
 #: Kinds of formats whose kernels can multiply int8 activations.
@@ -70,8 +70,9 @@ def compute_of(spec: QuantSpec, device: str = "cpu") -> Compute:
     have them (of more than 16 rows, if they are integers), and floats otherwise: a weight alone is dequantized in registers.
     """
     if device == "cuda":
-        fp8 = multiplies_fp8(spec, device) or (multiplies_blocks(spec) and has_block_products(device))
-        return "int8" if multiplies_integers(spec) else "fp8" if fp8 else "float"
+        if multiplies_blocks(spec) and has_block_products(device):
+            return "fp4" if spec.format.name == "nvfp4" else "fp8"
+        return "int8" if multiplies_integers(spec) else "fp8" if multiplies_fp8(spec, device) else "float"
     served = spec.format.kind in _INT8_KINDS and spec.group_size % 8 == 0 and device == "cpu"
     wanted = _chosen[0] or ("int8" if spec.format.bits < _INT8_BELOW else "float")
     return "int8" if served and wanted == "int8" else "float"
@@ -89,8 +90,8 @@ def multiplies_fp8(spec: QuantSpec, device: str) -> bool:
 
 
 def multiplies_blocks(spec: QuantSpec) -> bool:
-    """Whether a weight and its input are both mxfp8, whose products new GPUs have."""
-    return spec.format.name == "mxfp8" and spec.activations is not None and spec.activations.format.name == "mxfp8"
+    """Whether a weight and its input are both in blocks that new GPUs multiply: of MX formats, or of nvfp4."""
+    return spec.in_blocks and spec.activations is not None and spec.format.scale == spec.activations.format.scale
 
 
 def _activations_are(spec: QuantSpec, name: str) -> bool:
@@ -110,7 +111,7 @@ def has_fp8_products(device: str) -> bool:
 
 
 def has_block_products(device: str) -> bool:
-    """Whether GPUs of this kind, "cuda", multiply blocks of fp8 that have E8M0 scales."""
+    """Whether GPUs of this kind, "cuda", multiply blocks of fp8 that have E8M0 scales, and of fp4 that have E4M3 scales."""
     return _capability(device) >= _BLOCK_PRODUCTS
 
 

@@ -164,7 +164,8 @@ def choose_qparams(
     """Round-to-nearest scales of `x` [.., K]: (scale, zero_point, outer_scale) with zero_point as integer codes, unpacked.
 
     `tensor_range`: (lowest, highest) of the whole tensor where `x` is a part of it: what a scale per tensor and
-    nvfp4's outer scale are taken from. `shrink`: of the shape of the scales, by how much smaller a range they cover.
+    nvfp4's outer scale are taken from; for the latter also [.., 1], of each row. `shrink`: of the shape of the scales, by how
+    much smaller a range they cover.
     `checked`: raise `QpassError` for a scale that overflows, which cannot be known while a graph is traced.
     """
     fmt, granularity = spec.format, spec.granularity
@@ -183,7 +184,8 @@ def choose_qparams(
         return _e8m0(amax, fmt, spec.scale_rounding), None, None
     if fmt.scale == "e4m3":
         whole = amax.amax() if tensor_range is None else torch.maximum(-tensor_range[0], tensor_range[1]).float()
-        outer = outer_scale_of(spec, whole).reshape((1,) * x.dim())
+        outer = outer_scale_of(spec, whole)
+        outer = outer if outer.dim() == x.dim() else outer.reshape((1,) * x.dim())
         scale = (amax / fmt.qmax / outer).clamp(_E4M3_TINY, _E4M3_MAX)
         return scale.to(torch.float8_e4m3fn), None, outer
     if spec.symmetric:
@@ -362,6 +364,17 @@ def for_whole_tensor(spec: QuantSpec) -> QuantSpec:
 def round_to(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
     """[.., K] -> float32 as it comes back from codes with the given scales and zero points."""
     return dequantize(quantize_to(x, spec, qparams), spec, x.shape[-1])
+
+
+def quantize_rows(x: Tensor, spec: QuantSpec) -> Quantized:
+    """[.., K] -> Quantized, each row by itself, as inputs are: nvfp4 has an outer scale for each, [.., 1]."""
+    rows = torch.aminmax(x, dim=-1, keepdim=True) if spec.format.scale == "e4m3" and x.numel() else None
+    return quantize(x, spec, rows, checked=False)
+
+
+def fake_quantize_rows(x: Tensor, spec: QuantSpec) -> Tensor:
+    """[.., K] -> the same as it comes back from codes, each row rounded by itself, in x's dtype."""
+    return dequantize(quantize_rows(x, spec), spec, x.shape[-1], x.dtype)
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec) -> Tensor:

@@ -63,8 +63,8 @@ class QuantSpec:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether blocks share a power of two, as in the MX formats."""
-        return self.format.scale == "e8m0"
+        """Whether the format fixes blocks and the type of their scales, as new GPUs multiply them: MX and nvfp4."""
+        return self.format.scale in ("e8m0", "e4m3")
 
     @property
     def reads_tensor_range(self) -> bool:
@@ -221,7 +221,7 @@ def _activations(part: str, text: str) -> QuantSpec:
         reason = "rotated, zero=float and t<tokens> are for a KV cache"
     elif spec.static and spec.granularity is not None:
         reason = "a static scale is one for all tokens"
-    elif isinstance(spec.granularity, PerTensor) or spec.format.scale == "e4m3":
+    elif isinstance(spec.granularity, PerTensor):
         reason = "one scale for all tokens comes from calibration: int8:static; or take one a token: int8"
     elif spec.scale_dtype != torch.float32 or spec.double_quantized:
         reason = "scale=.. and dq are of what is stored; scales of activations are not"

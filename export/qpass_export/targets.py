@@ -80,7 +80,7 @@ def _power_of_two(size: int) -> bool:
 def _blocks_of_inputs(spec: QuantSpec) -> Refusal | None:
     if spec.activations is None or not spec.activations.in_blocks:
         return None
-    return Refusal("ONNX rounds no inputs to blocks that share a power of two", str(spec).split("@")[0])
+    return Refusal("ONNX rounds no inputs to blocks whose scales have 8 bits", str(spec).split("@")[0])
 
 
 def _blocks(spec: QuantSpec, least: int, most: int) -> Refusal | None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qpass.numerics import fake_quantize
+from qpass.numerics import fake_quantize, fake_quantize_rows
 from qpass.observers import InputStats, quantized_statically, static_qparams
 from qpass.spec import QuantSpec
 
@@ -93,7 +93,7 @@ def output_error(
     if activations.static:
         x = quantized_statically(rows, activations, *(qparams or static_qparams(stats, activations)))
     else:
-        x = fake_quantize(rows, activations)
+        x = fake_quantize_rows(rows, activations)
     exact = torch.cat([rows @ w.mT for w in weights], 1)
     off = torch.cat([x @ w.mT for w in stored], 1) - exact
     power, noise = exact.square().sum(1), off.square().sum(1)

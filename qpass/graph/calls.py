@@ -19,6 +19,7 @@ from qpass.graph.vocabulary import (
     MATMULS,
     SDPA,
     SOFTMAXES,
+    SPLITS,
     argument,
     op_name,
     shape_of,
@@ -161,7 +162,7 @@ def _rows_of(weight: Any, parameters: Collection[Node]) -> tuple[Any, tuple[int,
     if not isinstance(weight, Node) or weight.op == "placeholder" or not weight.args:
         return weight, None
     name, source = op_name(weight), weight.args[0]
-    pieces = op_name(source) in ("split", "chunk", "split_with_sizes") if isinstance(source, Node) else False
+    pieces = op_name(source) in SPLITS if isinstance(source, Node) else False
     if name == "getitem" and pieces:
         dim = argument(source, 2, "dim", 0)  # type: ignore[arg-type]
         shapes = [tuple(piece.shape) for piece in value_of(source)]  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ ADDS = {"add", "iadd", "add_"}
 CATS = {"cat", "concat", "concatenate"}
 SOFTMAXES = {"softmax", "_softmax", "_safe_softmax"}
 DROPOUTS = {"dropout", "native_dropout", "alpha_dropout", "feature_dropout"}
+SPLITS = {"split", "chunk", "split_with_sizes"}
 #: Rows picked by a tensor of indices.
 GATHERS = {"getitem", "index", "index_select"}
 #: Decisions about which expert computes.

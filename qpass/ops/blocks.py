@@ -1,4 +1,4 @@
-"""The MX formats for weights and activations both: blocks of 32 that share a power of two, multiplied as they are by new GPUs."""
+"""The MX formats and nvfp4 for weights and activations both: blocks with scales of 8 bits, multiplied as they are by new GPUs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qpass.compute import has_block_products, multiplies_blocks
-from qpass.numerics import fake_quantize, quantize
+from qpass.numerics import Quantized, fake_quantize_rows, quantize_rows
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.launching import attempt
-from qpass.spec import parse_spec
+from qpass.ops.triton.table import MOST_ROWS
+from qpass.packing import unpack
+from qpass.spec import QuantSpec, parse_spec
 
 #: Rows and columns of a tile of scales, as cuBLAS reads them, and how many rows of it lie side by side.
 _ROWS, _COLUMNS, _STRIDE = 128, 4, 32
@@ -18,7 +20,7 @@ _ROWS, _COLUMNS, _STRIDE = 128, 4, 32
 
 def round_blocks(x: Tensor, spec: str) -> Tensor:
     """[.., K] -> [.., K]; what is not finite gives NaN."""
-    return fake_quantize(x, parse_spec(spec)).masked_fill(~x.isfinite(), torch.nan)
+    return fake_quantize_rows(x, parse_spec(spec)).masked_fill(~x.isfinite(), torch.nan)
 
 
 def block_linear(
@@ -33,12 +35,9 @@ def block_linear(
     """[.., K] -> [.., N], in blocks where the device has such products, of rounded floats elsewhere."""
     parsed, k, n = parse_spec(spec), x.shape[-1], data.shape[0]
     assert parsed.activations is not None
-    whole = k % 32 == 0 and n % 16 == 0 and x.numel() > 0 and x.dtype == torch.bfloat16
-    if scale is not None and whole and multiplies_blocks(parsed) and has_block_products(x.device.type):
-        rows, weight_scale = x.reshape(-1, k), scale
-        y = attempt(
-            f"products of {spec}", x.device, lambda: block_product(rows, data, weight_scale, str(parsed.activations))
-        )
+    if _serves(x, n, parsed):
+        rows, weight = x.reshape(-1, k), Quantized(data, scale, zero_point, outer_scale)
+        y = attempt(f"products of {spec}", x.device, lambda: block_product(rows, weight, parsed))
         if y is not None:
             y = y if bias is None else (y.float() + bias.float()).to(x.dtype)
             return y.view(*x.shape[:-1], n)
@@ -47,17 +46,41 @@ def block_linear(
     return y.contiguous()
 
 
-def block_product(x: Tensor, data: Tensor, scale: Tensor, activations: str) -> Tensor:
-    """x [M, K] bfloat16 and codes [N, K] with their scales [N, K / 32] -> [M, N]."""
-    codes = quantize(x, parse_spec(activations))
-    assert codes.scale is not None
-    return torch._scaled_mm(
-        codes.data.view(torch.float8_e4m3fn),
-        data.view(torch.float8_e4m3fn).t(),
-        scale_a=in_tiles(codes.scale),
-        scale_b=in_tiles(scale),
+def _serves(x: Tensor, outputs: int, spec: QuantSpec) -> bool:
+    """Whether cuBLAS takes these sizes and types. Few rows of mxfp4, which it reads as fp8, read the weight as it is stored."""
+    if not multiplies_blocks(spec) or not has_block_products(x.device.type):
+        return False
+    k = x.shape[-1]
+    whole = k % 32 == 0 and outputs % 16 == 0 and x.numel() > 0 and x.dtype == torch.bfloat16
+    return whole and (spec.format.name != "mxfp4" or x.numel() > MOST_ROWS[x.dtype] * k)
+
+
+def block_product(x: Tensor, weight: Quantized, spec: QuantSpec) -> Tensor:
+    """x [M, K] bfloat16 and codes [N, K] with their scales -> [M, N]; NaN in rows that are not finite."""
+    assert spec.activations is not None
+    rows = quantize_rows(x, spec.activations)
+    assert weight.scale is not None
+    assert rows.scale is not None
+    y = torch._scaled_mm(
+        _codes(rows.data, spec.activations),
+        _codes(weight.data, spec).t(),
+        scale_a=in_tiles(rows.scale),
+        scale_b=in_tiles(weight.scale),
         out_dtype=x.dtype,
     )
+    if rows.outer_scale is not None and weight.outer_scale is not None:
+        y = (y.float() * (rows.outer_scale * weight.outer_scale)).to(x.dtype)
+    return y.masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan)
+
+
+def _codes(data: Tensor, spec: QuantSpec) -> Tensor:
+    """Stored codes as cuBLAS multiplies them. It takes E8M0 scales with fp8 only, which holds all of E2M1."""
+    if spec.format.name == "nvfp4":
+        return data.view(torch.float4_e2m1fn_x2)
+    if spec.format.codebook is not None:
+        values = torch.tensor(spec.format.codebook, device=data.device).to(torch.float8_e4m3fn)
+        data = values.view(torch.uint8)[unpack(data, spec.format.bits, 2 * data.shape[1]).int()]
+    return data.view(torch.float8_e4m3fn)
 
 
 def in_tiles(scale: Tensor) -> Tensor:
@@ -66,7 +89,7 @@ def in_tiles(scale: Tensor) -> Tensor:
     r, c = scale.shape
     padded = F.pad(scale.view(torch.uint8), (0, -c % _COLUMNS, 0, -r % _ROWS))
     tiles = padded.view(-1, _ROWS // _STRIDE, _STRIDE, padded.shape[1] // _COLUMNS, _COLUMNS)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(torch.float8_e8m0fnu)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1).view(scale.dtype)
 
 
 def _fake(x: Tensor, data: Tensor, *rest: object) -> Tensor:

@@ -18,6 +18,7 @@ from qpass.graph.provenance import stand_for
 from qpass.graph.vocabulary import (
     CASTS,
     DROPOUTS,
+    SPLITS,
     argument,
     op_name,
     operands,
@@ -29,10 +30,11 @@ from qpass.graph.vocabulary import (
 from qpass.ops.around import GATES
 from qpass.ops.triton.table import takes_in
 from qpass.sites.core import Edit, erase_unused
+from qpass.sites.written import is_written_out
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _SPEC = 6  # of qpass::linear
-_MULS, _SPLITS = {"mul", "multiply"}, {"split_with_sizes", "split", "chunk"}
+_MULS = {"mul", "multiply"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,11 @@ def _is_taken_in(linear: Node) -> bool:
     if like is None or like.dtype not in _DTYPES:
         return False
     if like.device.type == "cuda":
-        return x is not None and takes_in(str(linear.args[_SPEC]), x[-1], like.dtype, math.prod(like.shape[:-1]))
+        return (
+            x is not None
+            and not is_written_out(linear)
+            and takes_in(str(linear.args[_SPEC]), x[-1], like.dtype, math.prod(like.shape[:-1]))
+        )
     return like.device.type == "cpu"
 
 
@@ -244,7 +250,7 @@ def _gate(linear: Node) -> tuple[Node, str] | None:
     """(product, gate) of gate(first) * second, the two halves of a linear's result."""
     pieces = _only_user(linear)
     last = len(shape_of(linear) or ()) - 1
-    if pieces is None or op_name(pieces) not in _SPLITS or argument(pieces, 2, "dim", 0) not in (-1, last):
+    if pieces is None or op_name(pieces) not in SPLITS or argument(pieces, 2, "dim", 0) not in (-1, last):
         return None
     halves = {n.args[1]: n for n in pieces.users if n.target is operator.getitem}
     first, second = halves.get(0), halves.get(1)

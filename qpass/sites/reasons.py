@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qpass.graph.calls import parameter_behind
-from qpass.graph.vocabulary import CASTS, FLIPS, SHAPES, op_name
+from qpass.graph.vocabulary import CASTS, FLIPS, SHAPES, SPLITS, op_name
 
 #: Kinds of linears and tables that stay in float, and why.
 IN_FLOAT = {
@@ -19,7 +19,6 @@ IN_FLOAT = {
 }
 
 
-_PIECES = {"split", "chunk", "split_with_sizes"}
 _PRODUCTS = {"linear", "matmul", "mm", "addmm", "bmm", "einsum", "embedding"}
 #: A depthwise convolution [channels, 1, taps] has at most this many taps.
 _TAPS = 16
@@ -31,7 +30,7 @@ def other_users(placeholder: Node, calls: set[Node]) -> list[str]:
     """Names of operations on a Parameter that do not lead to one of `calls`."""
 
     def leads(node: Node) -> bool:
-        return node in calls or (op_name(node) in CASTS | FLIPS | SHAPES | _PIECES and any(map(leads, node.users)))
+        return node in calls or (op_name(node) in CASTS | FLIPS | SHAPES | SPLITS and any(map(leads, node.users)))
 
     return sorted({op_name(u) or u.op for u in placeholder.users if not leads(u) and u.users})
 

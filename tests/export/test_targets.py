@@ -51,7 +51,7 @@ def test_what_a_refusal_proposes_is_taken(target: str, place: str, spec: str) ->
         ("ort-cpu", qpass.Recipe.uniform("int8", kv="fp8_e4m3"), "joins no fp8"),
         ("ort-cpu", qpass.Recipe.uniform("int8", kv="int2"), "a scale of their own"),
         ("ort-cuda", "w8a8", "no kernels for quantized activations"),
-        ("ort-cpu", "mxfp8@mxfp8", "blocks that share a power of two"),
+        ("ort-cpu", "mxfp8@mxfp8", "blocks whose scales have 8 bits"),
         ("ort-cuda", qpass.Recipe.uniform("int8", kv="int8"), "from calibration"),
         ("tensorrt", "int8", "rows of floats"),
         ("tensorrt", qpass.Recipe.uniform("nf4", embedding=None), "no table of values"),

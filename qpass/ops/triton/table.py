@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from qpass.granularity import PerAxis, PerTensor
 from qpass.spec import parse_spec
 
 #: Format -> how the codes of a word become floats, in unpacking.py. Of more rows of x than MOST_ROWS, and of formats that are
@@ -34,6 +35,10 @@ MOST_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 8}
 
 #: Rows of x up to which every program of a product normalizes all of them itself; more are normalized by a kernel before it.
 NORMED_ROWS = 8
+
+#: Bytes of an int8 weight from which a product with one row is left to Inductor, whose reduction casts as it reads. What stands
+#: around it then takes kernels of its own, so it is for the vocabulary, of which a step has one.
+WRITTEN_OUT = 1 << 26
 
 #: Compute capability of the first GPUs with bfloat16 products and asynchronous copies (Ampere). fp8 weights need no hardware for
 #: fp8: their bits are moved to where bfloat16 has them.
@@ -138,6 +143,15 @@ def takes_in(text: str, columns: int, dtype: torch.dtype, rows: int | torch.SymI
     formats, Inductor joins the norm, the gate and the sum with what stands before and behind them."""
     few = rows <= MOST_ROWS.get(dtype, 0) if isinstance(rows, int) else dtype in MOST_ROWS
     return few and fused_kind(text, columns, dtype) is not None
+
+
+def written_out(text: str, device: str, rows: int | torch.SymInt, outputs: int, columns: int) -> bool:
+    """Whether a product with a weight [outputs, columns] is Inductor's: of one row, known when it is compiled, and codes with
+    one scale for each row of the weight or for all of it."""
+    spec = parse_spec(text)
+    plain = spec.format.name == "int8" and spec.symmetric and isinstance(spec.granularity, PerAxis | PerTensor)
+    one = isinstance(rows, int) and rows == 1
+    return device == "cuda" and one and plain and outputs * columns >= WRITTEN_OUT
 
 
 @dataclass(frozen=True)
