@@ -40,9 +40,11 @@ from qpass.graph.torch_private import (
     frame_key,
     is_graph_fragment,
     source_name,
+    uses_cuda_graphs,
 )
 from qpass.graph.vocabulary import DROPOUTS, SDPA, argument, op_name, value_of
 from qpass.graph.whole import trace_whole
+from qpass.made_caches import keep, made_and_changed
 from qpass.module_state import find_held, hold_parts, restored
 from qpass.observers import InputStats
 from qpass.ops.cpu.library import bind
@@ -331,6 +333,7 @@ class QPass:
 
         result = run_passes(original, plan, [Convert(parameters, fake_parts), share_key_heads, fuse, clean])
         after = copy_graph(result.graph_module.graph)
+        made = made_and_changed(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
         join_linears(result.graph_module)
         write_out_products(result.graph_module)
@@ -350,7 +353,8 @@ class QPass:
         self.captures.append(
             Capture(before, after, plan, (*held.edits, *result.edits), frame_key(gm), is_graph_fragment(gm), refs)
         )
-        finish = partial(restored, returned=held.returned) if held.returned else None
+        finish = [partial(keep, positions=made, lent=uses_cuda_graphs(mode))] if made else []
+        finish += [partial(restored, returned=held.returned)] if held.returned else []
         return partial(run_as_inference, compiled, pick, finish)
 
     def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:

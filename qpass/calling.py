@@ -123,9 +123,11 @@ class Arguments:
 
 
 def run_as_inference(
-    compiled: Callable[..., Any], pick: Arguments, finish: Callable[[Any], Any] | None, *args: Any
+    compiled: Callable[..., Any], pick: Arguments, finish: Sequence[Callable[[Any], Any]], *args: Any
 ) -> Any:
     """One call of a compiled graph, as inference whatever the grad mode. `finish`: what is done to its outputs."""
     with torch.no_grad(), errors_through_cpp():
         outputs = compiled(*pick(args))
-        return outputs if finish is None else finish(outputs)
+        for change in finish:
+            outputs = change(outputs)
+        return outputs

@@ -30,7 +30,7 @@ LAYERS = [
     {"ops", "weights", "qtensor", "qstate"},
     {"sites", "doctor"},
     {"passes", "store", "ready"},
-    {"calling", "module_state", "replay"},
+    {"calling", "made_caches", "module_state", "replay"},
     {"calibration", "decisions"},
     {"sensitivity"},
     {"bits"},

@@ -259,6 +259,13 @@ def compile_inner(gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str 
     return lookup_backend(inner)(gm, list(inputs))
 
 
+def uses_cuda_graphs(mode: str | None) -> bool:
+    """Whether a mode of torch.compile has GPUs run CUDA graphs."""
+    from torch._inductor import list_mode_options
+
+    return bool(mode and list_mode_options(mode).get("triton.cudagraphs"))
+
+
 def check_inner(inner: str) -> None:
     """Raises what torch raises for a backend that does not exist."""
     if inner != "eager":
