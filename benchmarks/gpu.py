@@ -1,37 +1,43 @@
 """qpass on a GPU beside torch in bfloat16 and torchao: correct first, then how near to what the device can do.
 
-    python benchmarks/gpu.py [--minutes 9] [--layers 4] [--only REGEX] [--sanitize] [--json OUT] [--page docs/performance.md]
+    python benchmarks/gpu.py [--minutes 9] [--layers 4] [--only REGEX] [--json OUT] [--page docs/performance.md]
+    python benchmarks/gpu.py --check [--sanitize]
     TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --tiny        its own logic, kernels in Triton's interpreter
 
-Checks every kernel against float64 with fresh inputs and poisoned outputs, and stops if one is wrong (--sanitize: also under
-compute-sanitizer, for accesses outside of memory and for races); --check does only that, and counts the kernels of a layer of a
-decode step, which may be 7. Then: what a copy and a bfloat16 product reach; linears of 1, 8 and 64 rows alone, attention alone
-over a long cache, the rounding of weights; a decode step of a random Llama of the shape of an 8B model in CUDA graphs, with float
-and quantized caches; prompts; memory. `fraction`: of the copy's bandwidth at which the bytes that must be read are read, or of
-the product's operations a second.
+Checks the kernels against float64 with fresh inputs in bfloat16 and poisoned outputs, and stops if one is wrong. --check does
+only that, in all types (--sanitize: also under compute-sanitizer, for accesses outside of memory and for races in the shared
+memory of a program), and counts the kernels of a layer of a decode step, which may be 7. Then: what a copy and a bfloat16 product
+reach; linears of 1 to 512 rows alone, attention alone over a long cache, the rounding of weights; a decode step of a random Llama
+of the shape of an 8B model in CUDA graphs, with float and quantized caches; prompts; memory. `fraction`: of the copy's bandwidth
+at which the bytes that must be read are read, or of the bfloat16 product's operations a second.
 
 The model has --layers of the 32 layers, so that compiling leaves time to measure; `ms of 32` counts the rest from these, with the
-vocabulary projection measured alone. --layers 32 is the whole. What the minutes do not reach is named. --page writes the tables
-of the JSON into a page, between `<!-- gpu -->` and `<!-- /gpu -->`, and a chart beside it; alone with an existing --json it
-measures nothing.
+vocabulary projection measured alone. --layers 32 is the whole. What the minutes do not reach is named, and measured by the next
+run with the same --json, device and versions. --page writes the tables of the JSON into a page, between `<!-- gpu -->` and
+`<!-- /gpu -->`, and a chart beside it, as `python benchmarks/gpu_page.py JSON PAGE` does without measuring.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_parts as parts
+import gpu_checks as checks
+import gpu_kernels
+import gpu_steps as steps
 import torch
 from gpu_page import Row, write_page
-from gpu_parts import CACHES, MORE_WEIGHTS, TINY, TOLERANCE, WEIGHTS, WRITTEN_OUT, Shape
+from gpu_shape import CACHES, MORE_WEIGHTS, PAIRS, TINY, TOLERANCE, WEIGHTS, WRITTEN_OUT, Shape
 
 
 class Run:
@@ -45,10 +51,18 @@ class Run:
         self.rows: list[Row] = []
         self.missing: list[str] = []
         self.ceilings: dict[str, float] = {}
+        self.about = {**about_device(self.device), "layers": self.layers}
+        if self.path.exists():
+            before = json.loads(self.path.read_text())
+            if any(before.get(key) != value for key, value in self.about.items()):
+                sys.exit(
+                    f"{self.path} holds results of {before.get('device')} with other versions or layers: give another --json"
+                )
+            self.rows, self.ceilings = before["rows"], before["ceilings"]
 
     def measure(self, name: str, make: Callable[[], Row]) -> None:
-        """One row; what fails or comes too late is named instead."""
-        if not re.search(self.only, name):
+        """One row, if no run before has it; what fails or comes too late is named instead."""
+        if not re.search(self.only, name) or any(row["name"] == name for row in self.rows):
             return
         if time.monotonic() > self.end:
             self.missing.append(f"{name}: no time left")
@@ -68,8 +82,8 @@ class Run:
     def save(self) -> None:
         """All rows so far."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        about = {**about_device(self.device), "layers": self.layers, "ceilings": self.ceilings, "missing": self.missing}
-        self.path.write_text(json.dumps({**about, "rows": self.rows}, indent=1))
+        found = {"ceilings": self.ceilings, "missing": self.missing, "rows": self.rows}
+        self.path.write_text(json.dumps({**self.about, **found}, indent=1))
 
 
 def about_device(device: str) -> Row:
@@ -88,7 +102,11 @@ def about_device(device: str) -> Row:
 
 
 def sanitize() -> None:
-    """The checks again, of small sizes, under NVIDIA's tools for memory and races; stops at the first that finds something."""
+    """The checks again, of small sizes, under NVIDIA's tools for memory and races; stops at the first that finds something.
+
+    Each tensor is an allocation of its own there, so that what lies outside of it is nobody's."""
+    if shutil.which("compute-sanitizer") is None:
+        sys.exit("--sanitize: compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
     for tool in ("memcheck", "racecheck"):
         command = [
             "compute-sanitizer",
@@ -102,36 +120,41 @@ def sanitize() -> None:
             "--tiny",
         ]
         print(" ".join(command), flush=True)
-        if subprocess.run(command).returncode:
+        if subprocess.run(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}).returncode:
             sys.exit(f"{tool} found something")
 
 
-def check(run: Run) -> bool:
-    """Every format, few rows and many, odd shapes; False, and which, if one is wrong."""
+def check(run: Run, thorough: bool) -> bool:
+    """Every format, few rows and many, odd shapes, products that programs share; False, and which, if one is wrong."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # and new memory holds NaN
-    wrong, seed = [], int(time.time())
-    sizes = [(37, 96), (130, 256)] if run.tiny else [(1024, 4096), (4097, 1056), (37, 33)]
-    for text in (*WEIGHTS, *MORE_WEIGHTS):
-        for outputs, columns in sizes:
-            for rows in run.shape.rows if run.tiny else (*run.shape.rows, 200):
-                for dtype in (torch.bfloat16,) if run.tiny else TOLERANCE:
-                    columns = max(columns, 128)
-                    for around in (False, True)[: 2 if outputs == sizes[0][0] else 1]:
-                        seed += 2
-                        error = parts.check_linear(text, rows, dtype, run.device, outputs, columns, seed, around)
-                        if not error <= TOLERANCE[dtype]:
-                            name = f"linear {text} {dtype} [{rows}, {columns}] x {outputs}, around it: {around}"
-                            wrong.append(f"{name}: {error:.2e}")
+    wrong, seeds = [], itertools.count(int(time.time()), 2)
+    sizes = [(37, 128), (40, 2048)] if run.tiny else [(1024, 4096), (4097, 1056), (37, 160)]
+    dtypes = [*TOLERANCE] if thorough and not run.tiny else [torch.bfloat16]
+    rows = run.shape.rows if run.tiny else (*run.shape.rows, 200)
+
+    def compare(name: str, error: float, most: float) -> None:
+        if not error <= most:
+            wrong.append(f"{name}: {error:.2e}")
+
+    for text, (outputs, columns), dtype in itertools.product((*WEIGHTS, *MORE_WEIGHTS), sizes, dtypes):
+        for m, around in itertools.product(rows, (False, True) if outputs == sizes[0][0] else (False,)):
+            error = checks.check_linear(text, m, dtype, run.device, outputs, columns, next(seeds), around)
+            compare(f"linear {text} {dtype} [{m}, {columns}] x {outputs}, around it: {around}", error, TOLERANCE[dtype])
+        error = checks.check_rows(text, dtype, columns, run.device, next(seeds))
+        compare(f"rows of {columns} in {text} {dtype}", error, TOLERANCE[dtype])
+    for text, m in itertools.product(PAIRS, rows):
+        error = checks.check_pair(text, m, 48, 256, run.device, next(seeds))
+        compare(f"{text}, {m} rows", error, TOLERANCE[torch.bfloat16])
+    sizes = [(1, 70), (3, 700)] if run.tiny else [(1, 5), (1, 9001), (4, 1000), (1, 100_000), (40, 500)]
     for text in CACHES:
-        for queries, tokens in (
-            ((1, 70), (3, 200)) if run.tiny else ((1, 5), (1, 9001), (4, 1000), (1, 100_000), (40, 500))
-        ):
-            error = parts.check_attention(text, queries, tokens, run.shape, run.device, seed := seed + 1)
-            if not error <= 1.5e-2:
-                wrong.append(f"attention {text}, {queries} over {tokens}: {error:.2e}")
+        for queries, tokens in sizes:
+            error = checks.check_attention(text, queries, tokens, run.shape, run.device, next(seeds))
+            compare(f"attention {text}, {queries} over {tokens}", error, 1.5e-2)
         for batch, new in ((1, 1), (3, 5)):
-            if what := parts.check_append(text, batch, new, run.shape, run.device, seed := seed + 1):
+            if what := checks.check_append(text, batch, new, run.shape, run.device, next(seeds)):
                 wrong.append(f"append {text} of {batch} x {new} tokens: {what}")
+        if what := checks.check_rounding(text, run.shape.head, run.device, next(seeds)):
+            wrong.append(f"rounding to {text}: {what}")
     torch.use_deterministic_algorithms(False)
     for line in wrong:
         print("WRONG", line)
@@ -145,12 +168,12 @@ MOST_KERNELS = 7
 def check_kernels_per_layer(run: Run) -> bool:
     """What each further layer of a decode step launches; False, and of which engine, if it is more than it may be."""
     wrong = []
-    for engine in parts.engines(compiles=True):
-        if engine.cache is not None:
-            one, three = (parts.kernels_of_step(engine, layers, run.device) for layers in (1, 3))
-            print(f"{engine.name}: {(three - one) / 2} kernels a layer", flush=True)
+    for engine in steps.engines(compiles=True)[: len(WEIGHTS) + len(PAIRS) + len(CACHES) + 4]:
+        for batch in (1, 8) if engine.cache else ():
+            one, three = (steps.kernels_of_step(engine, layers, batch, run.device) for layers in (1, 3))
+            print(f"{engine.name}, batch {batch}: {(three - one) / 2} kernels a layer", flush=True)
             if (three - one) / 2 > MOST_KERNELS:
-                wrong.append(engine.name)
+                wrong.append(f"{engine.name}, batch {batch}")
             _forget()
     for name in wrong:
         print("WRONG", f"{name}: more than {MOST_KERNELS} kernels a layer")
@@ -160,94 +183,82 @@ def check_kernels_per_layer(run: Run) -> bool:
 def kernels(run: Run) -> None:
     """Linears, attention and rounding alone."""
     shape, device = run.shape, run.device
-    for rows in shape.rows:
-        for text in ("bf16", *WEIGHTS, *MORE_WEIGHTS, *((WRITTEN_OUT,) if rows == 1 else ())):
+    for rows in (*shape.rows, *shape.more_rows):
+        alone = (WRITTEN_OUT,) if rows == 1 and device != "cpu" else ()
+        for text in ("bf16", *WEIGHTS, *(MORE_WEIGHTS if rows in shape.rows else ()), *alone):
             run.measure(
                 f"linear {text}, {rows} rows",
-                lambda t=text, r=rows: run.of_bandwidth(*parts.time_linear(t, r, shape, device)),
+                lambda t=text, r=rows: run.of_bandwidth(*gpu_kernels.time_linear(t, r, shape, device)),
             )
     tokens = shape.contexts[-1]
     for text in ("bf16", *CACHES):
         run.measure(
             f"attention {text}, {tokens} tokens",
-            lambda t=text: run.of_bandwidth(*parts.time_attention(t, tokens, shape, device)),
+            lambda t=text: run.of_bandwidth(*gpu_kernels.time_attention(t, tokens, shape, device)),
         )
     for text in WEIGHTS:
-        run.measure(f"rounding to {text}", lambda t=text: run.of_bandwidth(*parts.time_quantization(t, shape, device)))
+        run.measure(
+            f"rounding to {text}", lambda t=text: run.of_bandwidth(*gpu_kernels.time_quantization(t, shape, device))
+        )
 
 
-def decode(run: Run, batch: int, context: int, vocab_seconds: dict[str, float]) -> None:
-    """One step of every engine, at one batch and context."""
-    for engine in parts.engines(compiles=run.device != "cpu"):
+def decode(run: Run, batch: int, context: int, heads: dict[tuple[str, int], float]) -> None:
+    """A step of every engine. `heads`: seconds of the vocabulary projection by format and batch, as they are measured."""
+    for engine in steps.engines(compiles=run.device != "cpu"):
         name = f"decode {engine.name}, batch {batch}, {context} tokens"
         if engine.cache is None and not _fits(run, batch, context):
             if re.search(run.only, name):
                 run.missing.append(f"{name}: a float cache does not fit")
             continue
-        run.measure(name, lambda e=engine: _decode(run, e, batch, context, vocab_seconds))
+        run.measure(name, lambda e=engine: _decode(run, e, batch, context, heads))
         _forget()
 
 
 def _fits(run: Run, batch: int, context: int) -> bool:
     if run.device == "cpu":
         return True
-    return parts.float_cache_bytes(run.shape, run.layers, batch, context) < 0.6 * torch.cuda.mem_get_info()[0]
+    return steps.float_cache_bytes(run.shape, run.layers, batch, context) < 0.6 * torch.cuda.mem_get_info()[0]
 
 
-def _decode(run: Run, engine: parts.Engine, batch: int, context: int, vocab_seconds: dict[str, float]) -> Row:
-    on_gpu = run.device != "cpu"
+def _decode(run: Run, engine: steps.Engine, batch: int, context: int, heads: dict[tuple[str, int], float]) -> Row:
+    shape, on_gpu = run.shape, run.device != "cpu"
+    head = (engine.name.partition(", ")[0], batch)
+    if head not in heads and run.layers < shape.full_layers:
+        heads[head] = steps.time_head(engine, batch, shape, run.device)
+    model = engine.prepare(steps.random_llama(shape, run.layers, run.device))
     if on_gpu:
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    model = engine.prepare(parts.random_llama(run.shape, run.layers, run.device))
-    step, cache = parts.decode_step(model, engine, batch, context, 3 * run.shape.repeats + 16, run.device)
-    seconds = parts.time_steps(step, run.device, run.shape.repeats)
-    weights = parts.weight_bytes(model)
+    step, cache = steps.decode_step(model, engine, batch, context, 3 * shape.repeats + 16, run.device)
+    seconds = steps.time_steps(step, run.device, shape.repeats)
+    weights, alone = steps.weight_bytes(model), min(heads.get(head, 0.0), seconds)
     row: Row = {
         "ms": seconds * 1e3,
+        "ms_of_32": ((seconds - alone) / run.layers * shape.full_layers + alone) * 1e3,
         **run.of_bandwidth(seconds, weights + cache),
         "weight_bytes": weights,
         "cache_bytes": cache,
     }
-    vocab = min(vocab_seconds.get(engine.name, 0.0), seconds)
-    row["ms_of_32"] = ((seconds - vocab) / run.layers * run.shape.full_layers + vocab) * 1e3
     if on_gpu:
-        profile = parts.profile_of(step)
-        row |= {"kernels_per_layer": profile.kernels / run.layers, "graphs": profile.graphs, "copies": profile.copies}
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
+        profile = steps.profile_of(step)
+        steps.check_captured(profile, batch)
+        row |= {"kernels": profile.kernels, "graphs": profile.graphs, "copied_bytes": profile.copied}
     return row
 
 
-def _vocab_seconds(run: Run) -> dict[str, float]:
-    """Of the vocabulary projection alone at one row, by engine."""
-    shape = Shape(**{**vars(run.shape), "ffn": run.shape.vocab, "copies": 2})
-    found = {}
-    for engine in parts.engines(compiles=False):
-        text = (
-            "bf16" if "bf16" in engine.name else engine.name.removeprefix("qpass ").partition(",")[0].partition("@")[0]
-        )
-        if not engine.name.startswith("torchao"):
-            found[engine.name] = parts.time_linear(text, 1, shape, run.device)[0]
-    return found
-
-
 def prompts(run: Run) -> None:
-    """Reading a prompt without a cache: of torch, of weights alone, and with quantized activations."""
-    chosen = (
-        "torch.compile bf16",
-        "qpass int8",
-        "qpass int4:g128",
-        "qpass int8@int8",
-        "qpass fp8_e4m3:channel@fp8_e4m3:channel",
-    )
+    """Reading a prompt without a cache: of torch, torchao, weights alone, and with quantized activations."""
+    chosen = ("torch.compile bf16", "qpass int8", "qpass int4:g128", *(f"qpass {pair}" for pair in PAIRS))
     for tokens in run.shape.prompts:
-        for engine in parts.engines(compiles=run.device != "cpu"):
-            if engine.name in chosen:
+        for engine in steps.engines(compiles=run.device != "cpu"):
+            if engine.name in chosen or engine.name.startswith("torchao"):
                 run.measure(f"prompt {engine.name}, {tokens} tokens", lambda e=engine, t=tokens: _prompt(run, e, t))
                 _forget()
 
 
-def _prompt(run: Run, engine: parts.Engine, tokens: int) -> Row:
-    model = engine.prepare(parts.random_llama(run.shape, run.layers, run.device))
+def _prompt(run: Run, engine: steps.Engine, tokens: int) -> Row:
+    model = engine.prepare(steps.random_llama(run.shape, run.layers, run.device))
     ids = torch.randint(0, 90, (1, tokens), device=run.device)
 
     def read() -> torch.Tensor:
@@ -255,10 +266,10 @@ def _prompt(run: Run, engine: parts.Engine, tokens: int) -> Row:
         with torch.no_grad():
             return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
 
-    seconds = parts.time_steps(read, run.device, max(3, run.shape.repeats // 4))
+    seconds = steps.time_steps(read, run.device, max(3, run.shape.repeats // 4))
     multiplied = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and p.dim() == 2)
     share = 2 * multiplied * tokens / seconds / run.ceilings["bf16_operations_per_second"]
-    return {"ms": seconds * 1e3, "fraction": share}
+    return {"ms": seconds * 1e3, "ms_of_32": seconds / run.layers * run.shape.full_layers * 1e3, "fraction": share}
 
 
 def _forget() -> None:
@@ -272,19 +283,19 @@ def _forget() -> None:
 def measure(run: Run) -> None:
     """All stages, the most telling first."""
     shape, device = run.shape, run.device
-    run.ceilings = parts.ceilings(shape, device)
+    run.ceilings = run.ceilings or gpu_kernels.ceilings(shape, device)
     print(json.dumps(run.ceilings), flush=True)
     kernels(run)
     run.save()
-    vocab = _vocab_seconds(run)
+    heads: dict[tuple[str, int], float] = {}
     first, rest = shape.contexts[0], shape.contexts[1:]
     for batch, context in [(shape.rows[0], first), (shape.rows[0], rest[-1]), *((b, first) for b in shape.rows[1:])]:
-        decode(run, batch, context, vocab)
+        decode(run, batch, context, heads)
         run.save()
     prompts(run)
     run.save()
     for batch, context in [(b, c) for c in rest for b in shape.rows if (b, c) != (shape.rows[0], rest[-1])]:
-        decode(run, batch, context, vocab)
+        decode(run, batch, context, heads)
         run.save()
 
 
@@ -300,26 +311,25 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only whether the kernels are right")
     parser.add_argument("--sanitize", action="store_true", help="also under compute-sanitizer")
     args = parser.parse_args()
-    if not (args.page and args.json.exists()):
-        if args.device == "cpu":
-            from qpass.ops.triton.triton_private import interpreted, mend_interpreter
+    if args.device == "cpu":
+        from qpass.ops.triton.triton_private import interpreted, mend_interpreter
 
-            if not (args.tiny and interpreted()):
-                sys.exit("on the CPU it runs with --tiny and TRITON_INTERPRET=1")
-            mend_interpreter()
-        torch._dynamo.config.recompile_limit = 64  # all engines share the code of transformers
-        run = Run(args)
-        if not check(run):
+        if not (args.tiny and interpreted()):
+            sys.exit("on the CPU it runs with --tiny and TRITON_INTERPRET=1")
+        mend_interpreter()
+    torch._dynamo.config.recompile_limit = 64  # all engines share the code of transformers
+    run = Run(args)
+    if not check(run, args.check):
+        sys.exit(1)
+    print("every kernel is right", flush=True)
+    if args.sanitize:
+        sanitize()
+    if args.check:
+        if args.device != "cpu" and not args.tiny and not check_kernels_per_layer(run):
             sys.exit(1)
-        print("every kernel is right", flush=True)
-        if args.sanitize:
-            sanitize()
-        if args.check:
-            if args.device != "cpu" and not args.tiny and not check_kernels_per_layer(run):
-                sys.exit(1)
-            return
-        measure(run)
-        run.save()
+        return
+    measure(run)
+    run.save()
     if args.page:
         write_page(json.loads(args.json.read_text()), args.page)
 

@@ -1,7 +1,8 @@
-"""What benchmarks/gpu.py measured, as tables and a chart of a page."""
+"""What benchmarks/gpu.py measured, as tables and a chart of a page: python benchmarks/gpu_page.py JSON PAGE"""
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -37,13 +38,13 @@ def tables(results: Row) -> str:
     lines = [
         f"{results['device']}, {versions}; a copy moves {copy / 1e12:.2f} TB/s, "
         f"a bfloat16 product reaches {product / 1e12:.0f} TFLOP/s.{_layers(results)}",
-        "", "| | ms | times bf16 | fraction of the limit | kernels a layer |", "|---|---|---|---|---|",
+        "", "| | ms | times bf16 | fraction of the limit | kernels | GB |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     rows = {row["name"]: row for row in results["rows"]}
     for row in rows.values():
-        times, kernels = times_bf16(row, rows), row.get("kernels_per_layer")
+        times, peak = times_bf16(row, rows), row.get("peak_bytes")
         cells = [f"{milliseconds(row):.3f}", "" if times is None else f"{times:.2f}", f"{row['fraction']:.2f}",
-                 "" if kernels is None else f"{kernels:.1f}"]  # fmt: skip
+                 str(row.get("kernels", "")), "" if peak is None else f"{peak / 1e9:.1f}"]  # fmt: skip
         lines.append(f"| {row['name']} | {' | '.join(cells)} |")
     if results["missing"]:
         lines += [
@@ -56,7 +57,7 @@ def tables(results: Row) -> str:
 def _layers(results: Row) -> str:
     """That a step was not measured whole."""
     layers = results.get("layers", 32)
-    return f" Steps of 32 layers are counted from {layers}." if layers < 32 else ""
+    return f" Milliseconds of 32 layers are counted from {layers}, of which kernels and GB are." if layers < 32 else ""
 
 
 def decode_rates(results: Row) -> tuple[str, list[tuple[str, float]]]:
@@ -81,3 +82,9 @@ def write_page(results: Row, page: Path) -> None:
         bars(rates, chart, f"tokens a second, {what}, {results['device']}")
         made = f"![tokens a second]({chart.name})\n\n{made}"
     page.write_text(marked.sub(lambda m: f"{m[1]}{made}\n{m[2]}", text))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    write_page(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

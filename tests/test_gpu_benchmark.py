@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "benchmarks" / "gpu.py"
+SCRIPT, PAGE = ROOT / "benchmarks" / "gpu.py", ROOT / "benchmarks" / "gpu_page.py"
 #: Made up.
 RESULTS: dict[str, Any] = {
     "device": "NVIDIA X1",
@@ -28,7 +28,7 @@ RESULTS: dict[str, Any] = {
         {"name": "linear int8, 1 rows", "us": 20.0, "fraction": 0.8},
         {"name": "rounding to int8", "us": 500.0, "fraction": 0.5},
         {"name": "decode torch.compile bf16, batch 1, 128 tokens", "ms": 1.5, "ms_of_32": 10.0, "fraction": 0.8,
-         "kernels_per_layer": 9.25},
+         "kernels": 41, "peak_bytes": 3_250_000_000},
         {"name": "decode qpass int8, int8 cache, batch 1, 128 tokens", "ms": 1.0, "ms_of_32": 6.25, "fraction": 0.7},
         {"name": "decode qpass int8, batch 1, 8192 tokens", "ms": 1.2, "ms_of_32": 8.0, "fraction": 0.7},
         {"name": "decode qpass int8, batch 8, 64 tokens", "ms": 1.2, "ms_of_32": 8.0, "fraction": 0.7},
@@ -36,9 +36,9 @@ RESULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, SCRIPT, *arguments], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.long
@@ -52,6 +52,19 @@ def test_every_stage(tmp_path: Path) -> None:
     assert names == {"linear", "attention", "rounding", "decode", "prompt"}
     assert not results["missing"]
     assert all(row["fraction"] > 0 for row in results["rows"])
+    run("--device", "cpu", "--tiny", "--only", "linear", "--json", str(path))
+    more = json.loads(path.read_text())["rows"]
+    assert more[: len(results["rows"])] == results["rows"], "what was measured is not measured again"
+    assert len(more) > len(results["rows"])
+
+
+def test_results_of_another_device_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(RESULTS))
+    found = run("--device", "cpu", "--tiny", "--json", str(path))
+    assert found.returncode != 0
+    assert "holds results of NVIDIA X1 with other versions or layers: give another --json" in found.stderr
+    assert json.loads(path.read_text()) == RESULTS
 
 
 def written(tmp_path: Path, results: dict[str, Any]) -> str:
@@ -59,7 +72,7 @@ def written(tmp_path: Path, results: dict[str, Any]) -> str:
     page, path = tmp_path / "page.md", tmp_path / "gpu.json"
     page.write_text("before\n<!-- gpu -->\nnot yet measured\n<!-- /gpu -->\nafter\n")
     path.write_text(json.dumps(results))
-    found = run("--json", str(path), "--page", str(page))
+    found = run(str(path), str(page), script=PAGE)
     assert found.returncode == 0, found.stderr[-2000:]
     return page.read_text()
 
@@ -68,12 +81,12 @@ def test_the_page_gets_the_tables(tmp_path: Path) -> None:
     lines = written(tmp_path, RESULTS).splitlines()
     assert lines[:4] == ["before", "<!-- gpu -->", "![tokens a second](decode_gpu.svg)", ""]
     assert lines[4].startswith("NVIDIA X1, torch 2.13.0; a copy moves 4.20 TB/s")
-    assert lines[4].endswith("Steps of 32 layers are counted from 4.")
-    assert "| linear bf16, 1 rows | 0.040 |  | 0.90 |  |" in lines
-    assert "| linear int8, 1 rows | 0.020 | 2.00 | 0.80 |  |" in lines
-    assert "| decode torch.compile bf16, batch 1, 128 tokens | 10.000 |  | 0.80 | 9.2 |" in lines
-    assert "| decode qpass int8, int8 cache, batch 1, 128 tokens | 6.250 | 1.60 | 0.70 |  |" in lines
-    assert "| rounding to int8 | 0.500 |  | 0.50 |  |" in lines
+    assert lines[4].endswith("Milliseconds of 32 layers are counted from 4, of which kernels and GB are.")
+    assert "| linear bf16, 1 rows | 0.040 |  | 0.90 |  |  |" in lines
+    assert "| linear int8, 1 rows | 0.020 | 2.00 | 0.80 |  |  |" in lines
+    assert "| decode torch.compile bf16, batch 1, 128 tokens | 10.000 |  | 0.80 | 41 | 3.2 |" in lines
+    assert "| decode qpass int8, int8 cache, batch 1, 128 tokens | 6.250 | 1.60 | 0.70 |  |  |" in lines
+    assert "| rounding to int8 | 0.500 |  | 0.50 |  |  |" in lines
     assert lines[-3:] == ["Not measured: decode x, batch 64.", "<!-- /gpu -->", "after"]
 
 
