@@ -221,7 +221,7 @@ def of_onnxruntime(name: str, reference: Any, threads: int) -> Engine | str:
         (n, p) for n, p in reference.named_parameters() if p.dim() > 1 and "embed_tokens" not in n
     ):
         rows, columns = p.shape
-        blocks = columns // 128
+        blocks = -(-columns // 128)
         data = rng.integers(0, 256, (rows, blocks, 64), dtype=np.uint8)
         scales = rng.random((rows, blocks), dtype=np.float32) * 0.01
         size += data.nbytes + scales.nbytes

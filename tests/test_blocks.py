@@ -56,7 +56,12 @@ def test_input_and_weight_are_rounded(text: str, columns: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
-    ("text", "inner"), [("mxfp8@mxfp8", "inductor"), ("mxfp4@mxfp8", "eager"), ("nvfp4@nvfp4", "eager")]
+    ("text", "inner"),
+    [
+        pytest.param("mxfp8@mxfp8", "inductor", marks=pytest.mark.long),
+        ("mxfp4@mxfp8", "eager"),
+        ("nvfp4@nvfp4", "eager"),
+    ],
 )
 def test_a_model(text: str, inner: str, exact_products: None) -> None:
     """The compiler meets no scales of 8 bits. The loss is that of the input's rounding on top of the weights'."""

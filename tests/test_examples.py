@@ -66,6 +66,7 @@ def test_encoder_stays_close_to_float(run: Run) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["int4"])
+@pytest.mark.long
 def test_onnx_generates_what_torch_does(recipe: str, tmp_path: Path, run: Run) -> None:
     """The two commands of the example's docstring, and the same prompt through the torch model."""
     pytest.importorskip("onnxruntime")

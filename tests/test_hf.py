@@ -69,6 +69,7 @@ def test_a_float_model_is_quantized_while_loading() -> None:
     assert equal_weights(loaded, plain)
 
 
+@pytest.mark.long
 def test_a_pipeline(tmp_path: Path) -> None:
     model = qpass.quantize(
         AutoModelForCausalLM.from_pretrained(TINYPY, dtype=torch.float32).eval(), "int8", inner="eager"

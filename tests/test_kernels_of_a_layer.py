@@ -47,7 +47,12 @@ def operators_of(graph: Graph) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("weights", "kv"), [("int8:channel", "int8"), ("int4:g32", "int4:channel:asym"), ("nf4:g32", "fp8_e4m3:channel")]
+    ("weights", "kv"),
+    [
+        ("int8:channel", "int8"),
+        ("int4:g32", "int4:channel:asym"),
+        pytest.param("nf4:g32", "fp8_e4m3:channel", marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.long)])
 def test_operators_of_a_layer(weights: str, kv: str, batch: int) -> None:

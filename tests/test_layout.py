@@ -48,7 +48,7 @@ LAYERS = [
 ]
 LEVEL = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 #: Of ops/triton: what is compiled for GPUs, and imports triton.
-KERNELS = {"unpacking", "around", "linear", "bitstream", "rows", "attention", "quantizing", "appending"}
+KERNELS = {"unpacking", "around", "linear", "bitstream", "rows", "attention", "quantizing", "appending", "rescaling"}
 FILES = sorted(p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py") if p.name != "__init__.py" or p.parent != PACKAGE)
 
 

@@ -29,7 +29,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("recipe", "after"), [("int8", 0.30), ("int4:g128", 0.20)])
+@pytest.mark.parametrize(("recipe", "after"), [("int8", 0.30), pytest.param("int4:g128", 0.20, marks=pytest.mark.long)])
 def test_resident_memory(saved_model: Path, recipe: str, after: float) -> None:
     command = [sys.executable, "-m", "tests.memory_probe", str(saved_model), recipe]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)

@@ -41,6 +41,7 @@ def test_offloaded_by_a_device_map(way: str) -> None:
     refused(model, way, r"weights are offloaded \(device_map\).*load the model without device_map")
 
 
+@pytest.mark.long
 def test_a_device_map_without_offload_works() -> None:
     accelerate = pytest.importorskip("accelerate")
     expected = quantized(build("llama"), "quantize")

@@ -117,7 +117,9 @@ def add_breaks(model: nn.Module, family: str, where: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["compile", "quantize"])
-@pytest.mark.parametrize("where", ["after v", "after attention", "before the head", "each block"])
+@pytest.mark.parametrize(
+    "where", ["after v", pytest.param("after attention", marks=pytest.mark.long), "before the head", "each block"]
+)
 @pytest.mark.parametrize("family", MODULES)
 def test_graph_breaks_change_nothing(family: str, where: str, how: str) -> None:
     """Dynamo 2.13 runs a frame eagerly whose loop holds a graph break; such a model is quantized whole by `quantize`."""

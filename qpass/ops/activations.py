@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from qpass.compute import multiplies_integers as multiplies_integers
 from qpass.numerics import Quantized, choose_qparams, codes_of, for_whole_tensor, quantize_to, round_to
 from qpass.ops.cpu.build import cpu_features
 from qpass.ops.schemas import LIBRARY
+from qpass.ops.triton.launching import attempt, kernels_of, serves
 from qpass.spec import parse_spec
 
 #: From so many rows of the input on the product of integers is faster than a kernel that reads the weight for a few.
@@ -60,20 +62,62 @@ def integer_linear(
     if x.dtype.is_floating_point or scale is None or not int8_products_pay(rows, data.shape[0]):
         floats = rows.float() if x_zero_point is None else rows.float() - x_zero_point.reshape(-1, 1)
         floats = floats * x_scale.reshape(-1, 1)
-        floats = floats.to(dtype) if x.dtype.is_floating_point else floats
+        # Kernels of the CPU take float32 as it is; GPUs have tensor cores for the others.
+        floats = floats.to(dtype) if x.dtype.is_floating_point or x.device.type == "cuda" else floats
         y = torch.ops.qpass.linear(floats, data, scale, zero_point, outer_scale, bias, spec)
         return y.to(dtype).view(*x.shape[:-1], -1)
     codes, zero = codes_of(Quantized(data, scale, zero_point), parsed, k)
-    total = torch._int_mm(rows, codes.mT)
-    if x_zero_point is not None:
-        total -= x_zero_point.reshape(-1, 1).int() * codes.sum(1, dtype=torch.int32)
-    if zero is not None:
-        sums = rows.sum(1, dtype=torch.int32, keepdim=True)
-        sums = sums if x_zero_point is None else sums - k * x_zero_point.reshape(-1, 1).int()
-        total -= sums * zero.reshape(1, -1).int()
-    y = total.float() * x_scale.reshape(-1, 1) * scale.float().reshape(1, -1)
-    y = y if bias is None else y + bias.float()
-    return y.to(dtype).view(*x.shape[:-1], -1)
+    sums = _Sums(
+        torch._int_mm(rows, codes.mT), k, x_scale.float().reshape(-1), _flat(x_zero_point),
+        None if zero is None else rows.sum(1, dtype=torch.int32), scale.reshape(-1), _flat(zero),
+        None if x_zero_point is None else codes.sum(1, dtype=torch.int32), _flat(bias),
+    )  # fmt: skip
+    y = None
+    if serves(sums.total):
+        y = attempt("the scales of integer products", x.device, lambda: sums.rescaled_by_kernel(dtype))
+    return (sums.rescaled(dtype) if y is None else y).view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Products of codes [M, N] over k columns and what makes floats of them. Of rows, or one for all: x_scale, x_zero; of
+    columns, or one for all: scale, zero. Sums of codes: of the input's rows [M], of the weight's [N]."""
+
+    total: Tensor
+    k: int
+    x_scale: Tensor
+    x_zero: Tensor | None
+    row_sums: Tensor | None
+    scale: Tensor
+    zero: Tensor | None
+    column_sums: Tensor | None
+    bias: Tensor | None
+
+    def rescaled(self, dtype: torch.dtype) -> Tensor:
+        """(total - x_zero * column_sums - (row_sums - k * x_zero) * zero) * x_scale * scale + bias."""
+        total = self.total
+        if self.x_zero is not None and self.column_sums is not None:
+            total = total - self.x_zero.int().unsqueeze(1) * self.column_sums
+        if self.zero is not None and self.row_sums is not None:
+            sums = self.row_sums if self.x_zero is None else self.row_sums - self.k * self.x_zero.int()
+            total = total - sums.unsqueeze(1) * self.zero.int()
+        y = total.float() * self.x_scale.unsqueeze(1) * self.scale.float()
+        return (y if self.bias is None else y + self.bias.float()).to(dtype)
+
+    def rescaled_by_kernel(self, dtype: torch.dtype) -> Tensor:
+        """The same, in one reading of the sums."""
+        m, n = self.total.shape
+        y = self.total.new_empty((m, n), dtype=dtype)
+        columns = min(2048, 1 << max(5, (n - 1).bit_length()))
+        kernels_of("rescaling").rescale_kernel[(m, -(-n // columns))](
+            self.total, self.x_scale, self.x_zero, self.row_sums, self.scale, self.zero, self.column_sums, self.bias, y,
+            n, self.k, int(len(self.x_scale) > 1), int(len(self.scale) > 1), COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+        return y
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1)
 
 
 def _integer_linear_fake(x: Tensor, x_scale: object, x_zero: object, data: Tensor, *rest: Any) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qpass.backend import Capture, QPass
-from qpass.compute import compute_of
+from qpass.compute import compute_of, has_fp8_products
 from qpass.ops.triton import launching
-from qpass.ops.triton.table import fused_kind
+from qpass.ops.triton.table import MOST_ROWS, fused_kind
 from qpass.qtensor import QTensor
 from qpass.spec import QuantSpec
 
@@ -45,15 +45,19 @@ def multiplied(params: Sequence[tuple[str, Tensor]], backend: QPass, captures: S
 def notes_on(weights: Iterable[Multiplied]) -> list[str]:
     """Which of them, on GPUs, are made floats at every call, and why."""
     unread: Counter[str] = Counter()
-    elsewhere: set[str] = set()
+    elsewhere, widened, read = set[str](), set[str](), set[str]()
     for weight in weights:
         if weight.device.type != "cuda":
             continue
-        stored = str(weight.spec).partition("@")[0]
+        stored, _, of_input = str(weight.spec).partition("@")
+        if stored.startswith("fp8") and of_input.startswith("fp8") and not has_fp8_products("cuda"):
+            widened.add(str(weight.spec))
         if not launching.runs_on(weight.device):
             elsewhere.add(stored)
         elif fused_kind(stored, weight.columns, weight.dtype) is None:
             unread[f"{stored}, {weight.columns} columns, {str(weight.dtype).removeprefix('torch.')}"] += 1
+        else:
+            read.add(stored)
     notes = [
         f"{count} weights in {what}: no GPU kernel reads them as they are stored; they are dequantized at every call, which "
         "moves more bytes than the float model does; formats that are read: docs/performance.md"
@@ -63,6 +67,15 @@ def notes_on(weights: Iterable[Multiplied]) -> list[str]:
         notes.append(
             f"no kernels on this GPU (they need triton and sm_80): {', '.join(sorted(elsewhere))} are dequantized in torch at "
             "every call"
+        )
+    if widened:
+        notes.append(
+            f"{', '.join(sorted(widened))}: this GPU has no products of fp8 (they need sm_89); floats are multiplied instead"
+        )
+    if read:
+        notes.append(
+            f"{', '.join(sorted(read))}: read as stored by up to {MOST_ROWS[torch.bfloat16]} rows of an input; more are "
+            "multiplied with floats made at that call, which takes longer than in the float model up to some hundreds of rows"
         )
     return notes + [
         f"the GPU kernel for {what} failed here; a slower way is taken" for what in sorted(launching.failed)

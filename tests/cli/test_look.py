@@ -10,6 +10,7 @@ import pytest
 from tests.cli.conftest import TINYPY, Command
 
 
+@pytest.mark.long
 def test_the_ladder_of_70_billion_parameters_and_its_cache(command: Command) -> None:
     """280, 140, 70, 70 and 35 GB; a cache of 262 GB at 100,000 tokens becomes 131."""
     ended = command("plan", "70b", "--recipe", "int8", "--kv", "int8", "--context", 100_000, "--json")

@@ -66,6 +66,7 @@ def test_generate_writes_what_transformers_generate_does(command: Command, artif
     assert "12 tokens" in shown.err
 
 
+@pytest.mark.long
 def test_the_same_seed_draws_the_same(command: Command) -> None:
     def drawn(seed: int) -> str:
         options = ("-n", 8, "--inner", "eager", "--temperature", 1.0, "--seed", seed)

@@ -76,6 +76,7 @@ def test_json_is_json_even_where_a_number_is_none(command: Command) -> None:
     assert json.loads(ended.out, parse_constant=refuse)["kl_standard_error"] is None
 
 
+@pytest.mark.long
 def test_a_recipe_measures_what_its_artifact_does(command: Command, tmp_path: Path) -> None:
     """In the type that the checkpoint is stored in, with the same limits."""
     assert command("quantize", TINYPY, tmp_path / "a", "--recipe", "int3:g32").status == 0
@@ -98,6 +99,7 @@ def test_kept_logits_stand_for_the_float_model(command: Command, tmp_path: Path,
     assert "other windows" in other.err
 
 
+@pytest.mark.long
 def test_compare_measures_each_recipe_and_the_float_model(command: Command, tmp_path: Path) -> None:
     """A recipe that fails is named; the others are kept, and the next call takes them as they are."""
     compared = ("compare", TINYPY, "--data", DATA, "--folder", tmp_path / "kept", *COMPARED, "--recipes")

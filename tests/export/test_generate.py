@@ -104,7 +104,7 @@ def test_the_example_needs_no_torch(folder: Path) -> None:
     assert expected[:40] in out
 
 
-@pytest.mark.parametrize("kv", [None, "int8"])
+@pytest.mark.parametrize("kv", [pytest.param(None, marks=pytest.mark.long), "int8"])
 def test_the_perplexity_in_onnxruntime_is_that_of_qpass(kv: str | None, tmp_path: Path) -> None:
     recipe = qpass.Recipe.uniform("int4:g32:asym", embedding="int8", vocab="int8", kv=kv)
     export_onnx(_model(), tmp_path, recipe=recipe)
@@ -127,6 +127,7 @@ def test_the_perplexity_in_onnxruntime_is_that_of_qpass(kv: str | None, tmp_path
 
 
 class TestCommand:
+    @pytest.mark.long
     def test_a_folder_is_exported_and_verified(self, tmp_path: Path) -> None:
         told = CliRunner().invoke(
             app, ["export", str(TINY), str(tmp_path / "out"), "--format", "onnx", "--recipe", "int8", "--verify", "--json"],

@@ -134,7 +134,14 @@ def test_quantized_inputs_are_rounded_as_the_model_does(recipe: str) -> None:
     assert site.kl_restored == pytest.approx(qpass.evaluate(restored, reference, batches).kl, rel=2e-2)
 
 
-@pytest.mark.parametrize("recipe", ["int8:smooth@int8", "int8@int8:static", "int4:g32:awq", "int4:g32:gptq"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "int8:smooth@int8",
+        *(pytest.param(t, marks=pytest.mark.long) for t in ("int8@int8:static", "int4:g32:awq")),
+        "int4:g32:gptq",
+    ],
+)
 def test_what_calibration_found_is_taken_as_it_is(recipe: str) -> None:
     """Columns that are scaled, static scales, chosen codes."""
     reference, batches = family("qwen3"), [tokens(2, 12)]
@@ -195,7 +202,9 @@ def test_graph_breaks_change_no_numbers(recipe: str) -> None:
 # --- caches ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv", ["int8", "int4:channel", "fp8_e4m3"])
+@pytest.mark.parametrize(
+    "kv", ["int8", *(pytest.param(t, marks=pytest.mark.long) for t in ("int4:channel", "fp8_e4m3"))]
+)
 def test_a_cache_is_a_site_of_each_layer(kv: str) -> None:
     """Against qpass.evaluate, and against a cache with one layer in float read the same way."""
     reference, batches = family("llama"), [tokens(2, 96)]
@@ -256,7 +265,9 @@ def text() -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["int8:channel", "w8a8", Recipe(ffn="int4:channel")], ids=["int8:channel", "w8a8", "int4 ffn"]
+    "recipe",
+    ["int8:channel", pytest.param("w8a8", marks=pytest.mark.long), Recipe(ffn="int4:channel")],
+    ids=["int8:channel", "w8a8", "int4 ffn"],
 )
 def test_an_outlier_is_ranked_first_and_the_printed_recipe_fixes_it(
     outlier: Any, text: list[Tensor], recipe: Any, tmp_path: Path

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import qpass
+from qpass import compute
 from qpass.ops.triton import launching
 from qpass.seeing.on_gpu import Multiplied, notes_on
 from qpass.spec import parse_spec
@@ -41,9 +42,25 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["int8", "int5", "odd groups", "float32", "odd columns", "on the cpu"],
 )
 def test_what_is_dequantized_at_every_call(given: Multiplied, named: bool, with_kernels: None) -> None:
-    notes = notes_on([given, given])
+    notes = [note for note in notes_on([given, given]) if "no GPU kernel reads them" in note]
     assert len(notes) == named
     assert all(f"2 weights in {given.spec}, {given.columns} columns" in note for note in notes)
+
+
+def test_many_rows_are_multiplied_with_floats(with_kernels: None) -> None:
+    (note,) = notes_on([weight("int8"), weight("nf4"), weight("int8"), weight("int8", device=torch.device("cpu"))])
+    assert note.startswith(
+        "int8:channel, nf4:g64: read as stored by up to 64 rows of an input; more are multiplied with floats"
+    )
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
+def test_fp8_times_fp8(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch, with_kernels: None) -> None:
+    """Named where the GPU multiplies none."""
+    monkeypatch.setattr(compute, "_capability", lambda device: capability)
+    notes = notes_on([weight("fp8_e4m3:channel@fp8_e4m3:channel"), weight("int8")])
+    named = "fp8_e4m3:channel@fp8_e4m3:channel: this GPU has no products of fp8 (they need sm_89); floats are multiplied instead"
+    assert (named in notes) == (capability < (8, 9))
 
 
 def test_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,9 +71,9 @@ def test_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_kernel_that_failed(monkeypatch: pytest.MonkeyPatch, with_kernels: None) -> None:
     launching.failed.add("linear int8 of torch.bfloat16")
-    assert notes_on([weight("int8")]) == [
+    assert notes_on([weight("int8")])[-1] == (
         "the GPU kernel for linear int8 of torch.bfloat16 failed here; a slower way is taken"
-    ]
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -50,3 +50,17 @@ def test_attention(text: str, queries: int, capability: int, launches: list[Laun
     assert code.count("LDGSTS.E.BYPASS.128") > 0
     assert code.count("HMMA", "HGMMA") > 0
     assert code.spills == 0
+
+
+@pytest.mark.parametrize(("text", "columns", "tokens"), [("int4:channel", 64, 2001), ("int4:channel:asym", 96, 1001)])
+def test_tokens_of_no_multiple_of_64_bytes(
+    text: str,
+    columns: int,
+    tokens: int,
+    launches: list[Launch],  # noqa: F811
+) -> None:
+    """Nor heads: data is copied 16 bytes at once."""
+    stored = quantize(torch.zeros(1, 2, tokens, columns), parse_spec(text))
+    q = torch.zeros(1, 8, 1, columns, dtype=torch.bfloat16)
+    operators.attention(q, *stored.parts, text, *stored.parts, columns, text, None, False, None)
+    assert launches[0].compiled(90).count("LDGSTS.E.BYPASS.128") >= 6  # keys and values, three times ahead

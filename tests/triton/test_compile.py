@@ -48,6 +48,17 @@ def test_fused_linear(text: str, rows: int, capability: int, launches: list[Laun
     assert not re.search(r"ftz\.(bf16|f16)", code.ptx)  # codes are subnormal floats
 
 
+@pytest.mark.parametrize("columns", [2880, 1056])
+def test_rows_of_no_multiple_of_64_bytes(columns: int, launches: list[Launch]) -> None:  # noqa: F811
+    """As many wide copies as of any other; what is left are scales."""
+    counts = []
+    for k in (columns, 4096):
+        stored, _ = weight(300, k, "int4:g32", "cpu")
+        operators.linear(torch.zeros(1, k, dtype=torch.bfloat16), *stored.parts, None, "int4:g32")
+        counts.append(launches[-1].compiled(90).count("LDGSTS.E.BYPASS.128"))
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("text", FUSED_SPECS)
 @pytest.mark.parametrize("rows", [1, 32, 64])

@@ -86,7 +86,7 @@ def test_a_decode_step_is_a_graph(recipe: str, kv: str | None, monkeypatch: pyte
 
 
 def parts_of(p: Tensor) -> list[Tensor]:
-    return [part for part in p.parts if part is not None] if isinstance(p, QTensor) else [p]
+    return [part for part in p.quantized.parts if part is not None] if isinstance(p, QTensor) else [p]
 
 
 def linear() -> Callable[[], Tensor]:

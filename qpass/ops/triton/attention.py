@@ -179,14 +179,19 @@ def attention_kernel(
     PRMT: tl.constexpr, K_CAST: tl.constexpr, V_CAST: tl.constexpr, MASK: tl.constexpr, ONE_ROW: tl.constexpr,
     CAUSAL: tl.constexpr, SOFT_CAP: tl.constexpr, FLOATS: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    SCAN: tl.constexpr, JOIN: tl.constexpr,
+    SCAN: tl.constexpr, JOIN: tl.constexpr, K_FOURS: tl.constexpr, V_FOURS: tl.constexpr,
 ):  # fmt: skip
     """q [B, heads * GROUPS, QUERIES, D], caches [B, heads, tokens, *] with strides of batches and heads, data as 32-bit words.
 
     PARTS programs share the tokens, `chunk` each; with FLOATS, the last of them has the float tokens instead: k_first
     [B, heads, firsts, D], k_last [B, heads, lasts, D] from token `start` on, sequences `k_last_batch` apart. R: rows of a
-    program, padded; S: tokens at a time.
+    program, padded; S: tokens at a time. K_FOURS, V_FOURS: words, and strides of data, are
+    counted in fours, as in linear.py.
     """
+    if K_FOURS:
+        k_words, k_head, k_batch = k_words * 4, k_head * 4, k_batch * 4
+    if V_FOURS:
+        v_words, v_head, v_batch = v_words * 4, v_head * 4, v_batch * 4
     DTYPE: tl.constexpr = q.dtype.element_ty
     WK: tl.constexpr = BD // (2 * K_PLANES)
     WV: tl.constexpr = BV // (2 * V_PLANES)

@@ -39,12 +39,17 @@ class Half:
         return self.spec.group_size if self.blocks > 1 else 0
 
     @property
+    def fours(self) -> bool:
+        """Whether the words of a token are a multiple of four; then strides of heads are."""
+        return self.data.shape[-1] % 4 == 0
+
+    @property
     def sizes(self) -> tuple[int, ...]:
-        """Strides of data, scale and zero point; words, scales and zero points of a token."""
-        strides = [
-            s for part in (self.data, self.scale, self.zero) for s in ((0, 0) if part is None else part.stride()[:2])
-        ]
-        return *strides, self.data.shape[-1], self.blocks, 0 if self.zero is None else self.zero.shape[-1]
+        """Strides of data, scale and zero point; words, scales, zero points of a token; of data in fours, if whole."""
+        words, (batch, head) = self.data.shape[-1], self.data.stride()[:2]
+        of_data = (batch // 4, head // 4, words // 4) if self.fours else (batch, head, words)
+        strides = [s for part in (self.scale, self.zero) for s in ((0, 0) if part is None else part.stride()[:2])]
+        return *of_data[:2], *strides, of_data[2], self.blocks, 0 if self.zero is None else self.zero.shape[-1]
 
     def constants(self, name: str, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the kernel that are known when it is compiled; `name`: K or V."""
@@ -53,6 +58,7 @@ class Half:
         values = {
             "KIND": number, "PLANES": 16 // self.spec.format.bits, "UNIT": unpacking.unit_of(number, dtype), "GROUP": self.group,
             "SCALE": self.scale_kind, "CAST": self.scale is None and self.spec.format.kind == "float8",
+            "FOURS": self.fours,
         }  # fmt: skip
         return {f"{name}_{key}": value for key, value in values.items()}
 

@@ -20,7 +20,7 @@ from qpass.spec import parse_spec
 #: Files of kernels, and the kernels that are launched.
 KERNELS = {"linear": ("linear_kernel",), "bitstream": ("bitstream_kernel",), "around": ("norm_kernel",),
            "rows": ("rows_kernel",), "attention": ("attention_kernel",), "quantizing": ("quantize_kernel",),
-           "appending": ("append_kernel",)}  # fmt: skip
+           "appending": ("append_kernel",), "rescaling": ("rescale_kernel",)}  # fmt: skip
 #: Types that kernels multiply.
 HALVES = (torch.bfloat16, torch.float16)
 #: Types that they read and write.

@@ -38,16 +38,19 @@ def linear_kernel(
     x, data, scale, zero, outer, table, eps, norm, column_scale, bias, residual, y, partial, counters,
     M, N, K, words, blocks, scale_stride, zero_stride, outer_stride, chunk,
     KIND: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, PRMT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    ZERO: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BW: tl.constexpr,
+    ZERO: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, FOURS: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """`data` [N, words] int32; `scale` [N or 1, blocks], `zero` [N or 1, *] packed, `outer` [N or 1], or None. Strides: from
     one row to the next, 0 where there is one.
 
     GROUP: columns that share a scale, 0: the whole row. SPLIT programs share the columns, `chunk` words each. `partial`
     [SPLIT, M, N] float32 and `counters` [programs along N], all 0 before and after, are used if SPLIT > 1. eps, norm [K],
-    column_scale [K], residual, GATE: of Around, or None; ROWS: a power of two, M or more, if there is an eps.
+    column_scale [K], residual, GATE: of Around, or None; ROWS: a power of two, M or more, if there is an eps. FOURS: `words` are
+    counted in fours, 16 bytes: the compiler is told of arguments only whether they are multiples of 16.
     """
+    if FOURS:
+        words *= 4
     DTYPE: tl.constexpr = x.dtype.element_ty
     CODES: tl.constexpr = 2 * PLANES
     BK: tl.constexpr = CODES * BW

@@ -131,15 +131,17 @@ def _fused(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Arou
     (m, k), n, words = x.shape, parts.rows, x.shape[1] * bits // 32
     tiles = tiles_of(m, bits)
     shared = _shared(x, n, words, tiles)
-    number = getattr(unpacking, kind).value
+    number, fours = getattr(unpacking, kind).value, words % 4 == 0
     y = x.new_empty((m, n // 2 if around.gate else n))
     kernels_of("linear").linear_kernel[shared.grid](
         x, parts.data.view(torch.int32), parts.scale, parts.zero, parts.outer, nf4_table({kind}, x.dtype, x.device),
         around.eps, _flat(around.norm), _flat(around.column_scale), _flat(bias), _flat(around.residual), y,
         shared.partial, shared.counters,
-        m, n, k, words, parts.blocks, parts.scale_stride, parts.zero_stride, parts.outer_stride, shared.chunk,
+        m, n, k, words // 4 if fours else words,
+        parts.blocks, parts.scale_stride, parts.zero_stride, parts.outer_stride, shared.chunk,
         KIND=number, PLANES=16 // bits, UNIT=unpacking.unit_of(number, x.dtype), PRMT=permutes_bytes(x.device),
         GROUP=parts.spec.group_size, SCALE=parts.scale_kind, ZERO=int(parts.zero is not None), SPLIT=shared.grid[1],
+        FOURS=fours,
         BM=tiles.rows, BN=tiles.outputs, BW=tiles.words, **_beside(around, m), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
