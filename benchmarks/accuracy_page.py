@@ -132,8 +132,8 @@ def documents(folder: Path, tokenizer: Any) -> list[list[int]]:
 
 
 def own(folder: Path, text: Path, calibration: Path) -> Subject:
-    """To measure: the first 1,024 tokens of the first eight documents, and eight windows of the later ones; to calibrate: windows of
-    all documents."""
+    """To measure: the first 1,024 tokens of the first eight documents, and eight windows of the later ones; to calibrate: windows
+    of all documents."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = documents(text, tokenizer)
     validation, later = [torch.tensor([row[:1024]]) for row in rows[:8]], _windows(rows[8:])

@@ -10,7 +10,7 @@ from qpass.compute import has_block_products, multiplies_blocks
 from qpass.numerics import Quantized, fake_quantize_rows, quantize_rows
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.launching import attempt
-from qpass.ops.triton.table import MOST_ROWS
+from qpass.ops.triton.table import most_rows
 from qpass.packing import unpack
 from qpass.spec import QuantSpec, parse_spec
 
@@ -52,7 +52,7 @@ def _serves(x: Tensor, outputs: int, spec: QuantSpec) -> bool:
         return False
     k = x.shape[-1]
     whole = k % 32 == 0 and outputs % 16 == 0 and x.numel() > 0 and x.dtype == torch.bfloat16
-    return whole and (spec.format.name != "mxfp4" or x.numel() > MOST_ROWS[x.dtype] * k)
+    return whole and (spec.format.name != "mxfp4" or x.numel() > most_rows("mxfp4", x.dtype) * k)
 
 
 def block_product(x: Tensor, weight: Quantized, spec: QuantSpec) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qpass.backend import Capture, QPass
 from qpass.compute import compute_of, has_fp8_products
 from qpass.ops.triton import launching
-from qpass.ops.triton.table import MOST_ROWS, fused_kind
+from qpass.ops.triton.table import fused_kind, most_rows
 from qpass.qtensor import QTensor
 from qpass.spec import QuantSpec
 
@@ -57,7 +57,7 @@ def notes_on(weights: Iterable[Multiplied]) -> list[str]:
         elif fused_kind(stored, weight.columns, weight.dtype) is None:
             unread[f"{stored}, {weight.columns} columns, {str(weight.dtype).removeprefix('torch.')}"] += 1
         else:
-            read.add(stored)
+            read.add(f"{stored} ({most_rows(stored, weight.dtype)})")
     notes = [
         f"{count} weights in {what}: no GPU kernel reads them as they are stored; they are dequantized at every call, which "
         "moves more bytes than the float model does; formats that are read: docs/performance.md"
@@ -74,8 +74,8 @@ def notes_on(weights: Iterable[Multiplied]) -> list[str]:
         )
     if read:
         notes.append(
-            f"{', '.join(sorted(read))}: read as stored by up to {MOST_ROWS[torch.bfloat16]} rows of an input; more are "
-            "multiplied with floats made at that call, which takes longer than in the float model up to some hundreds of rows"
+            f"{', '.join(sorted(read))}: read as stored by inputs of up to so many rows; more are multiplied with floats "
+            "that are made at each call, which takes longer than in the float model up to some hundreds of rows"
         )
     return notes + [
         f"the GPU kernel for {what} failed here; a slower way is taken" for what in sorted(launching.failed)

@@ -50,7 +50,7 @@ def test_what_is_dequantized_at_every_call(given: Multiplied, named: bool, with_
 def test_many_rows_are_multiplied_with_floats(with_kernels: None) -> None:
     (note,) = notes_on([weight("int8"), weight("nf4"), weight("int8"), weight("int8", device=torch.device("cpu"))])
     assert note.startswith(
-        "int8:channel, nf4:g64: read as stored by up to 64 rows of an input; more are multiplied with floats"
+        "int8:channel (128), nf4:g64 (256): read as stored by inputs of up to so many rows; more are multiplied"
     )
 
 

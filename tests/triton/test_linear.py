@@ -115,6 +115,29 @@ def test_wide(text: str, dtype: torch.dtype, rows: int, columns: int, device: st
     check(random(rows, values.shape[1], seed=1).to(dtype).to(device), text, stored, values)
 
 
+@pytest.mark.parametrize(
+    ("text", "rows", "read"),
+    [("int8", 64, 1), ("int8", 65, 2), ("int8", 128, 2), ("int8", 129, 0), ("nf4:g32", 256, 4), ("nf4:g32", 257, 0),
+     ("int5:g32:asym", 192, 3), ("int5:g32:asym", 193, 0)],
+)  # fmt: skip
+def test_a_weight_is_read_again_for_each_64_rows(
+    text: str, rows: int, read: int, device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While that moves no more bytes than bfloat16 does; then it is dequantized."""
+    kernels = {name: getattr(operators, name) for name in ("_fused", "_bitstream")}
+    seen: list[int] = []
+    for name, kernel in kernels.items():
+
+        def counted(x: Tensor, *rest: object, kernel: object = kernel) -> None:
+            seen.append(len(x))
+            kernel(x, *rest)  # type: ignore[operator]
+
+        monkeypatch.setattr(operators, name, counted)
+    stored, values = weight(37, 64, text, device)
+    check(random(rows, 64, seed=1).bfloat16().to(device), text, stored, values, random(37).to(device))
+    assert (len(seen), sum(seen)) == (read, rows if read else 0)
+
+
 @pytest.mark.parametrize("text", ["int8", "int4:g128", "nf4:g32", "int5:g32:asym"])
 @dtypes
 @pytest.mark.parametrize("rows", [1, 20])

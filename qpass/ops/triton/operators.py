@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from qpass.ops.triton.table import (
     bitstream_tiles,
     device_of,
     fused_kind,
+    most_rows,
     split_of,
     tiles_of,
 )
@@ -70,7 +71,7 @@ def linear(
     if parts is None:
         return reference.linear(x, *stored, bias, spec, *rest)
     count = x.numel() // k
-    kind = fused_kind(spec, k, x.dtype) if count <= MOST_ROWS[x.dtype] else None
+    kind = fused_kind(spec, k, x.dtype) if count <= most_rows(spec, x.dtype) else None
     fits = (bias is None or bias.shape == (parts.rows,)) and parts.data.data_ptr() % 16 == 0
     if kind and fits and _is_taken_in(around, x, parts.rows):
         rows = x.reshape(count, k).contiguous()
@@ -118,21 +119,27 @@ def _product(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Ar
     """[M, K] -> [M, N], or [M, N / 2] with a gate."""
     if around.changes_input and len(x) > NORMED_ROWS:
         x, around = _norm(x, around), around.behind
-    return (_bitstream if kind == "BITSTREAM" else _fused)(x, parts, bias, kind, around)
+    kernel, most = _bitstream if kind == "BITSTREAM" else _fused, MOST_ROWS[x.dtype]
+    y = x.new_empty((len(x), parts.rows // 2 if around.gate else parts.rows))
+    residual = None if around.residual is None else around.residual.reshape(y.shape)
+    for start in range(0, len(x), most):  # whose weights are in the second cache then, if it holds them
+        some = slice(start, start + most)
+        after = around if residual is None else replace(around, residual=residual[some])
+        kernel(x[some], parts, bias, kind, after, y[some])
+    return y
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _fused(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Around) -> Tensor:
-    """By linear_kernel."""
+def _fused(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Around, y: Tensor) -> None:
+    """By linear_kernel, to y."""
     unpacking, bits = kernels_of("unpacking"), parts.spec.format.bits
     (m, k), n, words = x.shape, parts.rows, x.shape[1] * bits // 32
     tiles = tiles_of(m, bits)
     shared = _shared(x, n, words, tiles)
     number, fours = getattr(unpacking, kind).value, words % 4 == 0
-    y = x.new_empty((m, n // 2 if around.gate else n))
     kernels_of("linear").linear_kernel[shared.grid](
         x, parts.data.view(torch.int32), parts.scale, parts.zero, parts.outer, nf4_table({kind}, x.dtype, x.device),
         around.eps, _flat(around.norm), _flat(around.column_scale), _flat(bias), _flat(around.residual), y,
@@ -144,15 +151,13 @@ def _fused(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Arou
         FOURS=fours,
         BM=tiles.rows, BN=tiles.outputs, BW=tiles.words, **_beside(around, m), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return y
 
 
-def _bitstream(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Around) -> Tensor:
-    """By bitstream_kernel."""
+def _bitstream(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Around, y: Tensor) -> None:
+    """By bitstream_kernel, to y."""
     (m, k), n, units = x.shape, parts.rows, x.shape[1] // UNIT
     tiles, bits = bitstream_tiles(m), parts.spec.format.bits
     shared = _shared(x, n, units, tiles)
-    y = x.new_empty((m, n // 2 if around.gate else n))
     kernels_of("bitstream").bitstream_kernel[shared.grid](
         x, parts.data.view(torch.int32), parts.scale, parts.zero, parts.outer, eights(x.device),
         around.eps, _flat(around.norm), _flat(around.column_scale), _flat(bias), _flat(around.residual), y,
@@ -161,7 +166,6 @@ def _bitstream(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: 
         BITS=bits, GROUP=parts.spec.group_size, SCALE=parts.scale_kind, FLOAT_ZERO=parts.spec.float_zero, SPLIT=shared.grid[1],
         BM=tiles.rows, BN=tiles.outputs, BU=tiles.words, **_beside(around, m), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return y
 
 
 def _beside(around: Around, rows: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch
 from qpass.granularity import PerAxis, PerTensor
 from qpass.spec import parse_spec
 
-#: Format -> how the codes of a word become floats, in unpacking.py. Of more rows of x than MOST_ROWS, and of formats that are
+#: Format -> how the codes of a word become floats, in unpacking.py. Of more rows of x than `most_rows`, and of formats that are
 #: neither here nor in BITSTREAM, the weight is dequantized by a kernel of its own and multiplied by cuBLAS.
 FUSED: dict[str, str] = {
     "int8": "INT8",
@@ -30,7 +30,7 @@ FUSED: dict[str, str] = {
 BITSTREAM = frozenset({"int2", "int3", "int4", "int5", "int6", "int8"})
 #: Columns of as many whole words as a code has bits.
 UNIT = 32
-#: Rows of x up to which weights are read as they are stored, by its type. float32 has no tensor cores.
+#: Rows of x that a kernel takes, by its type. float32 has no tensor cores.
 MOST_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 8}
 
 #: Rows of x up to which every program of a product normalizes all of them itself; more are normalized by a kernel before it.
@@ -138,10 +138,17 @@ def fused_kind(text: str, columns: int, dtype: torch.dtype) -> str | None:
     return "BITSTREAM" if name in BITSTREAM and whole_units else None
 
 
+def most_rows(text: str, dtype: torch.dtype) -> int:
+    """Rows of x up to which a weight is read as it is stored: once for each MOST_ROWS of them, as long as these readings move no
+    more bytes than one of bfloat16 does."""
+    readings = max(1, 16 // parse_spec(text).format.bits) if dtype.itemsize == 2 else 1
+    return MOST_ROWS.get(dtype, 0) * readings
+
+
 def takes_in(text: str, columns: int, dtype: torch.dtype, rows: int | torch.SymInt) -> bool:
     """Whether a product may do what is around it: one kernel does it all. Of many rows, known when it is compiled, and of other
     formats, Inductor joins the norm, the gate and the sum with what stands before and behind them."""
-    few = rows <= MOST_ROWS.get(dtype, 0) if isinstance(rows, int) else dtype in MOST_ROWS
+    few = rows <= most_rows(text, dtype) if isinstance(rows, int) else dtype in MOST_ROWS
     return few and fused_kind(text, columns, dtype) is not None
 
 
