@@ -90,7 +90,7 @@ def test_rows_of_any_width_are_normalized(rows: int, columns: int, device: str, 
     check("int8", (True, 1e-5, False, "", False), (rows,), 9, columns, torch.bfloat16, device)
 
 
-@pytest.mark.parametrize(("text", "lead"), [("int8", (70,)), ("int4:g40", (70,)), ("int4:g40", (1, 2))], ids=str)
+@pytest.mark.parametrize(("text", "lead"), [("int8", (130,)), ("int4:g40", (70,)), ("int4:g40", (1, 2))], ids=str)
 def test_wide(text: str, lead: tuple[int, ...], device: str, poisoned: None) -> None:
     """Many rows, or a format that the kernels do not read: around the product in torch, but for the norm."""
     case = (True, 1e-5, True, "silu", True)

@@ -22,7 +22,7 @@ from tests.triton.test_rows import SPECS
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton brings NVIDIA's tools for Linux on x86-64"
 )
-capabilities = pytest.mark.parametrize("capability", [80, 89, 90], ids="sm_{}".format)
+capabilities = pytest.mark.parametrize("capability", [80, 89, 90, 100], ids="sm_{}".format)
 #: Formats of which a few are compiled each time; the rest in the long run.
 OFTEN = ["int8", "int4:g128", "int4:g32:asym", "nf4", "fp8_e4m3"]
 
