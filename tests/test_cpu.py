@@ -456,14 +456,19 @@ def test_a_cache_folder_that_cannot_be_written(small_source: Path, tmp_path: Pat
 
 
 def test_several_processes_build_at_once(small_source: Path, tmp_path: Path) -> None:
+    """One of them compiles, the others wait."""
+    counting, log = tmp_path / "cxx", tmp_path / "log"
+    counting.write_text(f'#!/bin/sh\necho "$1" >> {log}\nexec {compiler()} "$@"\n')
+    counting.chmod(0o755)
     program = (
         "import sys; from pathlib import Path; from qpass.ops.cpu import build;"
         f"build._SOURCES = Path({str(small_source)!r});"
-        f"print(build.build(build.ISAS[-1], {compiler()!r}).library.answer())"
+        f"print(build.build(build.ISAS[-1], {str(counting)!r}).library.answer())"
     )
     running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [p.communicate()[0].strip() for p in running] == ["42"] * 3
-    assert len(list((tmp_path / "cache" / "qpass").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "qpass").glob("*.so"))) == 1
+    assert [line for line in log.read_text().splitlines() if line != "--version"] == [str(small_source / "kernels.cpp")]
 
 
 def test_source_that_does_not_compile(small_source: Path) -> None:

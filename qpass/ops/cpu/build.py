@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from qpass.compute import changed
 from qpass.errors import QpassError
@@ -135,6 +136,23 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     return digest.hexdigest()[:20]
 
 
+def _compile(command: list[str], path: Path) -> str | None:
+    """What went wrong, or None. Other processes that want the same library wait for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if path.exists():
+            return None
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as unfinished:
+            pass
+        try:
+            error = _run([*command, "-o", unfinished.name])  # libraries come after what needs them
+            if error is None:
+                os.replace(unfinished.name, path)
+            return error
+        finally:
+            Path(unfinished.name).unlink(missing_ok=True)
+
+
 def compiled(
     name: str, source: str, compiler: str, choices: Sequence[tuple[str, ...]]
 ) -> tuple[Path, int, ctypes.CDLL] | str:
@@ -146,21 +164,14 @@ def compiled(
         for chosen, flags in enumerate(choices):
             path = folder / f"{name}-{_key(compiler, flags)}.so"
             try:
-                if not path.exists():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as unfinished:
-                        pass
-                    try:
-                        # libraries come after what needs them
-                        error = _run([compiler, str(_SOURCES / source), *flags, "-o", unfinished.name])
-                        if error is not None:
-                            problem, refused = error, refused + 1
-                            continue
-                        os.replace(unfinished.name, path)
-                    finally:
-                        Path(unfinished.name).unlink(missing_ok=True)
-                return path, chosen, ctypes.CDLL(str(path))
-            except OSError as error:  # no place to write, or a library that does not load
+                error = None if path.exists() else _compile([compiler, str(_SOURCES / source), *flags], path)
+                if error is None:
+                    return path, chosen, ctypes.CDLL(str(path))
+                problem, refused = error, refused + 1
+            except (
+                OSError,
+                NotImplementedError,
+            ) as error:  # no place to write or to lock; a library that does not load
                 problem = str(error)
         if refused == len(choices):  # another folder would not help
             break
