@@ -2,7 +2,7 @@
 
     python benchmarks/decode_cpu.py [--model FOLDER] [--contexts 128 2048] [--batches 1 4] [--prefill 512]
                                     [--engines REGEX] [--isa avx2] [--rounds 7] [--json build/decode_cpu.json]
-                                    [--chart docs/decode_cpu.svg] [--profile] [--cpp-wrapper]
+                                    [--chart docs/decode_cpu.svg] [--profile] [--wrapper both]
 
 `--model`: a Llama of transformers; without it, one of 418 M random weights.
 
@@ -23,6 +23,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ _READ = "reading memory"
 _STEPS = 3
 
 
-def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list[Engine], dict[str, str]]:
-    """Those whose name matches, and why others are absent."""
+def engines(reference: Any, wanted: str, threads: int, long: bool, wrapper: str) -> tuple[list[Engine], dict[str, str]]:
+    """Those whose name matches, and why others are absent. `wrapper`: Inductor's, "python", "cpp", or "both" of qpass's."""
     count = sum(p.numel() for n, p in reference.named_parameters() if p.dim() > 1 and is_read(reference, n))
 
     def plain(dtype: torch.dtype, compiled: bool) -> Callable[[str], Engine]:
@@ -92,7 +93,9 @@ def engines(reference: Any, wanted: str, threads: int, long: bool) -> tuple[list
             absent[name] = engine
             print(f"absent: {name}: {engine}")
         else:
-            found.append(engine)
+            found.append(replace(engine, cpp_wrapper=wrapper == "cpp"))
+            if wrapper == "both" and name.startswith("qpass"):
+                found.append(replace(make(name), name=f"{name}, C++ wrapper", cpp_wrapper=True))  # type: ignore[type-var]
     return found, absent
 
 
@@ -113,10 +116,10 @@ def compare(found: list[Engine], batch: int, context: int, rows: int, rounds: in
         if context > e.largest or (batch > 1 and "llama.cpp" in e.name):
             continue
         qpass.set_compute(e.compute)
-        first[e.name] = e.start(batch, 0, context + room)(ids)  # of the same capacity, so of the same graphs
-        steps[e.name] = e.start(batch, context, room)
-        if rows == 1:
-            for _ in range(2):
+        with torch._inductor.config.patch(cpp_wrapper=e.cpp_wrapper):
+            first[e.name] = e.start(batch, 0, context + room)(ids)  # of the same capacity, so of the same graphs
+            steps[e.name] = e.start(batch, context, room)
+            for _ in range(2 if rows == 1 else 0):
                 steps[e.name](ids)
     computes = {e.name: e.compute for e in found}
     memory = torch.ones(1 << 27)
@@ -204,10 +207,10 @@ def main() -> None:
     parser.add_argument("--chart", type=Path)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
-        "--cpp-wrapper", action="store_true", help="Inductor's wrapper of all graphs in C++ (compiles for minutes)"
-    )
+        "--wrapper", choices=["python", "cpp", "both"], default="python",
+        help="Inductor's, of all graphs; in C++ it compiles for minutes; both: each engine of qpass with either",
+    )  # fmt: skip
     args = parser.parse_args()
-    torch._inductor.config.cpp_wrapper = args.cpp_wrapper
     torch._dynamo.config.recompile_limit = 64  # all engines share the code of transformers
     threads = torch.get_num_threads()
     with use_isa(args.isa) if args.isa else contextlib.nullcontext():
@@ -217,13 +220,14 @@ def main() -> None:
             reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         else:
             reference = random_llama(**{**SHAPE, "layers": args.layers})
-        found, absent = engines(reference, args.engines, threads, long=max(args.contexts, default=0) > 1024)
+        long = max(args.contexts, default=0) > 1024
+        found, absent = engines(reference, args.engines, threads, long, args.wrapper)
         results: list[dict[str, Any]] = []
         profiles: dict[str, dict[str, float]] = {}
 
         def save() -> None:  # after each table: a whole run takes an hour
             about = {"model": args.model and args.model.name, "machine": platform.machine(), "threads": threads, "isa": isa,
-                     "wrapper": "C++" if args.cpp_wrapper else "Python",
+                     "wrapper": args.wrapper,
                      "torch": torch.__version__, "absent": absent}  # fmt: skip
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({**about, "rows": results, "profiles": profiles}, indent=1))

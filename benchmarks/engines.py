@@ -27,6 +27,7 @@ class Engine:
     """`start(batch, context, room)`: a step function whose cache holds `context` tokens and has room for as many more.
 
     `bytes_read`: of weights, in a step. `largest`: the longest context it can be put at. `compute`: of qpass's products.
+    `cpp_wrapper`: whether Inductor's wrapper of the kernels is C++, which compiles for minutes.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Engine:
     cache_bytes_per_token: int
     largest: int = 1 << 30
     compute: Literal["float", "int8"] | None = None
+    cpp_wrapper: bool = False
 
 
 def is_read(model: Any, name: str) -> bool:
