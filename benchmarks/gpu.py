@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import itertools
 import json
 import os
@@ -39,6 +40,8 @@ import torch
 from gpu_page import Row, write_page
 from gpu_shape import CACHES, MORE_WEIGHTS, PAIRS, TINY, TOLERANCE, WEIGHTS, WRITTEN_OUT, Shape
 
+import qpass
+
 
 class Run:
     """What is measured and how long it may take; rows as they come, saved after each stage."""
@@ -51,19 +54,20 @@ class Run:
         self.rows: list[Row] = []
         self.missing: list[str] = []
         self.ceilings: dict[str, float] = {}
-        self.about = {**about_device(self.device), "layers": self.layers}
+        self.heads: dict[tuple[str, int], float] = {}  # seconds of the vocabulary projection, by engine and batch
+        self.about = {**about_device(self.device), "layers": self.layers, "sources": sources()}
         if self.path.exists():
             before = json.loads(self.path.read_text())
             if any(before.get(key) != value for key, value in self.about.items()):
-                sys.exit(
-                    f"{self.path} holds results of {before.get('device')} with other versions or layers: give another --json"
-                )
-            self.rows, self.ceilings = before["rows"], before["ceilings"]
+                held = f"results of {before.get('device')} with other versions, sources or layers"
+                sys.exit(f"{self.path} holds {held}: give another --json")
+            self.rows, self.ceilings, self.missing = before["rows"], before["ceilings"], before["missing"]
 
     def measure(self, name: str, make: Callable[[], Row]) -> None:
         """One row, if no run before has it; what fails or comes too late is named instead."""
         if not re.search(self.only, name) or any(row["name"] == name for row in self.rows):
             return
+        self.missing = [entry for entry in self.missing if not entry.startswith(f"{name}: ")]
         if time.monotonic() > self.end:
             self.missing.append(f"{name}: no time left")
             return
@@ -83,7 +87,17 @@ class Run:
         """All rows so far."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         found = {"ceilings": self.ceilings, "missing": self.missing, "rows": self.rows}
-        self.path.write_text(json.dumps({**self.about, **found}, indent=1))
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps({**self.about, **found}, indent=1))
+        unfinished.replace(self.path)
+
+
+def sources() -> str:
+    """Of all code of qpass: rows of one file were measured with the same."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(qpass.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def about_device(device: str) -> Row:
@@ -168,8 +182,8 @@ MOST_KERNELS = 7
 def check_kernels_per_layer(run: Run) -> bool:
     """What each further layer of a decode step launches; False, and of which engine, if it is more than it may be."""
     wrong = []
-    for engine in steps.engines(compiles=True)[: len(WEIGHTS) + len(PAIRS) + len(CACHES) + 4]:
-        for batch in (1, 8) if engine.cache else ():
+    for engine in [e for e in steps.engines(compiles=True) if e.cache is not None][: len(CACHES)]:
+        for batch in (1, 8):
             one, three = (steps.kernels_of_step(engine, layers, batch, run.device) for layers in (1, 3))
             print(f"{engine.name}, batch {batch}: {(three - one) / 2} kernels a layer", flush=True)
             if (three - one) / 2 > MOST_KERNELS:
@@ -202,15 +216,15 @@ def kernels(run: Run) -> None:
         )
 
 
-def decode(run: Run, batch: int, context: int, heads: dict[tuple[str, int], float]) -> None:
-    """A step of every engine. `heads`: seconds of the vocabulary projection by format and batch, as they are measured."""
+def decode(run: Run, batch: int, context: int) -> None:
+    """A step of every engine."""
     for engine in steps.engines(compiles=run.device != "cpu"):
         name = f"decode {engine.name}, batch {batch}, {context} tokens"
         if engine.cache is None and not _fits(run, batch, context):
             if re.search(run.only, name):
                 run.missing.append(f"{name}: a float cache does not fit")
             continue
-        run.measure(name, lambda e=engine: _decode(run, e, batch, context, heads))
+        run.measure(name, lambda e=engine: _decode(run, e, batch, context))
         _forget()
 
 
@@ -220,21 +234,19 @@ def _fits(run: Run, batch: int, context: int) -> bool:
     return steps.float_cache_bytes(run.shape, run.layers, batch, context) < 0.6 * torch.cuda.mem_get_info()[0]
 
 
-def _decode(run: Run, engine: steps.Engine, batch: int, context: int, heads: dict[tuple[str, int], float]) -> Row:
+def _decode(run: Run, engine: steps.Engine, batch: int, context: int) -> Row:
     shape, on_gpu = run.shape, run.device != "cpu"
-    head = (engine.name.partition(", ")[0], batch)
-    if head not in heads and run.layers < shape.full_layers:
-        heads[head] = steps.time_head(engine, batch, shape, run.device)
+    head = _head_seconds(run, engine, batch)
     model = engine.prepare(steps.random_llama(shape, run.layers, run.device))
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     step, cache = steps.decode_step(model, engine, batch, context, 3 * shape.repeats + 16, run.device)
     seconds = steps.time_steps(step, run.device, shape.repeats)
-    weights, alone = steps.weight_bytes(model), min(heads.get(head, 0.0), seconds)
+    weights = steps.weight_bytes(model)
     row: Row = {
         "ms": seconds * 1e3,
-        "ms_of_32": ((seconds - alone) / run.layers * shape.full_layers + alone) * 1e3,
+        "ms_of_32": _whole(run, seconds, head) * 1e3,
         **run.of_bandwidth(seconds, weights + cache),
         "weight_bytes": weights,
         "cache_bytes": cache,
@@ -259,6 +271,7 @@ def prompts(run: Run) -> None:
 
 
 def _prompt(run: Run, engine: steps.Engine, tokens: int) -> Row:
+    head = _head_seconds(run, engine, 1)
     model = engine.prepare(steps.random_llama(run.shape, run.layers, run.device))
     ids = torch.randint(0, 90, (1, tokens), device=run.device)
 
@@ -270,7 +283,22 @@ def _prompt(run: Run, engine: steps.Engine, tokens: int) -> Row:
     seconds = steps.time_steps(read, run.device, max(3, run.shape.repeats // 4))
     multiplied = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and p.dim() == 2)
     share = 2 * multiplied * tokens / seconds / run.ceilings["bf16_operations_per_second"]
-    return {"ms": seconds * 1e3, "ms_of_32": seconds / run.layers * run.shape.full_layers * 1e3, "fraction": share}
+    return {"ms": seconds * 1e3, "ms_of_32": _whole(run, seconds, head) * 1e3, "fraction": share}
+
+
+def _head_seconds(run: Run, engine: steps.Engine, rows: int) -> float:
+    """Of the vocabulary projection as the engine has it; 0 where all layers are measured."""
+    key = (engine.name.partition(", ")[0], rows)
+    if key not in run.heads and run.layers < run.shape.full_layers:
+        run.heads[key] = steps.time_head(engine, rows, run.shape, run.device)
+        _forget()
+    return run.heads.get(key, 0.0)
+
+
+def _whole(run: Run, seconds: float, head: float) -> float:
+    """Seconds of all layers and the vocabulary projection, from those of some layers and it."""
+    head = min(head, seconds)
+    return (seconds - head) / run.layers * run.shape.full_layers + head
 
 
 def _forget() -> None:
@@ -288,15 +316,14 @@ def measure(run: Run) -> None:
     print(json.dumps(run.ceilings), flush=True)
     kernels(run)
     run.save()
-    heads: dict[tuple[str, int], float] = {}
     first, rest = shape.contexts[0], shape.contexts[1:]
     for batch, context in [(shape.rows[0], first), (shape.rows[0], rest[-1]), *((b, first) for b in shape.rows[1:])]:
-        decode(run, batch, context, heads)
+        decode(run, batch, context)
         run.save()
     prompts(run)
     run.save()
     for batch, context in [(b, c) for c in rest for b in shape.rows if (b, c) != (shape.rows[0], rest[-1])]:
-        decode(run, batch, context, heads)
+        decode(run, batch, context)
         run.save()
 
 

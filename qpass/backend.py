@@ -336,7 +336,8 @@ class QPass:
         made = made_and_changed(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
         join_linears(result.graph_module)
-        write_out_products(result.graph_module)
+        if self.inner == "inductor":  # others would make floats of the whole weight
+            write_out_products(result.graph_module)
         pick = Arguments(sources, lookups)
         bind()
         fakes = {i: fake_parts_of(inputs[i], inputs[i].parts) for i in pick.states}
@@ -353,7 +354,7 @@ class QPass:
         self.captures.append(
             Capture(before, after, plan, (*held.edits, *result.edits), frame_key(gm), is_graph_fragment(gm), refs)
         )
-        finish = [partial(keep, positions=made, lent=uses_cuda_graphs(mode))] if made else []
+        finish = [partial(keep, positions=made, lent=uses_cuda_graphs(self.inner, mode))] if made else []
         finish += [partial(restored, returned=held.returned)] if held.returned else []
         return partial(run_as_inference, compiled, pick, finish)
 

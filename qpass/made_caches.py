@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from qpass.graph.vocabulary import CASTS, op_name, source_of, value_of, written_by
@@ -26,28 +27,31 @@ _FACTORIES = {
     "new_full",
     "new_empty",
 }
+#: How rows are put into a cache; what else is made and changed, as the sums of experts, is made anew by the next call.
+_WRITERS = {"index_copy_", "setitem", "qpass::append", "qpass::append_rotated"}
 
 
 def made_and_changed(graph: Graph) -> list[int]:
     """Positions of such tensors among the outputs of a captured graph."""
-    changed = {target for node in graph.nodes for target in written_by(node)}
+    changed = {target: node for node in graph.nodes for target in written_by(node)}
     outputs = graph.output_node().args[0]
     assert isinstance(outputs, Sequence)
-    return [i for i, n in enumerate(outputs) if isinstance(n, Node) and n in changed and _is_new(n)]
+    return [i for i, n in enumerate(outputs) if isinstance(n, Node) and n in changed and _is_cache(n, changed[n])]
 
 
-def _is_new(node: Node) -> bool:
-    """Whether the memory is the graph's own, and not that of an input."""
-    if op_name(node) not in CASTS:
-        return op_name(node) in _FACTORIES
-    before, after = value_of(source_of(node)), value_of(node)
-    return bool(before.device != after.device or before.dtype != after.dtype)
+def _is_cache(node: Node, writer: Node) -> bool:
+    """Whether it is made to be written to by later calls, or a length that is brought to its device."""
+    if op_name(node) in CASTS:
+        return bool(value_of(source_of(node)).device != value_of(node).device)
+    return op_name(node) in _FACTORIES and op_name(writer) in _WRITERS
 
 
 def keep(outputs: Sequence[Any], positions: Sequence[int], lent: bool) -> list[Any]:
     """The outputs, with those at `positions` marked as memory that stays. `lent`: they are the memory of a CUDA graph."""
     outputs = list(outputs)
+    kept: dict[int, Tensor] = {}  # an output may be there twice
     for i in positions:
-        outputs[i] = outputs[i].clone() if lent else outputs[i]
+        tensor = outputs[i]
+        outputs[i] = kept.setdefault(id(tensor), tensor.clone() if lent else tensor)
         torch._dynamo.mark_static_address(outputs[i])
     return outputs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from qpass.errors import QpassError
 from qpass.formats import Format
 from qpass.granularity import Granularity, PerGroup, PerTensor, PerTokens
+from qpass.memory import outside_of_graphs
 from qpass.packing import pack, unpack
 from qpass.rotation import rotate
 from qpass.spec import QuantSpec
@@ -145,7 +147,7 @@ def _e8m0(amax: Tensor, fmt: Format, rounding: str) -> Tensor:
         mantissa, exponent = torch.frexp(amax / fmt.qmax)  # amax/max = mantissa * 2^exponent, mantissa in [.5, 1)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     else:
-        exponent = torch.frexp(amax)[1] - torch.frexp(torch.tensor(fmt.qmax))[1]
+        exponent = torch.frexp(amax)[1] - math.frexp(fmt.qmax)[1]
     exponent = torch.where(amax == 0, torch.zeros_like(exponent), exponent.clamp(-_E8M0_BIAS, _E8M0_BIAS))
     return (exponent + _E8M0_BIAS).to(torch.uint8).view(torch.float8_e8m0fnu)
 
@@ -223,9 +225,22 @@ def scale_values(scale: Tensor, outer_scale: Tensor | None) -> Tensor:
 # --- codes ----------------------------------------------------------------------------------------------------------
 
 
+def constants(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """float32 values where `like` is. On a GPU they are kept: a CUDA graph that is captured cannot copy them there."""
+    if type(like) is Tensor and like.is_cuda and not torch.compiler.is_compiling():
+        return constants_on(values, like.device)
+    return torch.tensor(values, dtype=torch.float32, device=like.device)
+
+
+@cache
+def constants_on(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 values on a device, made once."""
+    return outside_of_graphs(lambda: torch.tensor(values, dtype=torch.float32, device=device))
+
+
 def _nearest_code(x: Tensor, values: tuple[float, ...]) -> Tensor:
     """Index of the nearest of ascending `values`; a tie goes to the even index (E2M1: the even mantissa)."""
-    grid = torch.tensor(values, dtype=torch.float32, device=x.device)
+    grid = constants(values, x)
     middle = (grid[1:] + grid[:-1]) / 2
     x = x.contiguous()
     below = torch.bucketize(x, middle, out_int32=True)
@@ -328,7 +343,7 @@ def _code_values(codes: Tensor, fmt: Format) -> Tensor:
     """Codes -> the float32 numbers that scales multiply."""
     if fmt.codebook is None:
         return codes.float()
-    return torch.tensor(fmt.codebook, dtype=torch.float32, device=codes.device)[codes.int()]
+    return constants(fmt.codebook, codes)[codes.int()]
 
 
 def dequantize(q: Quantized, spec: QuantSpec, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -368,8 +383,10 @@ def round_to(x: Tensor, spec: QuantSpec, qparams: QParams) -> Tensor:
 
 def quantize_rows(x: Tensor, spec: QuantSpec) -> Quantized:
     """[.., K] -> Quantized, each row by itself, as inputs are: nvfp4 has an outer scale for each, [.., 1]."""
-    rows = torch.aminmax(x, dim=-1, keepdim=True) if spec.format.scale == "e4m3" and x.numel() else None
-    return quantize(x, spec, rows, checked=False)
+    if spec.format.scale != "e4m3":
+        return quantize(x, spec, checked=False)
+    none = x.new_zeros((*x.shape[:-1], 1))
+    return quantize(x, spec, torch.aminmax(x, dim=-1, keepdim=True) if x.numel() else (none, none), checked=False)
 
 
 def fake_quantize_rows(x: Tensor, spec: QuantSpec) -> Tensor:

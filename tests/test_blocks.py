@@ -15,7 +15,9 @@ from qpass.compute import compute_of
 from qpass.formats import E2M1_VALUES
 from qpass.numerics import dequantize, fake_quantize, quantize
 from qpass.ops import blocks
+from qpass.qtensor import QTensor
 from qpass.spec import parse_spec
+from qpass.store import fuse
 from tests.models import build, hf, logits_of, tokens
 
 
@@ -58,7 +60,7 @@ def test_input_and_weight_are_rounded(text: str, columns: int, dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("text", "inner"),
     [
-        pytest.param("mxfp8@mxfp8", "inductor", marks=pytest.mark.long),
+        *(pytest.param(t, "inductor", marks=pytest.mark.long) for t in ("mxfp8@mxfp8", "nvfp4@nvfp4")),
         ("mxfp4@mxfp8", "eager"),
         ("nvfp4@nvfp4", "eager"),
     ],
@@ -131,19 +133,41 @@ def test_a_gpu_that_multiplies_blocks_is_given_them(text: str, bias: bool, monke
 
     monkeypatch.setattr(blocks, "has_block_products", lambda device: True)
     monkeypatch.setattr(torch, "_scaled_mm", product)
-    x, added = random(2, 70, 96).bfloat16(), random(48, seed=2) if bias else None
+    x, added = random(2, 130, 96).bfloat16(), random(48, seed=2) if bias else None
     x[0] *= 1000  # a row does not change what becomes of another
     x[1, 3, 7], x[1, 5, 9] = torch.inf, torch.nan
     stored = quantize(random(48, 96, seed=1), parse_spec(text))
     found = torch.ops.qpass.block_linear(x, *stored.parts, added, text)
     assert len(calls) == 1
-    assert torch.equal(found.isnan().any(-1), ~x.isfinite().all(-1))
+    for isnan in (found.isnan().any(-1), found.isnan().all(-1)):
+        assert torch.equal(isnan, ~x.isfinite().all(-1))
     finite = x.isfinite().all(-1)
     rounded = rounded_alone(x[finite].unsqueeze(0), text.partition("@")[2]).double()
     expected = F.linear(rounded, dequantize(stored, parse_spec(text), 96).double())[0]
     expected = expected if added is None else expected + added.double()
     sizes = expected.abs().amax(-1, keepdim=True)
     assert ((found[finite] - expected).abs() / sizes).max() < 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 48])
+def test_joined_weights_have_a_scale_each(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v of nvfp4: one outer scale for each row of the weight."""
+    monkeypatch.setattr(blocks, "has_block_products", lambda device: True)
+    monkeypatch.setattr(torch, "_scaled_mm", in_float64)
+    spec = parse_spec("nvfp4@nvfp4")
+    weights = [quantize(random(16, 64, seed=i) * 10**i, spec) for i in range(3)]
+    joined = fuse([QTensor(w, spec, torch.Size((16, 64)), torch.float32) for w in weights])
+    x = random(rows, 64).bfloat16()
+    found = torch.ops.qpass.block_linear(x, *joined.parts, None, str(spec))
+    rounded = rounded_alone(x, "nvfp4").double()
+    for ours, weight in zip(found.split(16, 1), weights, strict=True):
+        expected = F.linear(rounded, dequantize(weight, spec, 64).double())
+        assert (ours - expected).abs().max() < 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("text", ["mxfp8", "nvfp4"])
+def test_of_no_rows_none_come_back(text: str) -> None:
+    assert torch.ops.qpass.round_blocks(torch.empty(0, 32), text).shape == (0, 32)
 
 
 @pytest.mark.parametrize(

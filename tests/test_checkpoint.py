@@ -73,8 +73,7 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["int8", "bits"])
+@pytest.mark.parametrize("name", ["int8", pytest.param("bits", marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_to_the_same_hash(name: str, source: Path, tmp_path: Path) -> None:
     whole, count = run(source, tmp_path / "whole", name, 0).stdout.split()[-2:]
     for _ in range(2):

@@ -63,7 +63,7 @@ def test_results_of_another_device_are_kept(tmp_path: Path) -> None:
     path.write_text(json.dumps(RESULTS))
     found = run("--device", "cpu", "--tiny", "--json", str(path))
     assert found.returncode != 0
-    assert "holds results of NVIDIA X1 with other versions or layers: give another --json" in found.stderr
+    assert "holds results of NVIDIA X1 with other versions, sources or layers: give another --json" in found.stderr
     assert json.loads(path.read_text()) == RESULTS
 
 

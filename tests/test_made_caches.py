@@ -27,15 +27,16 @@ def test_after_the_first_call(kv: str | None) -> None:
 
 
 class Makes(nn.Module):
-    """Gives back a buffer that it makes, one that it is given, and what it computes."""
+    """Gives back a cache that it makes, one that it is given, sums, and what it computes."""
 
     def forward(self, x: Tensor, given: Tensor) -> tuple[Tensor, ...]:
-        made, untouched = torch.zeros(4), torch.zeros(4)
-        made.add_(x)
-        given.add_(x)
+        made, untouched, sums, index = torch.zeros(4), torch.zeros(4), torch.zeros_like(x), torch.arange(4)
+        made.index_copy_(0, index, x)
+        given.index_copy_(0, index, x)
+        sums.index_add_(0, index, x)
         computed = x * 2
         computed.add_(1)
-        return made, untouched, given, computed, x.to(torch.float32).mul_(1)
+        return made, untouched, given, sums, computed, x.to(torch.float32).mul_(1)
 
 
 def test_which_outputs() -> None:
@@ -53,8 +54,9 @@ def test_which_outputs() -> None:
 @pytest.mark.parametrize("lent", [True, False], ids=["of a CUDA graph", "its own"])
 def test_what_is_lent_is_copied(lent: bool) -> None:
     outputs = (torch.ones(2), torch.ones(3))
-    first, second = keep(outputs, [1], lent)
+    first, second, again = keep((*outputs, outputs[1]), [1, 2], lent)
     assert first is outputs[0]
+    assert second is again
     assert torch.equal(second, outputs[1])
     assert (second is not outputs[1]) == lent
     assert second._dynamo_static_input_type == "unguarded"

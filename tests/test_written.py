@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
@@ -14,7 +17,7 @@ from qpass.ops.triton import table
 from qpass.sites import fuse, written
 from qpass.spec import parse_spec
 
-COLUMNS, OUTPUTS = 4096, 16384  # 64 MB
+COLUMNS, OUTPUTS = 2048, 32768  # 64 MB
 
 
 def module_of(
@@ -58,12 +61,24 @@ def test_it_fires(text: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["two rows", "cpu", "small", "pieces", "int8:g32", "int8:channel:asym", "int4:channel", "fp8_e4m3:channel"]
+    "case",
+    [
+        "two rows",
+        "cpu",
+        "small",
+        "square",
+        "pieces",
+        "int8:g32",
+        "int8:channel:asym",
+        "int4:channel",
+        "fp8_e4m3:channel",
+    ],
 )
 def test_it_does_not(case: str) -> None:
     text, outputs = case if ":" in case else "int8:channel", OUTPUTS - 1 if case == "small" else OUTPUTS
+    columns = OUTPUTS // 4 if case == "square" else COLUMNS
     rows, device = 2 if case == "two rows" else 1, "cpu" if case == "cpu" else "cuda"
-    module = module_of(text, rows, torch.bfloat16, COLUMNS, outputs, device)
+    module = module_of(text, rows, torch.bfloat16, columns, outputs, device)
     if case == "pieces":  # of q, k and v
         y = module.graph.find_nodes(op="output")[0].args[0]
         with module.graph.inserting_after(y):
@@ -80,13 +95,20 @@ def test_the_same_is_computed(dtype: torch.dtype, bias: bool, inner: str, monkey
     """On the CPU, which the table leaves to the operator. The compiler makes it one loop: no float weight is left."""
     text, columns, outputs = "int8:channel", 96, 40
     monkeypatch.setattr(table, "WRITTEN_OUT", 1)
+    monkeypatch.setattr(table, "_VOCABULARY", 0)
     module = module_of(text, 1, dtype, columns, outputs, "cuda", bias)
     assert is_written(module)
     torch.manual_seed(0)
     x, norm, weight = torch.randn(1, 1, columns).to(dtype), torch.rand(columns).to(dtype), torch.randn(outputs, columns)
     stored, added = quantize(weight, parse_spec(text)), torch.randn(outputs) if bias else None
     given: list[Tensor] = [p for p in (x, norm, *stored.parts, added) if p is not None]
-    found = (module if inner == "eager" else torch.compile(module))(*given)
+    if inner == "eager":
+        found = module(*given)
+    else:
+        found, (code,) = run_and_get_code(torch.compile(module), *given)
+        made = re.findall(r"empty_strided_cpu\(\((.*?)\), ", code)
+        assert made
+        assert not any(f"{outputs}, {columns}" in shape for shape in made)
     normed = F.rms_norm(x, (columns,), norm, 1e-6)
     expected = F.linear(normed.double(), dequantize(stored, parse_spec(text), columns).double())
     expected = expected if added is None else expected + added.double()

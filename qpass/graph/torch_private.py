@@ -259,11 +259,14 @@ def compile_inner(gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str 
     return lookup_backend(inner)(gm, list(inputs))
 
 
-def uses_cuda_graphs(mode: str | None) -> bool:
-    """Whether a mode of torch.compile has GPUs run CUDA graphs."""
-    from torch._inductor import list_mode_options
+def uses_cuda_graphs(inner: str, mode: str | None) -> bool:
+    """Whether GPUs run CUDA graphs of what a backend makes, in a mode of torch.compile."""
+    from torch._inductor import config, list_mode_options
 
-    return bool(mode and list_mode_options(mode).get("triton.cudagraphs"))
+    options = list_mode_options(mode) if mode else {}
+    return inner == "cudagraphs" or (
+        inner == "inductor" and bool(options.get("triton.cudagraphs", config.triton.cudagraphs))
+    )
 
 
 def check_inner(inner: str) -> None:

@@ -223,6 +223,9 @@ def _rounded(x: Tensor, call: LinearCall, weight: QTensor) -> Tensor:
     assert spec is not None
     x = (x.mT if call.columns else x).to(value_of(call.node).dtype)
     scaled = x if q.column_scale is None else x * q.column_scale[0]
-    back = torch.ops.qpass.round_input(scaled, q.input_scale, q.input_zero_point, str(spec))
+    if spec.in_blocks:
+        back = torch.ops.qpass.round_blocks(scaled, str(spec))
+    else:
+        back = torch.ops.qpass.round_input(scaled, q.input_scale, q.input_zero_point, str(spec))
     back = (back if q.column_scale is None else back / q.column_scale[0]).to(x.dtype)
     return back.mT if call.columns else back

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qpass.compute import has_block_products, multiplies_blocks
-from qpass.numerics import Quantized, fake_quantize_rows, quantize_rows
+from qpass.numerics import Quantized, constants, fake_quantize_rows, quantize_rows
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.launching import attempt
 from qpass.ops.triton.table import most_rows
@@ -69,7 +69,8 @@ def block_product(x: Tensor, weight: Quantized, spec: QuantSpec) -> Tensor:
         out_dtype=x.dtype,
     )
     if rows.outer_scale is not None and weight.outer_scale is not None:
-        y = (y.float() * (rows.outer_scale * weight.outer_scale)).to(x.dtype)
+        # one of the weight, or, of weights that were joined, one for each row
+        y = (y.float() * rows.outer_scale * weight.outer_scale.reshape(1, -1)).to(x.dtype)
     return y.masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan)
 
 
@@ -78,7 +79,7 @@ def _codes(data: Tensor, spec: QuantSpec) -> Tensor:
     if spec.format.name == "nvfp4":
         return data.view(torch.float4_e2m1fn_x2)
     if spec.format.codebook is not None:
-        values = torch.tensor(spec.format.codebook, device=data.device).to(torch.float8_e4m3fn)
+        values = constants(spec.format.codebook, data).to(torch.float8_e4m3fn)
         data = values.view(torch.uint8)[unpack(data, spec.format.bits, 2 * data.shape[1]).int()]
     return data.view(torch.float8_e4m3fn)
 

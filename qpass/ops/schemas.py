@@ -26,7 +26,7 @@ SCHEMAS = {
         f"(Tensor x, Tensor x_scale, Tensor? x_zero_point, {_PARTS.format('')}, Tensor? bias, str spec, "
         "ScalarType dtype) -> Tensor"
     ),
-    # x [.., K] as it comes back from blocks that share an E8M0 scale, which the compiler does not know, in x's dtype
+    # x [.., K] as it comes back from blocks with scales of 8 bits, whose types the compiler does not know, in x's dtype
     "round_blocks": "(Tensor x, str spec) -> Tensor",
     # linear of round_blocks(x), where spec says of what. GPUs that multiply such blocks do.
     "block_linear": f"(Tensor x, {_PARTS.format('')}, Tensor? bias, str spec) -> Tensor",

@@ -138,7 +138,8 @@ def test_quantized_inputs_are_rounded_as_the_model_does(recipe: str) -> None:
     "recipe",
     [
         "int8:smooth@int8",
-        *(pytest.param(t, marks=pytest.mark.long) for t in ("int8@int8:static", "int4:g32:awq")),
+        "int8@int8:static",
+        *(pytest.param(t, marks=pytest.mark.long) for t in ("int4:g32:awq", "nvfp4@nvfp4")),
         "int4:g32:gptq",
     ],
 )

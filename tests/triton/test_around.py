@@ -90,6 +90,12 @@ def test_rows_of_any_width_are_normalized(rows: int, columns: int, device: str, 
     check("int8", (True, 1e-5, False, "", False), (rows,), 9, columns, torch.bfloat16, device)
 
 
+@pytest.mark.parametrize("case", [EVERYTHING, (False, None, False, "", True)], ids=["everything", "residual"])
+@pytest.mark.parametrize("text", ["int8", "int4:g32:asym", "int5:g32:asym:scale=fp16"])
+def test_rows_that_take_several_launches(text: str, case: Case, device: str, poisoned: None, in_kernels: None) -> None:
+    check(text, case, (2, 35), 38, 96, torch.bfloat16, device)
+
+
 @pytest.mark.parametrize(("text", "lead"), [("int8", (130,)), ("int4:g40", (70,)), ("int4:g40", (1, 2))], ids=str)
 def test_wide(text: str, lead: tuple[int, ...], device: str, poisoned: None) -> None:
     """Many rows, or a format that the kernels do not read: around the product in torch, but for the norm."""

@@ -2,7 +2,7 @@
 
 The kernels have a plain C interface and know nothing of torch, so any compiler will do, in ten seconds to a minute; binding.cpp
 uses torch's stable ABI, which is as small. A library is kept under a name made of everything that it depends on. It is
-written beside its place and moved there in one step, so that several processes may build it at once.
+written beside its place and moved there in one step; other processes that want it wait, where files can be locked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -139,7 +139,9 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
 def _compile(command: list[str], path: Path) -> str | None:
     """What went wrong, or None. Other processes that want the same library wait for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):  # of file systems that lock nothing
+            held.enter_context(FileLock(path.with_suffix(".lock")))
         if path.exists():
             return None
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as unfinished:
@@ -168,10 +170,7 @@ def compiled(
                 if error is None:
                     return path, chosen, ctypes.CDLL(str(path))
                 problem, refused = error, refused + 1
-            except (
-                OSError,
-                NotImplementedError,
-            ) as error:  # no place to write or to lock; a library that does not load
+            except OSError as error:  # no place to write, or a library that does not load
                 problem = str(error)
         if refused == len(choices):  # another folder would not help
             break

@@ -96,12 +96,6 @@ def _patterns(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @cache
-def codebook(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[16] float32 values of a format."""
-    return outside_of_graphs(lambda: torch.tensor(values, dtype=torch.float32, device=device))
-
-
-@cache
 def eights(device: torch.device) -> Tensor:
     """int32 0 .. 7."""
     return outside_of_graphs(lambda: torch.arange(8, dtype=torch.int32, device=device))

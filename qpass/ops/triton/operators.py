@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qpass.numerics import constants_on
 from qpass.ops import reference
 from qpass.ops.around import Around
 from qpass.ops.schemas import LIBRARY
@@ -17,7 +18,6 @@ from qpass.ops.triton.launching import (
     FLOATS,
     attempt,
     code_kind,
-    codebook,
     eights,
     kernels_of,
     nf4_table,
@@ -122,8 +122,10 @@ def _product(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Ar
     kernel, most = _bitstream if kind == "BITSTREAM" else _fused, MOST_ROWS[x.dtype]
     y = x.new_empty((len(x), parts.rows // 2 if around.gate else parts.rows))
     residual = None if around.residual is None else around.residual.reshape(y.shape)
-    for start in range(0, len(x), most):  # whose weights are in the second cache then, if it holds them
-        some = slice(start, start + most)
+    readings = -(-len(x) // most)  # but for the first from the second cache, if it holds the weight
+    count = -(-len(x) // readings)
+    for start in range(0, len(x), count):
+        some = slice(start, start + count)
         after = around if residual is None else replace(around, residual=residual[some])
         kernel(x[some], parts, bias, kind, after, y[some])
     return y
@@ -208,7 +210,7 @@ def _rows(parts: Parts, ids: Tensor | None, columns: int, dtype: torch.dtype) ->
     if not count:
         return y
     tile = min(_COLUMNS, 1 << max(5, (columns - 1).bit_length()))
-    table = codebook(fmt.codebook, y.device) if fmt.codebook else None
+    table = constants_on(fmt.codebook, y.device) if fmt.codebook else None
     kernels_of("rows").rows_kernel[(count, -(-columns // tile))](
         parts.data, parts.scale, parts.zero, parts.outer, table, ids, y,
         parts.rows, columns, parts.data.shape[-1], parts.blocks, parts.zero_width,

@@ -37,8 +37,9 @@ MOST_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 8}
 NORMED_ROWS = 8
 
 #: Bytes of an int8 weight from which a product with one row is left to Inductor, whose reduction casts as it reads. What stands
-#: around it then takes kernels of its own, so it is for the vocabulary, of which a step has one.
-WRITTEN_OUT = 1 << 26
+#: around it then takes kernels of its own, so it is for the vocabulary projection, of which a step has one: it has so many times
+#: more outputs than columns as no other linear.
+WRITTEN_OUT, _VOCABULARY = 1 << 26, 8
 
 #: Compute capability of the first GPUs with bfloat16 products and asynchronous copies (Ampere). fp8 weights need no hardware for
 #: fp8: their bits are moved to where bfloat16 has them.
@@ -158,7 +159,7 @@ def written_out(text: str, device: str, rows: int | torch.SymInt, outputs: int, 
     spec = parse_spec(text)
     plain = spec.format.name == "int8" and spec.symmetric and isinstance(spec.granularity, PerAxis | PerTensor)
     one = isinstance(rows, int) and rows == 1
-    return device == "cuda" and one and plain and outputs * columns >= WRITTEN_OUT
+    return device == "cuda" and one and plain and outputs * columns >= WRITTEN_OUT and outputs >= _VOCABULARY * columns
 
 
 @dataclass(frozen=True)

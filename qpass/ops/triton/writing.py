@@ -12,8 +12,9 @@ from torch import Tensor
 
 from qpass import numerics
 from qpass.granularity import PerTensor, PerTokens
+from qpass.numerics import constants_on
 from qpass.ops import reference
-from qpass.ops.triton.launching import FLOATS, attempt, code_kind, codebook, kernels_of, serves
+from qpass.ops.triton.launching import FLOATS, attempt, code_kind, kernels_of, serves
 from qpass.ops.triton.stored import as_bytes, layout_of
 from qpass.ops.triton.workspace import counters
 from qpass.rotation import rotate
@@ -77,7 +78,7 @@ class _Target:
         """The parts, `given`, and the middles between the values of a codebook."""
         data = self.parts[0]
         assert data is not None
-        return *self.parts, self.given, codebook(self._middles, data.device) if self._middles else None
+        return *self.parts, self.given, constants_on(self._middles, data.device) if self._middles else None
 
     @property
     def widths(self) -> tuple[int, ...]:
