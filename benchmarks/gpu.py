@@ -38,7 +38,7 @@ import gpu_kernels
 import gpu_steps as steps
 import torch
 from gpu_page import Row, write_page
-from gpu_shape import CACHES, MORE_WEIGHTS, PAIRS, TINY, TOLERANCE, WEIGHTS, WRITTEN_OUT, Shape
+from gpu_shape import CACHES, MORE_WEIGHTS, OTHER_WEIGHTS, PAIRS, TINY, TOLERANCE, WEIGHTS, WRITTEN_OUT, Shape
 
 import qpass
 
@@ -150,7 +150,8 @@ def check(run: Run, thorough: bool) -> bool:
         if not error <= most:
             wrong.append(f"{name}: {error:.2e}")
 
-    for text, (outputs, columns), dtype in itertools.product((*WEIGHTS, *MORE_WEIGHTS), sizes, dtypes):
+    formats = (*WEIGHTS, *MORE_WEIGHTS, *(OTHER_WEIGHTS if thorough else ()))
+    for text, (outputs, columns), dtype in itertools.product(formats, sizes, dtypes):
         for m, around in itertools.product(rows, (False, True) if outputs == sizes[0][0] else (False,)):
             error = checks.check_linear(text, m, dtype, run.device, outputs, columns, next(seeds), around)
             compare(f"linear {text} {dtype} [{m}, {columns}] x {outputs}, around it: {around}", error, TOLERANCE[dtype])

@@ -14,9 +14,10 @@ from qpass.numerics import Quantized
 from qpass.spec import parse_spec
 from qpass.weights import quantize_weight
 
-#: Formats of weights and of caches.
+#: Formats of weights, in the order of their weight, and of caches.
 WEIGHTS = ("int8", "int4:g128", "int4:g32:asym", "nf4", "fp8_e4m3:channel")
 MORE_WEIGHTS = ("mxfp8", "mxfp4", "nvfp4", "int3:g128", "int5:g32:asym:scale=fp16")
+OTHER_WEIGHTS = ("int2:g32:asym", "int6:g32:asym:scale=fp16", "fp4_e2m1", "fp8_e5m2")
 WRITTEN_OUT = "int8 written out"
 CACHES = ("int8", "fp8_e4m3:channel", "int4:channel:asym")
 #: Codes times codes.

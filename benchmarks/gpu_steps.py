@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from gpu_shape import CACHES, MORE_WEIGHTS, PAIRS, TINY, WEIGHTS, Shape, one
+from gpu_shape import CACHES, MORE_WEIGHTS, OTHER_WEIGHTS, PAIRS, TINY, WEIGHTS, Shape, one
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import StaticCache
@@ -53,10 +53,9 @@ def engines(compiles: bool) -> list[Engine]:
         ]
     alike = list(zip(("int8", "fp8_e4m3:channel", "int4:g128"), CACHES, strict=True))
     found += [with_cache(weight, cache) for weight, cache in alike]
-    found += [Engine(f"qpass {text}", of_qpass(text)) for text in (*PAIRS, *MORE_WEIGHTS)]
-    others = [
-        (weight, cache) for cache in CACHES for weight in (*WEIGHTS, *MORE_WEIGHTS) if (weight, cache) not in alike
-    ]
+    found += [Engine(f"qpass {text}", of_qpass(text)) for text in (*PAIRS, *MORE_WEIGHTS, *OTHER_WEIGHTS)]
+    every = (*WEIGHTS, *MORE_WEIGHTS, *OTHER_WEIGHTS)
+    others = [(weight, cache) for cache in CACHES for weight in every if (weight, cache) not in alike]
     return found + [with_cache(weight, cache) for weight, cache in others]
 
 
