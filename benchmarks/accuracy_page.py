@@ -291,8 +291,9 @@ it is level with torchao's (W4 g128: .00340 and .00334, with outliers .01284 and
 the vocabulary projection of tinypy unscaled, which is better there. KLs of GPTQ differ by up to 5 % with the number of threads,
 as sums are rounded differently.
 
-The rows "bits" of SmolLM2 were measured with a format for each weight. Now weights that one operator reads share one, which is
-faster: bits 5.35 give a KL of .0348 then instead of .0326 (top-1 .8931); the others were not measured anew.
+The rows "bits 5.4" and "bits 4.1" of SmolLM2 were measured with a format for each weight. In the others weights that one operator
+reads share one, which is faster and loses a little more (bits 5.35: .0326 before). "Seed 1" is the same model with its channels
+permuted and scaled in another way (`examples/smollm2.py --seed 1`): what it computes is the same, its weights round differently.
 """
 
 
