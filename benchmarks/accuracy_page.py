@@ -227,7 +227,7 @@ def tables(subject: str, known: dict[str, Any]) -> list[str]:
     frontier = {name: known[f"{subject}|{r}"] for name, r in FRONTIER.items() if f"{subject}|{r}" in known}
     if len(frontier) > 3:
         sized = [(result["bytes"] / 1e6, row(name, result, None)) for name, result in frontier.items()]
-        if subject.startswith("SmolLM2-135M"):
+        if subject == "SmolLM2-135M-Instruct":  # of these very weights
             sized += [(mb, f"| *llama.cpp {name}* | {mb:.2f} | {ppl:.3f} | {top1:.4f} | {kl:.5f} | | |")
                       for name, (mb, ppl, top1, kl) in LLAMA_CPP.items()]  # fmt: skip
         lines += ["\nSizes, beside llama.cpp's\n", *head, *(line for _, line in sorted(sized, reverse=True))]
