@@ -15,9 +15,10 @@ from qpass.numerics import Quantized, choose_qparams, codes_of, for_whole_tensor
 from qpass.ops.cpu.build import cpu_features
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.launching import attempt, kernels_of, serves
+from qpass.ops.triton.table import INTEGER_TILE, INTEGERS
 from qpass.spec import parse_spec
 
-#: From so many rows of the input on the product of integers is faster than a kernel that reads the weight for a few.
+#: From so many rows of the input on the product of integers is faster on a CPU than a kernel that reads the weight for a few.
 _ROWS = 8
 
 
@@ -125,10 +126,11 @@ def _integer_linear_fake(x: Tensor, x_scale: object, x_zero: object, data: Tenso
 
 
 def int8_products_pay(rows: Tensor, outputs: int) -> bool:
-    """Whether torch multiplies int8 faster than floats: on a CPU with VNNI, on a GPU in tiles of 8."""
+    """Whether torch multiplies int8 faster than floats: on a CPU with VNNI, on a GPU in whole tiles."""
     if rows.device.type == "cpu":
         return len(rows) >= _ROWS and bool(cpu_features() & {"avx512_vnni", "avx_vnni", "amx_int8"})
-    return rows.device.type == "cuda" and len(rows) > 16 and rows.shape[1] % 8 == 0 and outputs % 8 == 0
+    whole = rows.shape[1] % INTEGER_TILE == 0 and outputs % INTEGER_TILE == 0
+    return rows.device.type == "cuda" and len(rows) >= INTEGERS and whole
 
 
 def fp8_products_serve(rows: Tensor, data: Tensor, dtype: torch.dtype) -> bool:

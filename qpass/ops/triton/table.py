@@ -41,6 +41,9 @@ NORMED_ROWS = 8
 #: more outputs than columns as no other linear.
 WRITTEN_OUT, _VOCABULARY = 1 << 26, 8
 
+#: Rows of codes from which torch's product of integers (_int_mm) takes them, and multiples of columns and outputs.
+INTEGERS, INTEGER_TILE = 17, 8
+
 #: Compute capability of the first GPUs with bfloat16 products and asynchronous copies (Ampere). fp8 weights need no hardware for
 #: fp8: their bits are moved to where bfloat16 has them.
 LEAST = (8, 0)
