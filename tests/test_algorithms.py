@@ -282,7 +282,6 @@ def test_hqq_lowers_the_error_that_it_minimizes(text: str) -> None:
         ("int8@fp32", "leave the part behind @ out"),
         ("int8@int8:gptq", "gptq is for weights"),
         ("int8@int8:tensor", "int8:static"),
-        ("int8@int8:tensor", "int8:static"),
         ("int8@nvfp4:static", "static scales are for int8 and fp8"),
         ("int8@int8:rotated", "KV cache"),
         ("int8@int8:mse", "write static before it"),
