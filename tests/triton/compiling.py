@@ -21,6 +21,8 @@ from qpass.ops.triton import caches, launching, operators
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
          torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8", torch.bool: "i1"}  # fmt: skip
+#: Instructions of tensor cores: of a warp, of a warp group on sm_90, of a program on sm_100.
+PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from qpass.numerics import quantize
 from qpass.ops.triton import operators
 from qpass.spec import parse_spec
-from tests.triton.compiling import Launch, launches  # noqa: F401  a fixture
+from tests.triton.compiling import PRODUCTS, Launch, launches  # noqa: F401  a fixture
 from tests.triton.test_compile import capabilities, pytestmark  # noqa: F401
 
 OFTEN = ["int8", "int4:g32:asym"]
@@ -48,8 +48,9 @@ def test_attention(text: str, queries: int, capability: int, launches: list[Laun
     mask = torch.ones(1, 1, queries, 2048, dtype=torch.bool)
     code = launch(launches, text, queries, mask, floats=True).compiled(capability)
     assert code.count("LDGSTS.E.BYPASS.128") > 0
-    assert code.count("HMMA", "HGMMA") > 0
-    assert code.spills == 0
+    assert code.count(*PRODUCTS) > 0
+    # On sm_100 operands and sums go through registers on their way to tensor memory: a few of thousands of instructions spill.
+    assert code.spills <= (code.loop_length / 1000 if capability == 100 else 0)
 
 
 @pytest.mark.parametrize(("text", "columns", "tokens"), [("int4:channel", 64, 2001), ("int4:channel:asym", 96, 1001)])

@@ -15,7 +15,7 @@ import torch
 from qpass.formats import NF4_VALUES
 from qpass.ops.triton import operators
 from qpass.spec import parse_spec
-from tests.triton.compiling import Launch, launches  # noqa: F401  a fixture
+from tests.triton.compiling import PRODUCTS, Launch, launches  # noqa: F401  a fixture
 from tests.triton.test_linear import BITSTREAM_SPECS, FUSED_SPECS, weight
 from tests.triton.test_rows import SPECS
 
@@ -42,7 +42,7 @@ def test_fused_linear(text: str, rows: int, capability: int, launches: list[Laun
     assert (
         code.count("LDGSTS.E.BYPASS.128") > 0
     )  # weights and x: 16 bytes at once, to shared memory, past the first cache
-    assert code.count("HMMA", "HGMMA") > 0
+    assert code.count(*PRODUCTS) > 0
     assert code.spills == 0
     assert code.shared <= 99 << 10  # what sm_86 and sm_89 have for a program
     assert not re.search(r"ftz\.(bf16|f16)", code.ptx)  # codes are subnormal floats
@@ -79,7 +79,7 @@ def test_codes_across_words(text: str, rows: int, capability: int, barriers: int
     or 17, where the product of a warp group on sm_90 takes them from shared memory."""
     code = launch(launches, text, rows).compiled(capability)
     assert code.count("LDGSTS") > 0
-    assert code.count("HMMA", "HGMMA") > 0
+    assert code.count(*PRODUCTS) > 0
     assert code.spills == 0
     assert code.shared <= 99 << 10
     assert code.in_loop["BAR.SYNC.DEFER_BLOCKING"] <= barriers
@@ -129,7 +129,7 @@ def test_of_many_rows_the_norm_is_a_kernel_before(launches: list[Launch]) -> Non
 def test_linear_of_float32(text: str, launches: list[Launch]) -> None:  # noqa: F811
     """No product is rounded to TF32."""
     code = launch(launches, text, 8, torch.float32).compiled(90)
-    assert code.count("HMMA", "HGMMA") == 0
+    assert code.count(*PRODUCTS) == 0
     assert code.shared <= 99 << 10
 
 
