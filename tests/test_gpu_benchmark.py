@@ -44,7 +44,7 @@ def run(*arguments: str, script: Path = SCRIPT) -> subprocess.CompletedProcess[s
 @pytest.mark.long
 def test_every_stage(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    wanted = "int8|bf16, |rounding"
+    wanted = "linear int8|attention int8|bf16, |rounding|decode qpass int8, int8 cache|prompt qpass int8,"
     found = run("--device", "cpu", "--tiny", "--only", wanted, "--json", str(path))
     assert found.returncode == 0, found.stderr[-2000:]
     results = json.loads(path.read_text())
