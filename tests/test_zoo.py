@@ -11,7 +11,8 @@ from tests.zoo.oracle import expected_kind
 #: encoder-decoder, vision.
 SAMPLE = [
     "BloomForCausalLM", "CohereForCausalLM", "DeepseekV3ForCausalLM", "FalconForCausalLM", "Gemma3nForCausalLM",
-    "GPTNeoXForCausalLM", "GptOssForCausalLM", "GraniteMoeHybridForCausalLM", "JambaForCausalLM", "MambaForCausalLM",
+    "GPTNeoXForCausalLM", "GPTNeoXJapaneseForCausalLM", "GptOssForCausalLM", "GraniteMoeHybridForCausalLM",
+    "JambaForCausalLM", "MambaForCausalLM",
     "OlmoeForCausalLM", "Phi3ForCausalLM", "Qwen3NextForCausalLM", "ZayaForCausalLM", "AlbertForMaskedLM",
     "T5ForConditionalGeneration", "WhisperForConditionalGeneration", "CLIPModel", "ViTForImageClassification",
     "ModernBertForMaskedLM",

@@ -182,7 +182,8 @@ def as_one(
         sinks = graph.call_function(operator.getitem, (sinks, (0, slice(None), 0, 0)))
     rest = (_mask(graph, whole, heads if flat else 0), whole.is_causal, whole.scale, *floats, whole.soft_cap, sinks)
     new = graph.call_function(torch.ops.qpass.attention.default, (q, *k, *v, *rest))
-    return graph.call_function(_aten.flatten.using_ints, (new, 0, 1)) if flat else new
+    leaves_flat = len(shape_of(whole.node) or ()) == 3  # scores may have taken on four dimensions between two products
+    return graph.call_function(_aten.flatten.using_ints, (new, 0, 1)) if leaves_flat else new
 
 
 def _mask(graph: Graph, whole: Attention, heads: int) -> Node | None:
