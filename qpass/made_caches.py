@@ -15,18 +15,7 @@ from torch.fx import Graph, Node
 
 from qpass.graph.vocabulary import CASTS, op_name, source_of, value_of, written_by
 
-_FACTORIES = {
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "zeros_like",
-    "full_like",
-    "empty_like",
-    "new_zeros",
-    "new_full",
-    "new_empty",
-}
+_FACTORIES = {"zeros", "ones", "full", "empty", "zeros_like", "full_like", "empty_like", "new_zeros", "new_full", "new_empty"}  # fmt: skip
 #: How rows are put into a cache; what else is made and changed, as the sums of experts, is made anew by the next call.
 _WRITERS = {"index_copy_", "setitem", "qpass::append", "qpass::append_rotated"}
 
@@ -52,6 +41,8 @@ def keep(outputs: Sequence[Any], positions: Sequence[int], lent: bool) -> list[A
     kept: dict[int, Tensor] = {}  # an output may be there twice
     for i in positions:
         tensor = outputs[i]
-        outputs[i] = kept.setdefault(id(tensor), tensor.clone() if lent else tensor)
-        torch._dynamo.mark_static_address(outputs[i])
+        if id(tensor) not in kept:
+            kept[id(tensor)] = tensor.clone() if lent else tensor
+            torch._dynamo.mark_static_address(kept[id(tensor)])
+        outputs[i] = kept[id(tensor)]
     return outputs
