@@ -15,7 +15,9 @@ from torch.fx import Graph, Node
 
 from qpass.graph.vocabulary import CASTS, op_name, source_of, value_of, written_by
 
-_FACTORIES = {"zeros", "ones", "full", "empty", "zeros_like", "full_like", "empty_like", "new_zeros", "new_full", "new_empty"}  # fmt: skip
+_FACTORIES = {
+    "zeros", "ones", "full", "empty", "zeros_like", "full_like", "empty_like", "new_zeros", "new_full", "new_empty",
+}  # fmt: skip
 #: How rows are put into a cache; what else is made and changed, as the sums of experts, is made anew by the next call.
 _WRITERS = {"index_copy_", "setitem", "qpass::append", "qpass::append_rotated"}
 
