@@ -304,7 +304,10 @@ function start() {
   byId("graphs").append(...data.graphs.map((_, i) => el("option", { value: i }, `${i + 1} of ${data.graphs.length}`)));
   byId("graphs-label").hidden = data.graphs.length < 2;
   byId("graphs").addEventListener("change", (event) => showGraph(Number(event.target.value)));
-  byId("search").addEventListener("input", paused(() => filter({ query: byId("search").value.trim().toLowerCase() })));
+  byId("search").addEventListener("input", paused(() => {
+    const query = byId("search").value.trim().toLowerCase();
+    if (query !== state.query) filter({ query }); // Escape may have come first, and the focus gone to a row since
+  }));
   byId("kinds").addEventListener("change", (event) => filter({ kind: event.target.value }));
   for (const name of ["changed", "skipped"]) byId(name).addEventListener("change", (event) => filter({ [name]: event.target.checked }));
   document.addEventListener("keydown", onKey);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,16 @@ def test_all_is_done_by_keys(show: Open, llama: Diff) -> None:
     assert page.one("#help").is_displayed()
     page.press(ESCAPE)
     assert not page.one("#help").is_displayed()
+
+
+def test_escape_while_typing_leaves_the_focus_in_the_rows(show: Open, llama: Diff) -> None:
+    """Also when what was typed last is looked at: a moment after."""
+    page = show(llama)
+    page.press("/", "x", ESCAPE)
+    first = page.all(".row")[0]
+    time.sleep(0.3)  # more than a pause in typing
+    assert page.chrome.switch_to.active_element == first
+    assert page.one("#search").get_property("value") == ""
 
 
 def test_the_selected_row_has_the_focus_and_shows_it(show: Open, llama: Diff) -> None:
