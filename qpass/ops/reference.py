@@ -348,6 +348,7 @@ for _name, _implementation, _fake in (
     ("attention", attention, _attention_fake),
     ("append", append, _append_fake),
     ("append_rotated", append_rotated, _append_rotated_fake),
+    ("once", Tensor.clone, torch.empty_like),
     ("cache_positions", cache_positions, _cache_positions_fake),
 ):
     if _name not in BOUND:  # chosen by device in ops/cpu

@@ -67,6 +67,8 @@ SCHEMAS = {
         "(Tensor(a!)[] k, Tensor(b!)[] v, Tensor(c!) length, Tensor queries, Tensor keys, Tensor values, Tensor cos, Tensor sin, "
         "str k_spec, str v_spec, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor, Tensor)"
     ),
+    # A copy of x that is made once, whoever reads it.
+    "once": "(Tensor x) -> Tensor",
     # Positions length .. length + new - 1 of the next tokens in a cache; refuses to run past its capacity.
     "cache_positions": "(Tensor length, SymInt new, SymInt capacity) -> Tensor",
 }

@@ -95,7 +95,10 @@ def test_instructions_for_a_code_across_words(text: str, most: float, launches: 
 
 
 @pytest.mark.parametrize("text", [*OFTEN, "int5:g32:asym"])
-@pytest.mark.parametrize(("rows", "capability"), [(1, 90), (8, 80), pytest.param(8, 89, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("rows", "capability"),
+    [(1, 90), (64, 80), *(pytest.param(rows, 89, marks=pytest.mark.long) for rows in (16, 32, 64))],
+)
 def test_what_is_around_a_product_is_in_its_kernel(
     text: str,
     rows: int,
@@ -114,13 +117,22 @@ def test_what_is_around_a_product_is_in_its_kernel(
     assert not re.search(r"ftz\.(bf16|f16)", code.ptx)
 
 
-def test_of_many_rows_the_norm_is_a_kernel_before(launches: list[Launch]) -> None:  # noqa: F811
-    stored, _ = weight(304, 4096, "int8", "cpu")
-    x, norm = torch.zeros(9, 4096, dtype=torch.bfloat16), torch.zeros(4096)
+@pytest.mark.parametrize(("rows", "outputs", "kernels"), [(16, 16400, 1), (17, 16384, 1), (17, 16400, 2)])
+def test_of_many_rows_the_norm_before_a_large_weight_is_a_kernel(
+    rows: int,
+    outputs: int,
+    kernels: int,
+    launches: list[Launch],  # noqa: F811
+) -> None:
+    stored, _ = weight(outputs, 256, "int8", "cpu")
+    x, norm = torch.zeros(rows, 256, dtype=torch.bfloat16), torch.zeros(256)
     operators.linear(x, *stored.parts, None, "int8", norm, 1e-5, norm)
-    before, product = launches
-    assert product.arguments["norm"] is product.arguments["eps"] is product.arguments["column_scale"] is None
-    code = before.compiled(90)
+    assert len(launches) == kernels
+    if kernels == 1:
+        return
+    product = launches[1].arguments
+    assert product["norm"] is product["eps"] is product["column_scale"] is None
+    code = launches[0].compiled(90)
     assert code.spills == 0
     assert "LDG.E.128" in " ".join(code.instructions)
 

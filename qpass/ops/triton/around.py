@@ -10,51 +10,67 @@ NO_GATE, SILU, GELU, GELU_TANH = (tl.constexpr(i) for i in range(4))
 NUMBERS = {"": NO_GATE.value, "silu": SILU.value, "gelu": GELU.value, "gelu_tanh": GELU_TANH.value}
 
 
+#: Products take x before it is divided by the root of its mean square, in float16 made this much smaller: it may be large.
+_DOWN = tl.constexpr(1 / 64)
+
+
 # --- before the product -----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def row_factors(x, eps, M, K, ROWS: tl.constexpr, BM: tl.constexpr):
-    """1 / sqrt(mean(x^2) + eps) of the rows of x [M, K], of which there are ROWS at most, a power of two: [BM]."""
-    COLUMNS: tl.constexpr = 4096 // ROWS
-    r = tl.arange(0, ROWS)
-    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for at in range(0, K, COLUMNS):
-        c = at + tl.arange(0, COLUMNS)[None, :]
-        values = tl.load(x + r[:, None] * K + c, mask=(r[:, None] < M) & (c < K), other=0).to(tl.float32)
+def row_factor(x, eps, K, BM: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of a row x [K]: [BM], of which the others are 0.
+
+    Not as one number: of that the compiler lets each thread multiply all that its product needs, not each its part of a tile.
+    """
+    squares = tl.zeros((1, 4096), tl.float32)
+    for at in range(0, K, 4096):
+        c = at + tl.arange(0, 4096)[None, :]
+        values = tl.load(x + c, mask=c < K, other=0).to(tl.float32)
         squares += values * values
-    factors = tl.rsqrt(tl.sum(squares, 1) / K + eps)
-    mine = tl.arange(0, BM)[:, None] == r[None, :]
-    return tl.sum(tl.where(mine, factors[None, :], 0.0), 1)
+    factor = tl.rsqrt(tl.sum(squares, 1) / K + eps)
+    return tl.sum(tl.where(tl.arange(0, BM)[:, None] == tl.arange(0, 1)[None, :], factor[None, :], 0.0), 1)
 
 
 @triton.jit
-def prepared(xs, factors, eps, norm, column_scale, columns, inside):
-    """Loaded elements of x times what their rows, and their columns, are multiplied by: in float32, then in their type."""
-    if eps is not None or norm is not None or column_scale is not None:
-        values = xs.to(tl.float32)
-        if eps is not None:
-            values *= factors
+def column_factors(norm, column_scale, columns, inside, LATER: tl.constexpr, DTYPE: tl.constexpr):
+    """What the `columns` of x in DTYPE are multiplied by, a tensor of their shape: in DTYPE, if that is exact, or float32."""
+    if norm is not None and column_scale is None and norm.dtype.element_ty == DTYPE:
+        factors = tl.load(norm + columns, mask=inside, other=0)
+    else:
+        factors = tl.full(columns.shape, 1.0, tl.float32)
         if norm is not None:
-            values *= tl.load(norm + columns, mask=inside, other=0).to(tl.float32)
+            factors *= tl.load(norm + columns, mask=inside, other=0).to(tl.float32)
         if column_scale is not None:
-            values *= tl.load(column_scale + columns, mask=inside, other=0).to(tl.float32)
-        xs = values.to(xs.dtype)
+            factors *= tl.load(column_scale + columns, mask=inside, other=0).to(tl.float32)
+    if LATER and DTYPE == tl.float16:
+        factors *= _DOWN
+    return factors
+
+
+@triton.jit
+def prepared(xs, factor, of_columns, LATER: tl.constexpr):
+    """Elements of x times what their columns, and all of them, are multiplied by, rounded once; LATER: not all of them."""
+    if LATER and of_columns.dtype == xs.dtype:
+        xs = xs * of_columns
+    else:
+        xs = (xs.to(tl.float32) * factor * of_columns).to(xs.dtype)
     return xs
 
 
 @triton.jit
 def norm_kernel(x, eps, norm, column_scale, y, K, COLUMNS: tl.constexpr):
-    """x [rows, K] -> y, a program for each row: for a product of so many rows that its programs do not all do it again."""
+    """x [rows, K] -> y, a program for each row: for products that do not take it in."""
     x += tl.program_id(0).to(tl.int64) * K
     y += tl.program_id(0).to(tl.int64) * K
     factor = 1.0
     if eps is not None:
-        factor = row_factors(x, eps, 1, K, 1, 1)
+        factor = row_factor(x, eps, K, 1)
     for at in range(0, K, COLUMNS):
         c = at + tl.arange(0, COLUMNS)
         xs = tl.load(x + c, mask=c < K, other=0)
-        tl.store(y + c, prepared(xs, factor, eps, norm, column_scale, c, c < K), mask=c < K)
+        of_columns = column_factors(norm, column_scale, c, c < K, False, xs.dtype)
+        tl.store(y + c, prepared(xs, factor, of_columns, False), mask=c < K)
 
 
 # --- after it ---------------------------------------------------------------------------------------------------------
@@ -78,23 +94,41 @@ def weight_rows(N, BN: tl.constexpr, GATE: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, bias, residual, partial, counters, y, m, n, there, M, N, SPLIT: tl.constexpr, GATE: tl.constexpr):
+def finish(acc, squares, eps, bias, residual, partial, counters, y, x, m, n, there, M, N, K,
+           LATER: tl.constexpr, SPLIT: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
     """Sums [BM, BN] of a program to y [M, N], or [M, N / 2] with a gate; of SPLIT programs the last adds up what all have
-    written. `n`, `there`: what weight_rows gives."""
+    written. `n`, `there`: what weight_rows gives. LATER: the norm is left to do, with the squares [BM] of what was read of x."""
     if SPLIT > 1:
         stored = (m[:, None] < M) & there[None, :]
         place = m[:, None] * N + n[None, :]
+        beside = partial + SPLIT * M * N + tl.program_id(0) * SPLIT * M + m
         tl.store(partial + tl.program_id(1) * M * N + place, acc, mask=stored)
+        if LATER:
+            tl.store(beside + tl.program_id(1) * M, squares, mask=m < M)
         tl.debug_barrier()  # every thread has written before one of them says so
         mine = counters + tl.program_id(0)
         if tl.atomic_add(mine, 1, sem="acq_rel", scope="gpu") == SPLIT - 1:
             acc = tl.zeros_like(acc)
+            squares = tl.zeros_like(squares)
             for part in range(SPLIT):
                 acc += tl.load(partial + part * M * N + place, mask=stored, other=0, cache_modifier=".cg")
+                if LATER:
+                    squares += tl.load(beside + part * M, mask=m < M, other=0, cache_modifier=".cg")
             tl.store(mine, 0)
-            _store(acc, bias, residual, y, m, n, there, M, N, GATE)
+            _store(_normed(acc, squares, eps, x, K, LATER), bias, residual, y, m, n, there, M, N, GATE)
     else:
-        _store(acc, bias, residual, y, m, n, there, M, N, GATE)
+        _store(_normed(acc, squares, eps, x, K, LATER), bias, residual, y, m, n, there, M, N, GATE)
+
+
+@triton.jit
+def _normed(acc, squares, eps, x, K, LATER: tl.constexpr):
+    """Sums over all K columns of x, divided by the root of its mean square."""
+    if LATER:
+        factors = tl.rsqrt(squares / K + eps)
+        if x.dtype.element_ty == tl.float16:
+            factors /= _DOWN
+        acc *= factors[:, None]
+    return acc
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qpass.ops.triton.around import finish, prepared, row_factors, weight_rows
+from qpass.ops.triton.around import column_factors, finish, prepared, weight_rows
 from qpass.ops.triton.unpacking import BYTE_SCALE, scale_values
 
 UNIT = tl.constexpr(32)
@@ -99,7 +99,7 @@ def bitstream_kernel(
     x, data, scale, zero, outer, eights, eps, norm, column_scale, bias, residual, y, partial, counters,
     M, N, K, units, blocks, scale_stride, zero_stride, zero_width, outer_stride, chunk,
     BITS: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr, FLOAT_ZERO: tl.constexpr, GATE: tl.constexpr,
-    SPLIT: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
     """As linear_kernel; `data` [N, units, BITS] int32, `zero_width`: stored elements of a row of zero points, `eights`: int32
     0 .. 7. GROUP: columns that share a scale, whole units, 0: the whole row. SPLIT programs share them, `chunk` units each.
@@ -116,9 +116,8 @@ def bitstream_kernel(
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, units)
     acc = tl.zeros((BN, BM), tl.float32)
-    factors = 1.0
-    if eps is not None:
-        factors = row_factors(x, eps, M, K, ROWS, BM)[None, :]
+    squares = tl.zeros((4 * BU, BM), tl.float32)
+    LATER: tl.constexpr = eps is not None
     for at in range(first, last, BU):
         words = _words(data + (row * units + at + u) * BITS, at + u < last, BITS)
         block = at // GROUP_UNITS + g if GROUP > 0 else g
@@ -129,7 +128,11 @@ def bitstream_kernel(
             unit = at + c // 4
             columns = unit * UNIT + (four + c % 4)
             xs = tl.load(x + m[None, :] * K + columns, mask=(m[None, :] < M) & (unit < last), other=0)
-            xs = prepared(xs, factors, eps, norm, column_scale, columns, unit < last)
+            if LATER:
+                squares += xs.to(tl.float32) * xs.to(tl.float32)
+            if eps is not None or norm is not None or column_scale is not None:
+                of_columns = column_factors(norm, column_scale, columns, unit < last, LATER, DTYPE)
+                xs = prepared(xs, 1.0, of_columns, LATER)
             q0 = (_code(words, four, BITS) * scales - above).to(DTYPE)
             q1 = (_code(words, four + 1, BITS) * scales - above).to(DTYPE)
             q2 = (_code(words, four + 2, BITS) * scales - above).to(DTYPE)
@@ -137,4 +140,5 @@ def bitstream_kernel(
             values = tl.join(tl.join(q0, q2), tl.join(q1, q3))
             values = tl.reshape(tl.permute(values, (1, 0, 2, 3)), (BN, 4 * BU))
             acc = tl.dot(values, xs, acc, input_precision="ieee")
-    finish(tl.trans(acc), bias, residual, partial, counters, y, m, n, there, M, N, SPLIT, GATE)
+    finish(tl.trans(acc), tl.sum(squares, 0), eps, bias, residual, partial, counters, y, x, m, n, there, M, N, K,
+           LATER, SPLIT, GATE)  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qpass.ops.triton.around import finish, prepared, row_factors, weight_rows
+from qpass.ops.triton.around import column_factors, finish, prepared, row_factor, weight_rows
 from qpass.ops.triton.unpacking import (
     BYTE_SCALE,
     E4M3_SCALE,
@@ -38,16 +38,17 @@ def linear_kernel(
     x, data, scale, zero, outer, table, eps, norm, column_scale, bias, residual, y, partial, counters,
     M, N, K, words, blocks, scale_stride, zero_stride, outer_stride, chunk,
     KIND: tl.constexpr, PLANES: tl.constexpr, UNIT: tl.constexpr, PRMT: tl.constexpr, GROUP: tl.constexpr, SCALE: tl.constexpr,
-    ZERO: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, FOURS: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
+    ZERO: tl.constexpr, GATE: tl.constexpr, SPLIT: tl.constexpr, FOURS: tl.constexpr, ONE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """`data` [N, words] int32; `scale` [N or 1, blocks], `zero` [N or 1, *] packed, `outer` [N or 1], or None. Strides: from
     one row to the next, 0 where there is one.
 
     GROUP: columns that share a scale, 0: the whole row. SPLIT programs share the columns, `chunk` words each. `partial`
-    [SPLIT, M, N] float32 and `counters` [programs along N], all 0 before and after, are used if SPLIT > 1. eps, norm [K],
-    column_scale [K], residual, GATE: of Around, or None; ROWS: a power of two, M or more, if there is an eps. FOURS: `words` are
-    counted in fours, 16 bytes: the compiler is told of arguments only whether they are multiples of 16.
+    [SPLIT, M, N + programs along N] float32 and `counters` [programs along N], all 0 before and after, are used if SPLIT > 1.
+    eps, norm [K], column_scale [K], residual, GATE: of Around, or None. ONE: a row; each program normalizes it before. Of more
+    it sums up the squares of what it reads anyway, and its results are divided at the end. FOURS: `words` are counted in
+    fours, 16 bytes: the compiler is told of arguments only whether they are multiples of 16.
     """
     if FOURS:
         words *= 4
@@ -61,9 +62,15 @@ def linear_kernel(
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, words)
     acc = tl.zeros((BM, BN), tl.float32)
-    factors = 1.0
-    if eps is not None:
-        factors = row_factors(x, eps, M, K, ROWS, BM)[:, None]
+    squares = tl.zeros((BM,), tl.float32)
+    LATER: tl.constexpr = eps is not None and not ONE
+    factor = 1.0
+    if eps is not None and ONE:
+        factor = row_factor(x, eps, K, BM)[:, None]
+    CHANGED: tl.constexpr = norm is not None or column_scale is not None or eps is not None
+    if CHANGED:  # loaded a tile ahead: no copy in advance is made of so few
+        columns = first * CODES + tl.arange(0, BK)[None, :]
+        of_columns = column_factors(norm, column_scale, columns, columns < last * CODES, LATER, DTYPE)
     if ZERO == INTEGER_ZERO and GROUP == 0:
         of_row = (zero_codes(zero, row, row * 0, zero_stride, KIND) / UNIT).to(DTYPE)[:, None]
     for at in range(first, last, BW):
@@ -71,11 +78,11 @@ def linear_kernel(
         packed = tl.load(data + row[:, None] * words + (at + w[None, :]), mask=inside, other=0)
         columns = at * CODES + tl.arange(0, BK)[None, :]
         xs = tl.load(x + m[:, None] * K + columns, mask=(m[:, None] < M) & (columns < last * CODES), other=0)
-        if (
-            ROWS > 1
-        ):  # a factor for each element is copied ahead of time, as x is; of one row that is more work than waiting
-            columns = tl.broadcast_to(columns, (BM, BK))
-        xs = prepared(xs, factors, eps, norm, column_scale, columns, columns < last * CODES)
+        if LATER:
+            squares += tl.sum(xs.to(tl.float32) * xs.to(tl.float32), 1)
+        if CHANGED:
+            xs = prepared(xs, factor, of_columns, LATER)
+            of_columns = column_factors(norm, column_scale, columns + BK, columns + BK < last * CODES, LATER, DTYPE)
         xs = planes_of(xs, PLANES)
         looked = looked_up(packed, table, KIND, DTYPE, PRMT)
         scales = 1.0
@@ -112,4 +119,5 @@ def linear_kernel(
             acc += sums * scales[None, :]
     if GROUP == 0 and scale is not None:
         acc *= _scales(scale, outer, row, row * 0, scale_stride, outer_stride, SCALE)[None, :]
-    finish(acc * UNIT, bias, residual, partial, counters, y, m, n, there, M, N, SPLIT, GATE)
+    finish(acc * UNIT, squares, eps, bias, residual, partial, counters, y, x, m, n, there, M, N, K,
+           LATER, SPLIT, GATE)  # fmt: skip

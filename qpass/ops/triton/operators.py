@@ -27,7 +27,6 @@ from qpass.ops.triton.launching import (
 from qpass.ops.triton.stored import Parts, parts_of
 from qpass.ops.triton.table import (
     MOST_ROWS,
-    NORMED_ROWS,
     UNIT,
     Tiles,
     bitstream_tiles,
@@ -35,6 +34,7 @@ from qpass.ops.triton.table import (
     fused_kind,
     most_rows,
     split_of,
+    takes_norm_in,
     tiles_of,
 )
 from qpass.ops.triton.workspace import counters
@@ -117,7 +117,7 @@ def _norm(x: Tensor, around: Around) -> Tensor:
 
 def _product(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Around) -> Tensor:
     """[M, K] -> [M, N], or [M, N / 2] with a gate."""
-    if around.changes_input and len(x) > NORMED_ROWS:
+    if around.changes_input and not takes_norm_in(len(x), parts.rows):
         x, around = _norm(x, around), around.behind
     kernel, most = _bitstream if kind == "BITSTREAM" else _fused, MOST_ROWS[x.dtype]
     y = x.new_empty((len(x), parts.rows // 2 if around.gate else parts.rows))
@@ -150,8 +150,8 @@ def _fused(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: Arou
         parts.blocks, parts.scale_stride, parts.zero_stride, parts.outer_stride, shared.chunk,
         KIND=number, PLANES=16 // bits, UNIT=unpacking.unit_of(number, x.dtype), PRMT=permutes_bytes(x.device),
         GROUP=parts.spec.group_size, SCALE=parts.scale_kind, ZERO=int(parts.zero is not None), SPLIT=shared.grid[1],
-        FOURS=fours,
-        BM=tiles.rows, BN=tiles.outputs, BW=tiles.words, **_beside(around, m), num_warps=tiles.warps, num_stages=tiles.stages,
+        FOURS=fours, GATE=kernels_of("around").NUMBERS[around.gate], ONE=m == 1,
+        BM=tiles.rows, BN=tiles.outputs, BW=tiles.words, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
 
@@ -166,14 +166,9 @@ def _bitstream(x: Tensor, parts: Parts, bias: Tensor | None, kind: str, around: 
         shared.partial, shared.counters,
         m, n, k, units, parts.blocks, parts.scale_stride, parts.zero_stride, parts.zero_width, parts.outer_stride, shared.chunk,
         BITS=bits, GROUP=parts.spec.group_size, SCALE=parts.scale_kind, FLOAT_ZERO=parts.spec.float_zero, SPLIT=shared.grid[1],
-        BM=tiles.rows, BN=tiles.outputs, BU=tiles.words, **_beside(around, m), num_warps=tiles.warps, num_stages=tiles.stages,
+        GATE=kernels_of("around").NUMBERS[around.gate],
+        BM=tiles.rows, BN=tiles.outputs, BU=tiles.words, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-
-
-def _beside(around: Around, rows: int) -> dict[str, int]:
-    """What kernels are compiled for: the gate, and rows that each program normalizes."""
-    padded = 1 << (rows - 1).bit_length()
-    return {"GATE": kernels_of("around").NUMBERS[around.gate], "ROWS": 1 if around.eps is None else padded}
 
 
 @dataclass(frozen=True)
@@ -196,7 +191,9 @@ def _shared(x: Tensor, outputs: int, pieces: int, tiles: Tiles) -> _Shared:
     split = -(-pieces // chunk)
     if split == 1:
         return _Shared((programs, 1), chunk)
-    return _Shared((programs, split), chunk, x.new_empty((split, len(x), outputs), dtype=torch.float32), zeros)
+    # Products, and the squares of x that each program has seen.
+    sums = x.new_empty((split, len(x), outputs + programs), dtype=torch.float32)
+    return _Shared((programs, split), chunk, sums, zeros)
 
 
 # --- embedding, dequantize --------------------------------------------------------------------------------------------

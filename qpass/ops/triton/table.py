@@ -33,8 +33,9 @@ UNIT = 32
 #: Rows of x that a kernel takes, by its type. float32 has no tensor cores.
 MOST_ROWS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 8}
 
-#: Rows of x up to which every program of a product normalizes all of them itself; more are normalized by a kernel before it.
-NORMED_ROWS = 8
+#: Rows of x up to which a product takes in the norm before it whatever its outputs, and outputs up to which it does of more: each
+#: program multiplies and adds up what it reads, which for a large weight is more work than a kernel before.
+_NORMED_ROWS, _NORMED_OUTPUTS = 16, 1 << 14
 
 #: Bytes of an int8 weight from which a product with one row is left to Inductor, whose reduction casts as it reads. What stands
 #: around it then takes kernels of its own, so it is for the vocabulary projection, of which a step has one: it has so many times
@@ -147,6 +148,11 @@ def most_rows(text: str, dtype: torch.dtype) -> int:
     more bytes than one of bfloat16 does."""
     readings = max(1, 16 // parse_spec(text).format.bits) if dtype.itemsize == 2 else 1
     return MOST_ROWS.get(dtype, 0) * readings
+
+
+def takes_norm_in(rows: int, outputs: int) -> bool:
+    """Whether a product with `rows` of x normalizes them itself."""
+    return rows <= _NORMED_ROWS or outputs <= _NORMED_OUTPUTS
 
 
 def takes_in(text: str, columns: int, dtype: torch.dtype, rows: int | torch.SymInt) -> bool:
