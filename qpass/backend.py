@@ -69,7 +69,7 @@ from qpass.sites.core import Edit, Match, Plan, Skip
 from qpass.sites.find import find_sites
 from qpass.sites.group import WeightGroup, group_weights
 from qpass.sites.mask import share_masks
-from qpass.sites.row import join_linears
+from qpass.sites.row import join_calls
 from qpass.sites.written import write_out_products
 from qpass.store import Kept, WeightStore, anchor, quantize_group
 from qpass.weights import as_rows, check_weight
@@ -337,7 +337,7 @@ class QPass:
         made = made_and_changed(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
         share_masks(result.graph_module)
-        join_linears(result.graph_module)
+        join_calls(result.graph_module)
         if self.inner == "inductor":  # others would make floats of the whole weight
             write_out_products(result.graph_module)
         pick = Arguments(sources, lookups)

@@ -1,9 +1,8 @@
-"""Linears that follow one another are one call on the CPU; and which of them stay apart."""
+"""Operators that follow one another are one call on the CPU; and which of them stay apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -11,17 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
+from transformers.cache_utils import StaticCache
 
 import qpass
 from qpass.numerics import fake_quantize, quantize
 from qpass.ops.cpu.library import bind
-from qpass.ops.steps import Step, linears, parse_steps
-from qpass.sites.row import join_linears
+from qpass.ops.row import Call, Row, parse_row
+from qpass.ops.row import run as in_python
+from qpass.sites.row import join_calls
 from qpass.spec import parse_spec
 from tests.models import build, tokens
 
 WIDTH = 48
-_LINEAR, _LINEARS = torch.ops.qpass.linear.default, torch.ops.qpass.linears.default
+_LINEAR, _ROW = torch.ops.qpass.linear.default, torch.ops.qpass.row.default
 
 
 class Model(nn.Module):
@@ -77,35 +78,61 @@ def written_between(m: Model, x: Tensor) -> Tensor:
     return m.b(h) + x
 
 
+def reshaped(m: Model, x: Tensor) -> Tensor:
+    """Heads of half the width, apart and together again: no data moves if there is one token."""
+    heads = m.a(x).view(*x.shape[:-1], 2, -1).transpose(-2, -3).contiguous()
+    return m.b(heads.transpose(-2, -3).reshape(x.shape))
+
+
+def a_piece(m: Model, x: Tensor) -> Tensor:
+    first, second = m.a(x).chunk(2, -1)
+    return m.b(first.repeat(1, 1, 2)) + second.sum()
+
+
+def a_view_is_read(m: Model, x: Tensor) -> Tensor:
+    h = m.a(x).view(x.shape[0], -1, WIDTH)
+    return m.b(h).tanh() + h
+
+
+def another_is_written(m: Model, x: Tensor) -> Tensor:
+    h, other = m.a(x), torch.zeros(3)
+    other.add_(1)
+    return m.b(h) + other.sum()
+
+
 #: What is computed -> the calls that are left.
 JOINED: dict[str, tuple[Callable[[Model, Tensor], Tensor], list[str]]] = {
-    "two": (lambda m, x: m.b(m.a(x)), ["linears"]),
-    "three": (lambda m, x: m.c(m.b(m.a(x))), ["linears"]),
-    "the tail of a layer": (layer, ["linears"]),
-    "a result that is read later": (read_beside, ["linears"]),
-    "two results that are read later": (two_read_later, ["linears", "linear"]),
-    "a residual of another row": (two_rows, ["linears", "linears"]),
+    "two": (lambda m, x: m.b(m.a(x)), ["row"]),
+    "three": (lambda m, x: m.c(m.b(m.a(x))), ["row"]),
+    "the tail of a layer": (layer, ["row"]),
+    "a result that is read later": (read_beside, ["row"]),
+    "two results that are read later": (two_read_later, ["row", "linear"]),
+    "a residual of another row": (two_rows, ["row", "row"]),
+    "two read the result": (read_by_two, ["row"]),
+    "as the summand only": (lambda m, x: m.b(x) + m.a(x), ["row"]),
+    "other memory is written to between": (another_is_written, ["row"]),
 }
 APART: dict[str, tuple[Callable[[Model, Tensor], Tensor], list[str]]] = {
     "one": (lambda m, x: m.a(x), ["linear"]),
     "something between": (lambda m, x: m.b(m.a(x).tanh()), ["linear", "linear"]),
     "the result is read before the next": (read_before_the_next, ["linear", "linear"]),
-    "two read the result": (read_by_two, ["linear", "linear", "linear"]),
     "the input is written to between": (written_between, ["linear", "linear"]),
-    "as the summand only": (lambda m, x: m.b(x) + m.a(x), ["linear", "linear"]),
+    "data moves between": (reshaped, ["linear", "linear"]),
+    "a piece that is copied": (a_piece, ["linear", "linear"]),
+    "a view that is read elsewhere": (a_view_is_read, ["linear", "linear"]),
 }
 
 
 def calls_of(run: Callable[[], Any]) -> list[str]:
-    """The linears that are called through the dispatcher, rows among them, but not those inside of a row."""
+    """The linears, attentions and rows that are called through the dispatcher, but not those inside of a row."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
 
     def parents(event: Any) -> list[str]:
         return [] if event.cpu_parent is None else [event.cpu_parent.name, *parents(event.cpu_parent)]
 
-    events = [e for e in profile.events() if e.name.startswith("qpass::linear") and not e.name.endswith("_checked")]
-    return [e.name.removeprefix("qpass::") for e in events if "qpass::linears" not in parents(e)]
+    events = [e for e in profile.events() if e.name in ("qpass::linear", "qpass::row", "qpass::attention")]
+    return [e.name.removeprefix("qpass::") for e in events if "qpass::row" not in parents(e)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -125,16 +152,71 @@ def test_what_is_joined(case: str, dtype: torch.dtype, exact_products: None) -> 
     assert (found - reference).abs().max() <= tolerance * reference.abs().max()
 
 
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
-def test_a_decode_step_of_a_llama_is_a_row_between_two_attentions(compiler: str) -> None:
-    """And one linear before the first of them; the last norm, of which a slice is read, is no linear's."""
-    model = build("llama").eval()
-    layers = model.config.num_hidden_layers
-    compiled = torch.compile(model, backend=qpass.QPass("int4", inner=compiler))
+def test_no_data_moves_where_there_is_one_token(exact_products: None) -> None:
+    model, x = Model(reshaped).eval(), torch.randn(2, 1, WIDTH)
+    compiled = torch.compile(model, backend=qpass.QPass("int8:channel", inner="eager"))
     with torch.no_grad():
-        compiled(tokens(1, 1), use_cache=False)
-        found = calls_of(lambda: compiled(tokens(1, 1), use_cache=False))
-    assert found == ["linear", *["linears"] * layers, "linear"]
+        found = compiled(x)
+        assert calls_of(lambda: compiled(x)) == ["row"]
+        apart = torch.compile(
+            Model(lambda m, x: m.b(m.a(x))).eval(), backend=qpass.QPass("int8:channel", inner="eager")
+        )
+        assert torch.equal(found, apart(x))
+
+
+def cache_of(model: Any, kind: str, capacity: int = 16) -> Any:
+    if kind == "float":
+        return StaticCache(model.config, max_cache_len=capacity)
+    return qpass.KVCache(model.config, capacity, kind)
+
+
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3:channel", "int4:g16:asym:rotated", "float"])
+def test_a_decode_step_of_a_llama_is_one_row(
+    kind: str, batch: int, compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And gives what its operators give one by one, at each step."""
+    model = build("llama").eval()
+
+    def steps() -> tuple[list[Tensor], list[str]]:
+        torch._dynamo.reset()
+        cache = cache_of(model, kind)
+        compiled = torch.compile(model, backend=qpass.QPass("int4", inner=compiler))
+
+        def step(count: int) -> Tensor:
+            return compiled(tokens(batch, count), past_key_values=cache, use_cache=True).logits  # type: ignore[no-any-return]
+
+        with torch.no_grad():
+            return [step(count) for count in (3, 1, 1, 1)], calls_of(lambda: step(1))
+
+    logits, calls = steps()
+    monkeypatch.setattr("qpass.backend.join_calls", lambda graph_module: None)
+    one_by_one, _ = steps()
+    assert calls == ["row"]
+    torch.testing.assert_close(logits, one_by_one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float"])
+def test_a_row_that_finds_its_cache_full_says_so_and_changes_nothing(kind: str) -> None:
+    model = build("llama").eval()
+    cache = cache_of(model, kind, 4)
+    compiled = torch.compile(model, backend=qpass.QPass("int4", inner="eager"))
+    with torch.no_grad():
+        for n in (2, 1, 1):
+            compiled(tokens(1, n), past_key_values=cache, use_cache=True)
+        before = [t.clone() for t in stored(cache)]
+        with pytest.raises(
+            qpass.QpassError if kind == "int8" else (IndexError, RuntimeError), match=r"too short|out of"
+        ):
+            compiled(tokens(1, 1), past_key_values=cache, use_cache=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, stored(cache), strict=True))
+
+
+def stored(cache: Any) -> list[Tensor]:
+    """What holds the keys and values of a cache."""
+    quantized = hasattr(cache.layers[0], "k")
+    return [t for c in cache.layers for t in ((*c.k.parts, *c.v.parts) if quantized else (c.keys, c.values))]
 
 
 @pytest.mark.long
@@ -163,7 +245,7 @@ def test_linears_of_other_devices_stay() -> None:
     for node in (x, data, y, z):
         node.meta["example_value"] = torch.empty(4, 4, device="meta")
     module = GraphModule(nn.Module(), graph)
-    join_linears(module)
+    join_calls(module)
     assert [n.target for n in module.graph.nodes if n.op == "call_function"] == [_LINEAR, _LINEAR]
 
 
@@ -173,76 +255,87 @@ def test_a_diff_shows_the_linears() -> None:
         torch.compile(Model(layer).eval(), backend=backend)(torch.randn(2, WIDTH))
     nodes: list[Node] = list(backend.captures[-1].after.nodes)
     assert sum(n.target is _LINEAR for n in nodes) == 3
-    assert not any(n.target is _LINEARS for n in nodes)
+    assert not any(n.target is _ROW for n in nodes)
 
 
 # --- the operator -----------------------------------------------------------------------------------------------------
 
 
-def parts(n: int, k: int, spec: str) -> list[Tensor]:
-    return [p for p in quantize(torch.randn(n, k) / k**0.5, parse_spec(spec)).parts if p is not None]
-
-
 @pytest.mark.parametrize("rows", [1, 3, 40])
-@pytest.mark.parametrize(
-    ("spec", "letters"), [("int8:channel", "ds"), ("int4:g32:asym", "dsz"), ("nf4:dq", "dso"), ("bf16", "d")]
-)
-def test_without_python_it_gives_what_it_gives_with(spec: str, letters: str, rows: int, exact_products: None) -> None:
+@pytest.mark.parametrize("spec", ["int8:channel", "int4:g32:asym", "nf4:dq", "bf16"])
+def test_without_python_it_gives_what_it_gives_with(spec: str, rows: int, exact_products: None) -> None:
     torch.manual_seed(0)
     assert bind() is None
-    x, residual, norm = torch.randn(rows, 70), torch.randn(rows, 33), torch.rand(33)
-    steps = (
-        Step(spec, letters + "r"),
-        Step(spec, letters + "bn", 1e-5, "silu", kept=True),
-        Step(spec, letters, residual=0),
-        Step("fp32", "dc"),
+    inputs = [
+        torch.randn(rows, 70),
+        torch.randn(rows, 33),
+        torch.rand(33),
+        torch.randn(46),
+        torch.randn(7, 33),
+        torch.rand(33),
+    ]
+    x, residual, norm, bias, last, scale = range(6)
+    weights = []
+    for n, k in ((33, 70), (46, 33), (33, 23)):
+        stored = quantize(torch.randn(n, k) / k**0.5, parse_spec(spec)).parts
+        weights.append(tuple(None if p is None else len(inputs) + i for i, p in enumerate(stored)))
+        inputs += [torch.empty(0) if p is None else p for p in stored]
+    first, second, third = (len(inputs) + i for i in (0, 1, 2))
+    row = Row(
+        (
+            Call("linear", (x, *weights[0], None, spec, None, None, None, "", residual)),
+            Call("linear", (first, *weights[1], bias, spec, norm, 1e-5, None, "silu", None)),
+            Call("linear", (second, *weights[2], None, spec, None, None, None, "", first)),
+            Call("view", (third, (rows, 1, 33), (33, 33, 1), 0)),
+            Call("linear", (third + 1, last, None, None, None, None, "fp32", None, None, scale, "", None)),
+        ),
+        (third + 2, second),
     )
-    tensors = [
-        *parts(33, 70, spec), residual, *parts(46, 33, spec), torch.randn(46), norm, *parts(33, 23, spec),
-        torch.randn(7, 33), torch.rand(33),
-    ]  # fmt: skip
-    text = "|".join(map(str, steps))
-    torch.ops.qpass.linears(x, tensors, text)  # Python says with what kernels calls like this one are served
-    found = torch.ops.qpass.linears(x, tensors, text)
-    assert [tuple(y.shape) for y in found] == [(rows, 7), (rows, 23)]
-    torch.testing.assert_close(found, linears(x, tensors, text), rtol=0, atol=0)
-    in_double = linears(x.double(), tensors, text)
+    torch.ops.qpass.row(inputs, [], str(row))  # Python says with what kernels calls like this one are served
+    found = torch.ops.qpass.row(inputs, [], str(row))
+    assert [tuple(y.shape) for y in found] == [(rows, 1, 7), (rows, 23)]
+    torch.testing.assert_close(found, in_python(inputs, [], str(row)), rtol=0, atol=0)
+    in_double = in_python([t.double() if i in (x, residual) else t for i, t in enumerate(inputs)], [], str(row))
     for y, reference in zip(found, in_double, strict=True):
         assert (y - reference).abs().max() <= 1e-5 * reference.abs().max()
 
 
 @pytest.mark.parametrize(
-    "step",
+    "row",
     [
-        Step("int8:channel", "ds"),
-        Step("nf4:dq", "dsobncr", 1e-12, "gelu_tanh", None, True),
-        Step("int4:g32:asym:scale=fp16", "dsz", 0.1, "", 11),
+        Row((Call("linear", (0, 1, 2, None, None, None, "int8:channel", None, None, None, "", None)),), (3,)),
+        Row(
+            (Call("view", (4, (1, 2), (2, 1), 7)), Call("append", ((0, 1), (2,), 3, 4, 5, "int8", "int8", None, 6))),
+            (7, 8),
+        ),
+        Row((Call("linear", (0, 1, 2, 3, 4, 5, "nf4:dq", 6, 1e-12, 7, "gelu_tanh", 8)),), (9,)),
     ],
-    ids=str,
+    ids=["little is given", "views and lists", "all is given"],
 )
-def test_text_of_a_step_is_read_back(step: Step) -> None:
-    other = replace(step, kept=False)
-    assert parse_steps(f"{step}|{other}") == (step, other)
-    assert str(step).count(";") == len(astuple(step)) - 1
+def test_text_of_a_row_is_read_back(row: Row) -> None:
+    assert parse_row(str(row)) == row
 
 
-@pytest.mark.parametrize("text", ["", "int8:channel", "int8:channel;ds;x;;;1", "int8:channel;ds;;;first;1"])
-def test_text_that_is_no_step_is_refused(text: str) -> None:
-    with pytest.raises(qpass.QpassError, match="are not written as Step says"):
-        parse_steps(text)
+#: Text -> why it is none of a row.
+WRONG = {
+    "": "not end with one or two registers",
+    "linear;0;1|gives;2": "not written as Call says",
+    "tanh;0|gives;1": "no operator 'tanh'",
+    "view;x;1;1;0|gives;1": "not written as Call says",
+    "view;0;1;1;0|gives": "not end with one or two registers",
+    "view;0;1;1;0|gives;1;1;1": "not end with one or two registers",
+    "view;0;1;1;0|returns;1": "not end with one or two registers",
+}
 
 
-def test_two_kept_results_are_refused() -> None:
-    with pytest.raises(qpass.QpassError, match="keep more than one result beside the last"):
-        parse_steps("|".join([str(Step("int8:channel", "ds", kept=True))] * 2))
+@pytest.mark.parametrize(("text", "why"), WRONG.items(), ids=[t or "nothing" for t in WRONG])
+def test_text_that_is_no_row_is_refused(text: str, why: str) -> None:
+    with pytest.raises(qpass.QpassError, match=why):
+        parse_row(text)
 
 
-def test_tensors_that_no_step_names_are_refused() -> None:
-    x, tensors, text = torch.randn(2, 32), parts(8, 32, "int8:channel"), str(Step("int8:channel", "ds"))
-    bind()
-    assert [tuple(y.shape) for y in torch.ops.qpass.linears(x, tensors, text)] == [(2, 8), (0,)]
-    for wrong in (tensors[:1], [*tensors, x]):
-        with pytest.raises(qpass.QpassError, match="tensors for steps that name 2"):
-            linears(x, wrong, text)
-        with pytest.raises(RuntimeError, match="tensors for steps"):
-            torch.ops.qpass.linears(x, wrong, text)
+@pytest.mark.parametrize("text", ["view;1;1;1;0|gives;1", "view;0;1;1;0|gives;2", "tanh;0|gives;1", "view;0;1|gives;1"])
+def test_registers_and_calls_that_there_are_not_are_refused_without_python_too(text: str) -> None:
+    assert bind() is None
+    with pytest.raises(RuntimeError, match=r"qpass::row|Error\("):
+        torch.ops.qpass.row([torch.ones(1)], [], text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -31,8 +31,10 @@ from qpass.graph.vocabulary import (
     op_name,
     shape_of,
     source_of,
+    value_of,
     writes,
     writes_to,
+    written_by,
 )
 
 #: Operands of an add of linears: q, k, and what a convolution makes of them.
@@ -150,23 +152,35 @@ def memory_behind(node: Node) -> Node:
     return node
 
 
+def memory_of(nodes: Iterable[Node]) -> set[int]:
+    """What holds the values of these nodes: views of one tensor have it in common."""
+    found = set()
+    for node in nodes:
+        value = value_of(node)
+        value = value_of(memory_behind(node)) if value is None else value
+        for tensor in value if isinstance(value, list | tuple) else [value]:
+            found |= {tensor.untyped_storage()._cdata} if isinstance(tensor, Tensor) else set()
+    return found
+
+
 @dataclass(frozen=True)
 class Order:
-    """Positions of the nodes of a graph, and those of nodes that write to memory."""
+    """Positions of the nodes of a graph, and of those that write to memory, with that memory; empty where it is not known."""
 
     of: Mapping[Node, int]
-    writes: tuple[int, ...]
+    writes: tuple[tuple[int, frozenset[int]], ...]
 
     @classmethod
     def in_graph(cls, graph: Graph) -> Order:
         of = {node: i for i, node in enumerate(graph.nodes)}
-        return cls(of, tuple(i for node, i in of.items() if writes(node)))
+        return cls(of, tuple((i, frozenset(memory_of(written_by(node)))) for node, i in of.items() if writes(node)))
 
-    def may_move(self, nodes: Iterable[Node], last: Node) -> bool:
-        """Whether `nodes` may be computed at the place of `last`: nothing is written to from the first of them on."""
+    def may_move(self, nodes: Collection[Node], last: Node) -> bool:
+        """Whether `nodes` may be computed at the place of `last`: what they read is not written to from the first of them on."""
         begin, end = min(self.of.get(n, 0) for n in nodes), self.of[last]
-        at = bisect_left(self.writes, begin)
-        return at == len(self.writes) or self.writes[at] >= end
+        read = memory_of(source for n in nodes for source in n.all_input_nodes)
+        at = bisect_left(self.writes, (begin, frozenset[int]()))
+        return all(memory and not memory & read for i, memory in self.writes[at:] if i < end)
 
 
 def _origins(flow: Flow, node: Node) -> frozenset[Node]:

@@ -1,7 +1,7 @@
 """The operators that quantized graphs call: `torch.ops.qpass.*`.
 
 `schemas.py` says what they take, `reference.py` what they give, on every device, `activations.py` and `blocks.py` those for
-quantized inputs, `around.py` what a linear does beside its product, `steps.py` several of them as one call; `cpu/` has the
+quantized inputs, `around.py` what a linear does beside its product, `row.py` several of them as one call; `cpu/` has the
 kernels for CPU tensors, `triton/` those for GPU tensors.
 """
 
@@ -11,5 +11,5 @@ from qpass.ops import activations as activations
 from qpass.ops import blocks as blocks
 from qpass.ops import cpu as cpu
 from qpass.ops import reference as reference
-from qpass.ops import steps as steps
+from qpass.ops import row as row
 from qpass.ops.schemas import SCHEMAS as SCHEMAS

@@ -310,6 +310,19 @@ def append_rotated(
     return torch.ops.qpass.append(k, v, length, keys, values, *rest), q, keys
 
 
+def write_rotated(
+    k: Tensor, v: Tensor, positions: Tensor, queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """Rotated keys, and values, [B, H, S, D] to their positions in caches of floats; gives the rotated queries."""
+    k.index_copy_(2, positions, rotated(keys, cos, sin))
+    v.index_copy_(2, positions, values)
+    return rotated(queries, cos, sin)
+
+
+def _write_rotated_fake(k: Tensor, v: Tensor, positions: Tensor, queries: Tensor, *rest: Any) -> Tensor:
+    return queries.new_empty(queries.shape)
+
+
 def _append_rotated_fake(
     k: list[Tensor], v: list[Tensor], length: Tensor, queries: Tensor, keys: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -348,6 +361,7 @@ for _name, _implementation, _fake in (
     ("attention", attention, _attention_fake),
     ("append", append, _append_fake),
     ("append_rotated", append_rotated, _append_rotated_fake),
+    ("write_rotated", write_rotated, _write_rotated_fake),
     ("once", Tensor.clone, torch.empty_like),
     ("cache_positions", cache_positions, _cache_positions_fake),
 ):

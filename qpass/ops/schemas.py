@@ -14,9 +14,9 @@ SCHEMAS = {
         f"(Tensor x, {_PARTS.format('')}, Tensor? bias, str spec, Tensor? norm=None, float? eps=None, "
         "Tensor? column_scale=None, str gate='', Tensor? residual=None) -> Tensor"
     ),
-    # Linears one after another, each of the result of the one before it; gives the last result, and the one that is kept or an
-    # empty one. See ops/steps.py. (Two and no list: Inductor's wrapper in C++ calls operators that give lists through Python.)
-    "linears": "(Tensor x, Tensor[] tensors, str steps) -> (Tensor, Tensor)",
+    # Calls of these operators one after another, see ops/row.py: one or two of their results, or an empty one in the place of the
+    # second. (Two and no list: Inductor's wrapper in C++ calls operators that give lists through Python.)
+    "row": "(Tensor[] inputs, Tensor(a!)[] written, str calls) -> (Tensor, Tensor)",
     # x [.., K] -> codes, with scale and zero point unless those of a static spec are given. Written out for the compiler, which
     # joins it with what makes x; round_input gives the same as floats in x's dtype.
     "quantize_input": "(Tensor x, Tensor? scale, Tensor? zero_point, str spec) -> Tensor[]",
@@ -67,6 +67,11 @@ SCHEMAS = {
         "(Tensor(a!)[] k, Tensor(b!)[] v, Tensor(c!) length, Tensor queries, Tensor keys, Tensor values, Tensor cos, Tensor sin, "
         "str k_spec, str v_spec, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor, Tensor)"
     ),
+    # The same for a cache of floats [B, H, capacity, *] and positions [S] that are given. Gives the queries as they were rotated.
+    "write_rotated": (
+        "(Tensor(a!) k, Tensor(b!) v, Tensor positions, Tensor queries, Tensor keys, Tensor values, Tensor cos, Tensor sin) "
+        "-> Tensor"
+    ),
     # A copy of x that is made once, whoever reads it.
     "once": "(Tensor x) -> Tensor",
     # Positions length .. length + new - 1 of the next tokens in a cache; refuses to run past its capacity.
@@ -74,7 +79,7 @@ SCHEMAS = {
 }
 
 #: What ops/cpu/binding.cpp serves; it hands to Python what it does not: calls unlike any that it has seen.
-BOUND = ("linear", "attention", "quantize", "append", "append_rotated")
+BOUND = ("linear", "attention", "quantize", "append", "append_rotated", "write_rotated")
 SCHEMAS |= {f"{name}_checked": SCHEMAS[name] for name in BOUND}
 
 LIBRARY = torch.library.Library("qpass", "DEF")

@@ -112,6 +112,9 @@ def read_before(linear: Node) -> Before:
                 break
             value = source_of(value)
             continue
+        if _takes_all(value):
+            value = source_of(value)
+            continue
         core = _rms_core(value) or _rms_call(value)
         scaled = None if core else _scaled_by_vector(value)
         if scaled is None:
@@ -130,6 +133,14 @@ def read_before(linear: Node) -> Before:
     same = given is not None and given.dtype == like.dtype and given.shape[:-1] == like.shape[:-1]
     fits = same and (outer is None or value_of(outer).dtype == torch.float32)
     return Before(value, norm, eps, outer) if fits else Before(x)
+
+
+def _takes_all(node: Node) -> bool:
+    """Whether it is a slice of rows that leaves none out, as the last of one."""
+    shape, index = shape_of(node), node.args[1] if node.target is operator.getitem else None
+    slices = isinstance(index, tuple) and all(isinstance(i, slice) for i in index)
+    known = shape is not None and all(isinstance(n, int) for n in shape)
+    return slices and known and shape_of(source_of(node)) == shape
 
 
 def _between(x: Node, before: Before) -> list[Node]:

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys, and the keys' way into a quantized cache, as one operator.
+"""Rotary embedding of queries and keys, and the keys' way into a cache, as one operator.
 
 No site is quantized by it: it is two operators fewer in each layer of a decode step.
 """
@@ -18,7 +18,7 @@ from qpass.graph.vocabulary import CATS, op_name, operands, set_value, shape_of,
 from qpass.sites.core import Edit, erase_unused
 
 _MULS = {"mul", "multiply"}
-_K_LAST, _START = 17, 19  # of qpass::attention
+_K_SPEC, _V_DATA, _K_LAST, _START = 5, 6, 17, 19  # of qpass::attention
 _KEYS = 3  # of qpass::append
 
 
@@ -33,21 +33,27 @@ class Rotary:
 
 
 def rewrite(graph: Graph) -> list[Edit]:
-    """rotary embedding of q and k, qpass::append -> one qpass::append_rotated, where an attention reads both."""
+    """rotary embedding of q and k, qpass::append -> one qpass::append_rotated, where an attention reads both; with index_copy_
+    into a cache of floats in the place of qpass::append -> qpass::write_rotated, on CPU tensors."""
     order = Order.in_graph(graph)
-    attentions = [n for n in graph.nodes if n.target is torch.ops.qpass.attention.default and len(n.args) > _START]
-    return [edit for node in attentions if (edit := _rewrite(graph, node, order)) is not None]
+    edits = []
+    for node in graph.find_nodes(op="call_function", target=torch.ops.qpass.attention.default):
+        edits += [edit for each in (_rewrite, _rewrite_floats) if (edit := each(graph, node, order)) is not None]
+    return edits
 
 
 def _rewrite(graph: Graph, attention: Node, order: Order) -> Edit | None:
+    if len(attention.args) <= _START:
+        return None
     q, k, append = attention.args[0], attention.args[_K_LAST], attention.args[_START]
     if not (isinstance(q, Node) and isinstance(k, Node) and isinstance(append, Node)):
         return None
     if op_name(append) != "qpass::append" or append.args[_KEYS] is not k:
         return None
-    of_q, of_k = read_rotary(q), read_rotary(k)
-    if of_q is None or of_k is None or (of_q.cos, of_q.sin) != (of_k.cos, of_k.sin) or q is k:
+    both = _read_both(q, k)
+    if both is None:
         return None
+    of_q, of_k = both
     inputs = (of_q.x, of_k.x, of_q.cos, of_q.sin)
 
     def comes_before(n: Node) -> bool:
@@ -71,6 +77,64 @@ def _rewrite(graph: Graph, attention: Node, order: Order) -> Edit | None:
     removed = [append, *erase_unused(graph, q), *erase_unused(graph, k)]
     stand_for([new, *results], removed)
     return Edit("rotate_and_append", "", tuple(n.name for n in removed), tuple(n.name for n in (new, *results)))
+
+
+def _rewrite_floats(graph: Graph, attention: Node, order: Order) -> Edit | None:
+    args: Any = attention.args
+    q, cache_k, cache_v = args[0], args[1], args[_V_DATA]
+    if args[_K_SPEC] != "fp32" or value_of(attention).device.type != "cpu" or cache_k is cache_v:
+        return None
+    write_k, write_v = (_copied_into(cache, attention, order) for cache in (cache_k, cache_v))
+    if write_k is None or write_v is None or write_k.args[2] is not write_v.args[2]:
+        return None
+    copied: Any = (*write_k.args[2:], write_v.args[3])
+    positions, k, values = copied
+    both = _read_both(q, k)
+    if both is None or set(q.users) != {attention} or set(k.users) != {write_k} or _tokens(values) != _tokens(k):
+        return None
+    of_q, of_k = both
+    first, last = sorted((write_k, write_v), key=order.of.__getitem__)
+    inputs = (of_q.x, of_k.x, of_q.cos, of_q.sin, positions, values)
+    there = all(order.of.get(n, len(order.of)) < order.of[last] for n in inputs)
+    between = [n for n, i in order.of.items() if order.of[first] < i < order.of[last]]
+    read = any(n in (cache_k, cache_v) for node in between for n in node.all_input_nodes)
+    if not there or read or not order.may_move([*of_q.nodes, *of_k.nodes], first):
+        return None
+    with graph.inserting_before(last):
+        new = graph.call_function(
+            torch.ops.qpass.write_rotated.default,
+            (cache_k, cache_v, positions, of_q.x, of_k.x, values, of_q.cos, of_q.sin),
+        )
+    set_value(new, value_of(q))
+    q.replace_all_uses_with(new)
+    for node in (first, last):
+        graph.erase_node(node)
+    removed = [first, last, *erase_unused(graph, q), *erase_unused(graph, k)]
+    stand_for([new], removed)
+    return Edit("rotate_and_write", "", tuple(n.name for n in removed), (new.name,))
+
+
+def _copied_into(cache: Any, attention: Node, order: Order) -> Node | None:
+    """The index_copy_ of tokens to a cache [B, H, S, D], if nothing else reads or writes it before an attention does."""
+    users = cache.users if isinstance(cache, Node) else {}
+    before = [n for n in users if n is not attention and order.of[n] < order.of[attention]]
+    node = before[0] if len(before) == 1 else None
+    if node is None or op_name(node) != "index_copy_" or node.users or node.args[0] is not cache:
+        return None
+    return node if len(node.args) == 4 and node.args[1] in (2, -2) and len(shape_of(node.args[0]) or ()) == 4 else None
+
+
+def _tokens(x: Any) -> tuple[Any, ...]:
+    """Sequences, heads, tokens of [B, H, S, D]."""
+    return (shape_of(x) or ())[:3] if isinstance(x, Node) else ()
+
+
+def _read_both(q: Any, k: Any) -> tuple[Rotary, Rotary] | None:
+    """The rotary embeddings of queries and of keys, by the same angles."""
+    of_q, of_k = read_rotary(q), read_rotary(k)
+    if of_q is None or of_k is None or (of_q.cos, of_q.sin) != (of_k.cos, of_k.sin) or q is k:
+        return None
+    return of_q, of_k
 
 
 def read_rotary(node: Any) -> Rotary | None:

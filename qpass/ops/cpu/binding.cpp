@@ -1,172 +1,15 @@
-// torch.ops.qpass.linear, linears, quantize, attention and append on CPU tensors without Python, on torch's stable ABI: the same call takes a few
-// microseconds instead of twenty-five to eighty.
+// torch.ops.qpass on CPU tensors without Python, on torch's stable ABI: the same call takes a few microseconds instead of
+// twenty-five to eighty.
 //
 // Only calls like one that Python (operators.py) has checked before are served here. "Like": everything that it looks at is
 // equal, which is types and layouts of the stored parts, the spec, and the inputs' columns. Others go to Python, as `linear_checked`
 // and the like; if it finds that a kernel can serve them, it says with what (qpass_remember_..) and that is kept.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "binding.h"
 
 #include <cmath>
-#include <locale>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <optional>
-#include <shared_mutex>
-#include <sstream>
-#include <string>
-#include <vector>
-
-#include "extras.h"
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
-using torch::stable::Tensor;
-using Part = std::optional<Tensor>;
+#include <cstring>
 
 namespace {
-
-// The arguments of a matrix to a kernel but for pointers, rows and columns.
-struct Stored {
-  const void* spec;
-  int64_t scale_rows, outer_rows;
-};
-
-using LinearKernel = void (*)(const void* spec, const void* data, const void* scale, const void* zero, const void* outer, int64_t n, int64_t k,
-                              int64_t scale_rows, int64_t outer_rows, const void* x, const void* bias, void* y, int64_t count,
-                              int32_t dtype, int32_t bias_dtype, int32_t int8, const Around* around, int32_t threads);
-struct LinearCall {
-  LinearKernel kernel;
-  Stored weight;
-  int64_t most_rows;  // of x that go to the kernel at once
-  int32_t int8;
-};
-
-using AttentionKernel = void (*)(const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
-                                 const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
-                                 const float* q, const void* mask, const int64_t* sizes, int32_t mask_type, int32_t causal, float scale,
-                                 void* out, int32_t dtype, const Extras* more, int32_t threads);
-// How rows are changed before they are stored: see Frame of extras.h. Static scales are `heads` of those in the call; 0: none.
-struct Change {
-  const float* rotation;
-  int64_t heads;
-
-  Frame with(const void* scale) const { return {rotation, heads ? (const float*)scale : nullptr, heads}; }
-};
-
-struct AttentionCall {
-  AttentionKernel kernel;
-  Stored keys, values;
-  Change k_change, v_change;
-  int64_t k_capacity, v_capacity, most_queries;
-};
-
-using QuantizeKernel = int64_t (*)(const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
-                                   const void* x, int64_t tokens, int32_t dtype, const Frame* frame, int32_t threads);
-struct QuantizeCall {
-  QuantizeKernel kernel;
-  Stored stored;
-  Change change;
-  int64_t n, k, tokens, slots;  // bit i of slots: whether data, scale, zero point, outer scale is stored
-};
-// What a call with these inputs gives.
-struct QuantizeParts {
-  QuantizeCall call;
-  std::vector<std::pair<int32_t, std::vector<int64_t>>> parts;  // type, sizes
-  std::vector<int64_t> bytes;                                   // of an element
-};
-
-// What Python looks at before it calls a kernel.
-using Layout = std::vector<int64_t>;
-
-template <class Call> struct Memory {
-  std::map<std::pair<std::string, Layout>, Call> calls;
-  std::shared_mutex mutex;
-
-  std::optional<Call> find(const std::pair<std::string, Layout>& key) {
-    std::shared_lock lock(mutex);
-    auto found = calls.find(key);
-    return found == calls.end() ? std::nullopt : std::optional(found->second);
-  }
-  void keep(const std::pair<std::string, Layout>& key, const Call& call) {
-    std::unique_lock lock(mutex);
-    if (calls.size() >= 1024) calls.clear();  // a cache that grows has a new layout at each step
-    calls[key] = call;
-  }
-  void forget() {
-    std::unique_lock lock(mutex);
-    calls.clear();
-  }
-};
-
-Memory<LinearCall> linear_calls;
-Memory<AttentionCall> attention_calls;
-Memory<QuantizeParts> quantize_calls;
-// What Python says of the call that it was asked for by this thread.
-thread_local std::optional<LinearCall> linear_answer;
-thread_local std::optional<AttentionCall> attention_answer;
-thread_local std::optional<QuantizeCall> quantize_answer;
-
-void look_at(const Tensor& x, Layout& layout) {
-  layout.push_back(int64_t(x.scalar_type()));
-  layout.push_back(x.dim());
-  for (int64_t i = 0; i < x.dim(); i++) layout.push_back(x.size(i)), layout.push_back(x.stride(i));
-}
-void look_at(const Part& x, Layout& layout) {
-  if (x) look_at(*x, layout);
-  else layout.push_back(-1);
-}
-
-const void* data(const Part& x) { return x ? x->const_data_ptr() : nullptr; }
-
-// enum Dtype of weight.h; -1 for other types.
-int32_t dtype_of(const Tensor& x) {
-  using torch::headeronly::ScalarType;
-  auto type = x.scalar_type();
-  return type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : type == ScalarType::Half ? 2 : -1;
-}
-
-int32_t type_of(const Tensor& x) {
-  int32_t type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
-  return type;
-}
-
-Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
-  AtenTensorHandle y;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &y));
-  return Tensor(y);
-}
-
-using Three = std::tuple<Tensor, Tensor, Tensor>;
-
-template <class Result = Tensor, class... T> Result in_python(const char* name, const T&... arguments) {
-  StableIValue stack[] = {torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
-  if constexpr (std::is_same_v<Result, Three>)
-    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
-            torch::stable::detail::to<Tensor>(stack[2])};
-  else
-    return torch::stable::detail::to<Result>(stack[0]);
-}
-
-// One of `size` numbers side by side, or none.
-bool is_vector(const Part& x, int64_t size) { return !x || (x->dim() == 1 && x->size(0) == size && x->is_contiguous()); }
-
-// Like a contiguous tensor of these sizes, or none.
-bool has_sizes(const Part& x, const std::vector<int64_t>& sizes, const Tensor& like) {
-  if (!x) return true;
-  bool same = x->dim() == int64_t(sizes.size()) && x->scalar_type() == like.scalar_type() && x->is_contiguous();
-  for (size_t i = 0; same && i < sizes.size(); i++) same = x->size(i) == sizes[i];
-  return same;
-}
 
 int32_t gate_of(const std::string& name) { return name == "silu" ? SILU : name == "gelu" ? GELU : name == "gelu_tanh" ? GELU_TANH : NO_GATE; }
 
@@ -205,73 +48,6 @@ Tensor linear(const Tensor& x, const Tensor& w, const Part& scale, const Part& z
   Tensor y = in_python("qpass::linear_checked", x, w, scale, zero, outer, bias, spec, norm, eps, columns, gate, residual);
   if (usual && linear_answer) linear_calls.keep(key, *linear_answer);
   return y;
-}
-
-// A linear of a row: see Step of steps.py.
-struct Step {
-  std::string spec, given, gate;
-  std::optional<double> eps;
-  int64_t residual;  // of which step; -1: none
-  bool kept, added;  // given back; added to a later one's result
-};
-using Steps = std::shared_ptr<const std::vector<Step>>;
-
-Memory<Steps> known_steps;
-
-std::vector<std::string> cut(const std::string& text, char at) {
-  std::vector<std::string> pieces(1);
-  for (char c : text)
-    if (c == at) pieces.emplace_back();
-    else pieces.back() += c;
-  return pieces;
-}
-
-// Of text that steps.py wrote and checked, when the graph was made.
-Steps steps_of(const std::string& text) {
-  std::pair<std::string, Layout> key{text, {}};
-  if (auto known = known_steps.find(key)) return *known;
-  auto steps = std::make_shared<std::vector<Step>>();
-  for (const std::string& step : cut(text, '|')) {
-    auto fields = cut(step, ';');
-    STD_TORCH_CHECK(fields.size() == 6, "qpass::linears: a step has 6 fields: ", step);
-    int64_t residual = fields[4].empty() ? -1 : std::stoll(fields[4]);
-    STD_TORCH_CHECK(residual < int64_t(steps->size()), "qpass::linears: the result of a later step is added: ", step);
-    std::optional<double> eps;
-    if (!fields[2].empty()) {  // as C writes numbers, whatever the user's locale
-      std::istringstream number(fields[2]);
-      number.imbue(std::locale::classic());
-      number >> eps.emplace();
-    }
-    steps->push_back({fields[0], fields[1], fields[3], eps, residual, fields[5] == "1", false});
-    if (residual >= 0) (*steps)[residual].added = true;
-  }
-  known_steps.keep(key, steps);
-  return steps;
-}
-
-// x [.., K] -> the last result, and the one that is kept
-std::tuple<Tensor, Tensor> linears(const Tensor& x, std::vector<Tensor> tensors, std::string text) {
-  auto steps = steps_of(text);
-  std::vector<Part> added(steps->size());
-  Part kept;
-  Tensor y = x;
-  size_t used = 0;
-  for (size_t i = 0; i < steps->size(); i++) {
-    const Step& step = (*steps)[i];
-    Part given[8];  // in the order of LETTERS
-    for (char letter : step.given) {
-      size_t at = std::string("dszobncr").find(letter);
-      STD_TORCH_CHECK(at < 8 && used < tensors.size(), "qpass::linears: ", tensors.size(), " tensors for steps ", text);
-      given[at] = tensors[used++];
-    }
-    STD_TORCH_CHECK(given[0], "qpass::linears: a step without a weight: ", text);
-    const auto& [w, scale, zero, outer, bias, norm, columns, residual] = given;
-    y = linear(y, *w, scale, zero, outer, bias, step.spec, norm, step.eps, columns, step.gate, step.residual < 0 ? residual : added[step.residual]);
-    if (step.added) added[i] = y;
-    if (step.kept) kept = y;
-  }
-  STD_TORCH_CHECK(used == tensors.size(), "qpass::linears: ", tensors.size(), " tensors for steps ", text);
-  return {y, kept ? *kept : empty({0}, type_of(x))};
 }
 
 // Strides with which a mask reads as [B, heads, queries, tokens], or nothing if it does not.
@@ -428,41 +204,76 @@ Tensor append(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const
   return in_python("qpass::append_checked", k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale);
 }
 
-// Rotary embedding of x [B, H, S, D], whose rows are numbers side by side, by cos and sin [B or 1, 1, S, D].
-Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+// Whether rows of x [B, H, S, D] are float numbers side by side, which cos and sin [B or 1, 1, S, D] can rotate.
+bool can_rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  bool rows = x.dim() == 4 && dtype_of(x) == 0 && x.numel() && x.stride(3) == 1 && x.size(3) % 2 == 0;
+  for (const Tensor& t : {cos, sin}) {
+    rows = rows && t.dim() == 4 && dtype_of(t) == 0 && t.is_contiguous() && (t.size(0) == 1 || t.size(0) == x.size(0));
+    rows = rows && t.size(1) == 1 && t.size(2) == x.size(2) && t.size(3) == x.size(3) && t.size(0) == cos.size(0);
+  }
+  return rows;
+}
+
+// Rotary embedding of x [B, H, S, D] by cos and sin, of head h of all of them and token t to place(h, t).
+template <class Place> void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, Place&& place) {
   int64_t heads = x.size(1), tokens = x.size(2), width = x.size(3), half = width / 2;
-  Tensor y = empty({x.size(0), heads, tokens, width}, type_of(x));
   const float *from = (const float*)x.const_data_ptr(), *c = (const float*)cos.const_data_ptr(), *s = (const float*)sin.const_data_ptr();
-  float* to = (float*)y.mutable_data_ptr();
-  for (int64_t row = 0; row < x.size(0) * heads * tokens; row++, to += width) {
+  for (int64_t row = 0; row < x.size(0) * heads * tokens; row++) {
     int64_t t = row % tokens, h = row / tokens % heads, b = row / tokens / heads;
     const float* in = from + b * x.stride(0) + h * x.stride(1) + t * x.stride(2);
     int64_t at = ((cos.size(0) > 1 ? b : 0) * tokens + t) * width;
+    float* to = place(row / tokens, t);
     for (int64_t i = 0; i < half; i++) {
       to[i] = in[i] * c[at + i] - in[half + i] * s[at + i];
       to[half + i] = in[half + i] * c[at + half + i] + in[i] * s[at + half + i];
     }
   }
+}
+
+Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  Tensor y = empty({x.size(0), x.size(1), x.size(2), x.size(3)}, type_of(x));
+  float* to = (float*)y.mutable_data_ptr();
+  rotate(x, cos, sin, [&](int64_t head, int64_t t) { return to + (head * x.size(2) + t) * x.size(3); });
   return y;
 }
 
 Three append_rotated(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const Tensor& queries, const Tensor& keys,
                      const Tensor& values, const Tensor& cos, const Tensor& sin, std::string k_spec, std::string v_spec,
                      const Part& k_scale, const Part& v_scale) {
-  auto is_usual = [&](const Tensor& x) {
-    bool rows = x.dim() == 4 && dtype_of(x) == 0 && x.numel() && x.stride(3) == 1 && x.size(3) % 2 == 0;
-    for (const Tensor& t : {cos, sin}) {
-      rows = rows && t.dim() == 4 && dtype_of(t) == 0 && t.is_contiguous() && (t.size(0) == 1 || t.size(0) == x.size(0));
-      rows = rows && t.size(1) == 1 && t.size(2) == x.size(2) && t.size(3) == x.size(3) && t.size(0) == cos.size(0);
-    }
-    return rows;
-  };
-  if (!is_usual(queries) || !is_usual(keys))
+  if (!can_rotate(queries, cos, sin) || !can_rotate(keys, cos, sin))
     return in_python<Three>("qpass::append_rotated_checked", k, v, length, queries, keys, values, cos, sin, k_spec, v_spec, k_scale,
                             v_scale);
   Tensor q = rotated(queries, cos, sin), key = rotated(keys, cos, sin);
   return {append(k, v, length, key, values, k_spec, v_spec, k_scale, v_scale), q, key};
 }
+
+// Rotated keys, and values, to their positions in caches of floats [B, H, capacity, D].
+Tensor write_rotated(Tensor k, Tensor v, const Tensor& positions, const Tensor& queries, const Tensor& keys, const Tensor& values,
+                     const Tensor& cos, const Tensor& sin) {
+  auto holds = [&](const Tensor& cache, const Tensor& x) {
+    bool rows = x.dim() == 4 && dtype_of(x) == 0 && x.stride(3) == 1 && cache.dim() == 4 && dtype_of(cache) == 0 && cache.is_contiguous();
+    for (int i : {0, 1, 3}) rows = rows && cache.size(i) == x.size(i);
+    return rows && x.size(2) == keys.size(2);
+  };
+  bool usual = can_rotate(queries, cos, sin) && can_rotate(keys, cos, sin) && holds(k, keys) && holds(v, values);
+  int64_t tokens = usual ? keys.size(2) : 0;
+  usual = usual && positions.scalar_type() == torch::headeronly::ScalarType::Long && positions.is_contiguous() && positions.numel() == tokens;
+  const int64_t* at = (const int64_t*)positions.const_data_ptr();
+  for (int64_t t = 0; usual && t < tokens; t++) usual = at[t] >= 0 && at[t] < k.size(2) && at[t] < v.size(2);
+  if (!usual) return in_python("qpass::write_rotated_checked", k, v, positions, queries, keys, values, cos, sin);
+  float *k_rows = (float*)k.mutable_data_ptr(), *v_rows = (float*)v.mutable_data_ptr();
+  rotate(keys, cos, sin, [&](int64_t head, int64_t t) { return k_rows + (head * k.size(2) + at[t]) * k.size(3); });
+  const float* from = (const float*)values.const_data_ptr();
+  for (int64_t head = 0; head < v.size(0) * v.size(1); head++)
+    for (int64_t t = 0; t < tokens; t++) {
+      int64_t b = head / v.size(1), h = head % v.size(1);
+      const float* row = from + b * values.stride(0) + h * values.stride(1) + t * values.stride(2);
+      std::memcpy(v_rows + (head * v.size(2) + at[t]) * v.size(3), row, v.size(3) * sizeof(float));
+    }
+  return rotated(queries, cos, sin);
+}
+
+#include "row.h"
 
 }  // namespace
 
@@ -494,9 +305,10 @@ void qpass_forget() {
 
 STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linears", TORCH_BOX(&linears));
+  m.impl("row", TORCH_BOX(&row));
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("append", TORCH_BOX(&append));
   m.impl("append_rotated", TORCH_BOX(&append_rotated));
+  m.impl("write_rotated", TORCH_BOX(&write_rotated));
 }

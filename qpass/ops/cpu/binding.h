@@ -1,0 +1,164 @@
+// What calls of the operators have in common: what is remembered of earlier ones, how tensors are looked at and made.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <shared_mutex>
+#include <string>
+#include <vector>
+
+#include "extras.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+using torch::stable::Tensor;
+using Part = std::optional<Tensor>;
+
+namespace {
+
+// The arguments of a matrix to a kernel but for pointers, rows and columns.
+struct Stored {
+  const void* spec;
+  int64_t scale_rows, outer_rows;
+};
+
+using LinearKernel = void (*)(const void* spec, const void* data, const void* scale, const void* zero, const void* outer, int64_t n, int64_t k,
+                              int64_t scale_rows, int64_t outer_rows, const void* x, const void* bias, void* y, int64_t count,
+                              int32_t dtype, int32_t bias_dtype, int32_t int8, const Around* around, int32_t threads);
+struct LinearCall {
+  LinearKernel kernel;
+  Stored weight;
+  int64_t most_rows;  // of x that go to the kernel at once
+  int32_t int8;
+};
+
+using AttentionKernel = void (*)(const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
+                                 const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
+                                 const float* q, const void* mask, const int64_t* sizes, int32_t mask_type, int32_t causal, float scale,
+                                 void* out, int32_t dtype, const Extras* more, int32_t threads);
+// How rows are changed before they are stored: see Frame of extras.h. Static scales are `heads` of those in the call; 0: none.
+struct Change {
+  const float* rotation;
+  int64_t heads;
+
+  Frame with(const void* scale) const { return {rotation, heads ? (const float*)scale : nullptr, heads}; }
+};
+
+struct AttentionCall {
+  AttentionKernel kernel;
+  Stored keys, values;
+  Change k_change, v_change;
+  int64_t k_capacity, v_capacity, most_queries;
+};
+
+using QuantizeKernel = int64_t (*)(const void*, const void*, const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t,
+                                   const void* x, int64_t tokens, int32_t dtype, const Frame* frame, int32_t threads);
+struct QuantizeCall {
+  QuantizeKernel kernel;
+  Stored stored;
+  Change change;
+  int64_t n, k, tokens, slots;  // bit i of slots: whether data, scale, zero point, outer scale is stored
+};
+// What a call with these inputs gives.
+struct QuantizeParts {
+  QuantizeCall call;
+  std::vector<std::pair<int32_t, std::vector<int64_t>>> parts;  // type, sizes
+  std::vector<int64_t> bytes;                                   // of an element
+};
+
+// What Python looks at before it calls a kernel.
+using Layout = std::vector<int64_t>;
+
+template <class Call> struct Memory {
+  std::map<std::pair<std::string, Layout>, Call> calls;
+  std::shared_mutex mutex;
+
+  std::optional<Call> find(const std::pair<std::string, Layout>& key) {
+    std::shared_lock lock(mutex);
+    auto found = calls.find(key);
+    return found == calls.end() ? std::nullopt : std::optional(found->second);
+  }
+  void keep(const std::pair<std::string, Layout>& key, const Call& call) {
+    std::unique_lock lock(mutex);
+    if (calls.size() >= 1024) calls.clear();  // a cache that grows has a new layout at each step
+    calls[key] = call;
+  }
+  void forget() {
+    std::unique_lock lock(mutex);
+    calls.clear();
+  }
+};
+
+Memory<LinearCall> linear_calls;
+Memory<AttentionCall> attention_calls;
+Memory<QuantizeParts> quantize_calls;
+// What Python says of the call that it was asked for by this thread.
+thread_local std::optional<LinearCall> linear_answer;
+thread_local std::optional<AttentionCall> attention_answer;
+thread_local std::optional<QuantizeCall> quantize_answer;
+
+void look_at(const Tensor& x, Layout& layout) {
+  layout.push_back(int64_t(x.scalar_type()));
+  layout.push_back(x.dim());
+  for (int64_t i = 0; i < x.dim(); i++) layout.push_back(x.size(i)), layout.push_back(x.stride(i));
+}
+void look_at(const Part& x, Layout& layout) {
+  if (x) look_at(*x, layout);
+  else layout.push_back(-1);
+}
+
+const void* data(const Part& x) { return x ? x->const_data_ptr() : nullptr; }
+
+// enum Dtype of weight.h; -1 for other types.
+int32_t dtype_of(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  auto type = x.scalar_type();
+  return type == ScalarType::Float ? 0 : type == ScalarType::BFloat16 ? 1 : type == ScalarType::Half ? 2 : -1;
+}
+
+int32_t type_of(const Tensor& x) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+  return type;
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  AtenTensorHandle y;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), type, aoti_torch_device_type_cpu(), 0, &y));
+  return Tensor(y);
+}
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+template <class Result = Tensor, class... T> Result in_python(const char* name, const T&... arguments) {
+  StableIValue stack[] = {torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+  if constexpr (std::is_same_v<Result, Three>)
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+            torch::stable::detail::to<Tensor>(stack[2])};
+  else
+    return torch::stable::detail::to<Result>(stack[0]);
+}
+
+// One of `size` numbers side by side, or none.
+bool is_vector(const Part& x, int64_t size) { return !x || (x->dim() == 1 && x->size(0) == size && x->is_contiguous()); }
+
+// Like a contiguous tensor of these sizes, or none.
+bool has_sizes(const Part& x, const std::vector<int64_t>& sizes, const Tensor& like) {
+  if (!x) return true;
+  bool same = x->dim() == int64_t(sizes.size()) && x->scalar_type() == like.scalar_type() && x->is_contiguous();
+  for (size_t i = 0; same && i < sizes.size(); i++) same = x->size(i) == sizes[i];
+  return same;
+}
+
+}  // namespace

@@ -1,0 +1,174 @@
+// torch.ops.qpass.row: calls of the operators, one after another. Of binding.cpp, whose functions it calls.
+#include <locale>
+#include <sstream>
+
+enum class Operator { VIEW, TYPED, LINEAR, ATTENTION, APPEND, APPEND_ROTATED, WRITE_ROTATED };
+
+// Name, number of results and the arguments of a call: t a tensor, o one or none, l a list of them, s text, f a number or none,
+// i integers.
+struct Known {
+  const char* name;
+  Operator what;
+  int64_t results;
+  const char* arguments;
+};
+constexpr Known KNOWN[] = {
+    {"view", Operator::VIEW, 1, "tiii"},
+    {"typed", Operator::TYPED, 1, "ts"},
+    {"linear", Operator::LINEAR, 1, "ttoooosofoso"},
+    {"attention", Operator::ATTENTION, 1, "ttooostoooisoifooooofo"},
+    {"append", Operator::APPEND, 1, "lltttssoo"},
+    {"append_rotated", Operator::APPEND_ROTATED, 3, "llttttttssoo"},
+    {"write_rotated", Operator::WRITE_ROTATED, 1, "tttttttt"},
+};
+
+struct Argument {
+  std::vector<int64_t> numbers;  // registers, or integers
+  std::string text;
+  std::optional<double> value;
+};
+
+// See Call of row.py. `dead`: the registers that no later call reads.
+struct Call {
+  Operator what;
+  int64_t results;
+  std::vector<Argument> arguments;
+  std::vector<int64_t> dead;
+};
+struct Row {
+  std::vector<Call> calls;
+  std::vector<int64_t> gives;
+  int64_t given;  // registers of inputs and of what is written to
+};
+
+std::vector<std::string> cut(const std::string& text, char at) {
+  std::vector<std::string> pieces(1);
+  for (char c : text)
+    if (c == at) pieces.emplace_back();
+    else pieces.back() += c;
+  return pieces;
+}
+
+std::vector<int64_t> integers(const std::string& text) {
+  std::vector<int64_t> found;
+  if (!text.empty())
+    for (const std::string& number : cut(text, ',')) found.push_back(std::stoll(number));
+  return found;
+}
+
+Argument read_argument(char kind, const std::string& text) {
+  Argument argument;
+  if (kind == 's') argument.text = text;
+  else if (kind != 'f') argument.numbers = integers(text);
+  else if (!text.empty()) {  // as C writes numbers, whatever the user's locale
+    std::istringstream number(text);
+    number.imbue(std::locale::classic());
+    number >> argument.value.emplace();
+  }
+  return argument;
+}
+
+// Of text that row.py wrote and checked, when the graph was made; `given` registers are filled before the first call.
+std::shared_ptr<const Row> read_row(const std::string& text, int64_t given) {
+  auto row = std::make_shared<Row>();
+  auto parts = cut(text, '|');
+  int64_t free = given;
+  std::map<int64_t, size_t> last_reader;
+  for (size_t i = 0; i + 1 < parts.size(); i++) {
+    auto fields = cut(parts[i], ';');
+    const Known* known = nullptr;
+    for (const Known& each : KNOWN)
+      if (fields[0] == each.name) known = &each;
+    STD_TORCH_CHECK(known && fields.size() == std::strlen(known->arguments) + 1, "qpass::row: no such call: ", parts[i]);
+    Call call{known->what, known->results, {}, {}};
+    for (size_t a = 1; a < fields.size(); a++) {
+      char kind = known->arguments[a - 1];
+      call.arguments.push_back(read_argument(kind, fields[a]));
+      if (kind != 't' && kind != 'o' && kind != 'l') continue;
+      for (int64_t number : call.arguments.back().numbers) {
+        STD_TORCH_CHECK(number >= 0 && number < free, "qpass::row: a tensor that there is not yet: ", parts[i]);
+        if (number >= given) last_reader[number] = i;
+      }
+    }
+    free += known->results;
+    row->calls.push_back(call);
+  }
+  auto gives = cut(parts.back(), ';');
+  for (size_t i = 1; i < gives.size(); i++) row->gives.push_back(std::stoll(gives[i]));
+  for (int64_t number : row->gives) {
+    STD_TORCH_CHECK(number >= 0 && number < free, "qpass::row: gives what there is not: ", text);
+    last_reader.erase(number);
+  }
+  for (auto [number, reader] : last_reader) row->calls[reader].dead.push_back(number);
+  row->given = given;
+  return row;
+}
+
+Memory<std::shared_ptr<const Row>> known_rows;
+
+Tensor view(const Tensor& x, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int64_t offset) {
+  AtenTensorHandle y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), sizes.size(), sizes.data(), strides.data(), offset, &y));
+  return Tensor(y);
+}
+
+Tensor typed(const Tensor& x, const std::string& name) {
+  using torch::headeronly::ScalarType;
+  bool e4m3 = name == "float8_e4m3fn";
+  STD_TORCH_CHECK(e4m3 || name == "float8_e5m2", "qpass::row: no type ", name);
+  StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(e4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Float8_e5m2)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::view", "dtype", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// What a row gives; an empty tensor in the place of a second result that it has not.
+std::tuple<Tensor, Tensor> row(std::vector<Tensor> inputs, std::vector<Tensor> written, std::string text) {
+  std::pair<std::string, Layout> key{text, {int64_t(inputs.size() + written.size())}};
+  auto found = known_rows.find(key);
+  if (!found) known_rows.keep(key, *(found = read_row(text, key.second[0])));
+  std::vector<Part> registers;
+  registers.reserve(key.second[0] + 2 * (*found)->calls.size());
+  for (auto* tensors : {&inputs, &written})
+    for (Tensor& tensor : *tensors) registers.emplace_back(std::move(tensor));
+  for (const Call& call : (*found)->calls) {
+    const auto& a = call.arguments;
+    auto one = [&](int i) -> const Tensor& { return *registers[a[i].numbers[0]]; };
+    auto maybe = [&](int i) { return a[i].numbers.empty() ? Part() : registers[a[i].numbers[0]]; };
+    auto list = [&](int i) {
+      std::vector<Tensor> tensors;
+      for (int64_t number : a[i].numbers) tensors.push_back(*registers[number]);
+      return tensors;
+    };
+    switch (call.what) {
+      case Operator::VIEW:
+        registers.emplace_back(view(one(0), a[1].numbers, a[2].numbers, a[3].numbers[0]));
+        break;
+      case Operator::TYPED:
+        registers.emplace_back(typed(one(0), a[1].text));
+        break;
+      case Operator::LINEAR:
+        registers.emplace_back(linear(one(0), one(1), maybe(2), maybe(3), maybe(4), maybe(5), a[6].text, maybe(7), a[8].value, maybe(9), a[10].text, maybe(11)));
+        break;
+      case Operator::ATTENTION:
+        registers.emplace_back(attention(one(0), one(1), maybe(2), maybe(3), maybe(4), a[5].text, one(6), maybe(7), maybe(8), maybe(9), a[10].numbers[0],
+                                         a[11].text, maybe(12), a[13].numbers[0], a[14].value, maybe(15), maybe(16), maybe(17), maybe(18), maybe(19),
+                                         a[20].value.value_or(0), maybe(21)));
+        break;
+      case Operator::APPEND:
+        registers.emplace_back(append(list(0), list(1), one(2), one(3), one(4), a[5].text, a[6].text, maybe(7), maybe(8)));
+        break;
+      case Operator::APPEND_ROTATED: {
+        auto [length, q, k] = append_rotated(list(0), list(1), one(2), one(3), one(4), one(5), one(6), one(7), a[8].text, a[9].text, maybe(10), maybe(11));
+        for (const Tensor& each : {length, q, k}) registers.emplace_back(each);
+        break;
+      }
+      case Operator::WRITE_ROTATED:
+        registers.emplace_back(write_rotated(one(0), one(1), one(2), one(3), one(4), one(5), one(6), one(7)));
+        break;
+    }
+    for (int64_t number : call.dead) registers[number].reset();
+  }
+  const auto& gives = (*found)->gives;
+  Tensor first = *registers[gives[0]];
+  return {first, gives.size() > 1 ? *registers[gives[1]] : empty({0}, type_of(first))};
+}
