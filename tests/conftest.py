@@ -28,6 +28,12 @@ def exact_products() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators of a graph stay calls of their own, so that they are seen."""
+    monkeypatch.setattr("qpass.backend.join_calls", lambda graph_module: None)
+
+
 settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=1000, deadline=None)
 settings.load_profile("quick")

@@ -223,14 +223,24 @@ def test_a_summand_that_reads_an_int8_product_of_another_type_stays() -> None:
 
 
 def test_a_decode_step_of_a_llama_is_four_linears_a_layer_and_nothing_around_them() -> None:
-    """But for the last norm, of which a slice is read."""
+    """The vocabulary reads a slice of the last norm, which is all of it."""
     model = build("llama").eval()
     backend = qpass.QPass("int4", inner="eager")
     with torch.no_grad():
         torch.compile(model, backend=backend)(tokens(1, 1), use_cache=False)
     layer = "norm eps; residual; norm eps gate=silu; residual"
-    assert fused(backend) == "; ".join([layer] * model.config.num_hidden_layers)
-    assert len([n for n in backend.captures[-1].after.nodes if re.match("rsqrt|silu", n.name)]) == 1
+    assert fused(backend) == "; ".join([*[layer] * model.config.num_hidden_layers, "norm eps"])
+    assert not [n for n in backend.captures[-1].after.nodes if re.match("rsqrt|silu", n.name)]
+
+
+def test_a_slice_that_leaves_rows_out_keeps_the_norm_before_it() -> None:
+    model = build("llama").eval()
+    backend = qpass.QPass("int4", inner="eager")
+    with torch.no_grad():
+        every = torch.compile(model, backend=backend)(tokens(1, 3), use_cache=False).logits
+        found = torch.compile(model, backend=backend)(tokens(1, 3), use_cache=False, logits_to_keep=2).logits
+    assert not fused(backend).endswith("norm eps")
+    torch.testing.assert_close(found, every[:, 1:], rtol=1e-5, atol=1e-5)
 
 
 def test_column_scales_of_awq_are_taken_in(exact_products: None) -> None:

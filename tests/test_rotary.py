@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import qpass
 from qpass.graph.vocabulary import op_name
@@ -154,3 +155,109 @@ def test_the_operator_gives_what_the_reference_gives(dtype: torch.dtype, batch: 
             torch.testing.assert_close(mine, theirs, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
         else:
             assert (mine.int() - theirs.int()).abs().max() <= 1
+
+
+# --- a cache of floats --------------------------------------------------------------------------------------------------
+
+
+class Floats(nn.Module):
+    """Attention over a cache of floats to which rotated keys, and values, are copied; `change` is what else happens."""
+
+    def __init__(self, rotate: Rotate = by_slices, change: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(64, heads * WIDTH, bias=False) for heads in (HEADS, KEY_HEADS, KEY_HEADS, 4)
+        )
+        self.rotate, self.change = rotate, change
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, at: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (project(x).view(*x.shape[:2], -1, WIDTH).transpose(1, 2) for project in (self.q, self.k, self.v))
+        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+        keys.index_copy_(2, at, k)
+        if self.change == "keys are read between":
+            v = v + keys.sum()
+        values.index_copy_(2, at.flip(0) if self.change == "other positions for values" else at, v)
+        if self.change == "keys are changed again":
+            keys.mul_(0.5)
+        mask = torch.arange(keys.shape[2]) <= at[:, None]
+        y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None, None], enable_gqa=True)
+        y = self.o(y.transpose(1, 2).flatten(2))
+        return y + k.sum() if self.change == "rotated keys are read" else y
+
+
+def of_floats(model: Floats, count: int, dtype: torch.dtype) -> tuple[list[Tensor], bool]:
+    """Results and caches of two calls; whether keys are written as they are rotated."""
+    backend = qpass.QPass("int8:channel", inner="eager")
+    compiled = torch.compile(model.to(dtype).eval(), backend=backend)
+    keys, values = (torch.zeros(2, KEY_HEADS, 12, WIDTH, dtype=dtype) for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    results = []
+    with torch.no_grad():
+        for start in (3, 3 + count):
+            x, cos, sin = (
+                torch.randn(shape, generator=generator).to(dtype)
+                for shape in ((2, count, 64), (1, 1, count, WIDTH), (1, 1, count, WIDTH))
+            )
+            results.append(compiled(x, keys, values, torch.arange(start, start + count), cos, sin))
+    written = any(op_name(n) == "qpass::write_rotated" for n in backend.captures[-1].after.nodes)
+    return [*results, keys, values], written
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize(
+    ("rotate", "change", "fires"),
+    [
+        (by_slices, "", True),
+        (by_chunks, "", True),
+        (the_first_half_negative, "", False),
+        (by_slices, "keys are read between", False),
+        (by_slices, "other positions for values", False),
+        (by_slices, "keys are changed again", False),
+        (by_slices, "rotated keys are read", False),
+    ],
+    ids=lambda x: getattr(x, "__name__", x or "plain"),
+)
+def test_a_cache_of_floats(
+    rotate: Rotate, change: str, fires: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, written = of_floats(Floats(rotate, change), count, torch.float32)
+    assert written == fires
+    monkeypatch.setattr("qpass.sites.rotary._rewrite_floats", lambda *_: None)
+    torch._dynamo.reset()
+    expected, _ = of_floats(Floats(rotate, change), count, torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_bfloat16_stays() -> None:
+    assert not of_floats(Floats(), 1, torch.bfloat16)[1]
+
+
+@pytest.mark.parametrize("case", ["usual", "strided", "a batch of angles", "bfloat16", "in reverse"])
+def test_writing_without_python_gives_what_the_reference_gives(case: str) -> None:
+    assert bind() is None
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
+    k, v = torch.randn(2, KEY_HEADS, 9, WIDTH).to(dtype), torch.randn(2, KEY_HEADS, 9, WIDTH).to(dtype)
+    states = [torch.randn(2, heads, 3, WIDTH).to(dtype) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    if case == "strided":
+        states = [torch.randn(2, 3, s.shape[1], WIDTH).transpose(1, 2) for s in states]
+    cos, sin = (torch.randn(2 if case == "a batch of angles" else 1, 1, 3, WIDTH).to(dtype) for _ in range(2))
+    at = torch.tensor([6, 5, 4] if case == "in reverse" else [4, 5, 6])
+    caches = [k.clone(), v.clone()]
+    expected = reference.write_rotated(*caches, at, *states, cos, sin)
+    found = torch.ops.qpass.write_rotated(k, v, at, *states, cos, sin)
+    for a, b in zip((found, k, v), (expected, *caches), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("at", [9, -1])
+def test_a_position_that_there_is_not_is_refused_and_nothing_is_written(at: int) -> None:
+    bind()
+    k, v = torch.ones(1, 1, 9, WIDTH), torch.ones(1, 1, 9, WIDTH)
+    x, angles = torch.zeros(1, 1, 1, WIDTH), torch.zeros(1, 1, 1, WIDTH)
+    with pytest.raises((IndexError, RuntimeError), match="index"):
+        torch.ops.qpass.write_rotated(k, v, torch.tensor([at]), x, x, x, angles, angles)
+    assert bool((k == 1).all())
+    assert bool((v == 1).all())

@@ -119,6 +119,6 @@ def _inserts_group(node: Node) -> bool:
 def _written_between(graph: Graph, copies: Mapping[Node, Node], attention: Node) -> bool:
     """Whether K or V changes in place after it was copied (copy -> what it is a copy of) and before the attention."""
     order = {n: i for i, n in enumerate(graph.nodes)}
-    copied = {memory_behind(kept): order[copy] for copy, kept in copies.items()}
+    copied = {memory_behind(kept): order[copy] for copy, kept in copies.items() if copy is not kept}
     changed = [(n, memory_behind(target)) for n in graph.nodes if (target := writes_to(n)) is not None]
     return any(root in copied and copied[root] < order[n] < order[attention] for n, root in changed)
