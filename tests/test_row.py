@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticCache
 
 import qpass
 from qpass.numerics import fake_quantize, quantize
-from qpass.ops.cpu.library import bind
+from qpass.ops.cpu.library import bind, planned_rows
 from qpass.ops.row import Call, Row, parse_row
 from qpass.ops.row import run as in_python
 from qpass.sites.row import join_calls
@@ -188,9 +188,11 @@ def test_a_decode_step_of_a_llama_is_one_row(
             return compiled(tokens(batch, count), past_key_values=cache, use_cache=True).logits  # type: ignore[no-any-return]
 
         with torch.no_grad():
-            return [step(count) for count in (3, 1, 1, 1)], calls_of(lambda: step(1))
+            return [step(count) for count in (3, 1, 1, 1, 1, 1)], calls_of(lambda: step(1))
 
+    before = planned_rows()
     logits, calls = steps()
+    assert planned_rows() > before  # the last steps are the kernels and nothing else
     monkeypatch.setattr("qpass.backend.join_calls", lambda graph_module: None)
     one_by_one, _ = steps()
     assert calls == ["row"]
@@ -200,10 +202,10 @@ def test_a_decode_step_of_a_llama_is_one_row(
 @pytest.mark.parametrize("kind", ["int8", "float"])
 def test_a_row_that_finds_its_cache_full_says_so_and_changes_nothing(kind: str) -> None:
     model = build("llama").eval()
-    cache = cache_of(model, kind, 4)
+    cache = cache_of(model, kind, 7)
     compiled = torch.compile(model, backend=qpass.QPass("int4", inner="eager"))
     with torch.no_grad():
-        for n in (2, 1, 1):
+        for n in (2, 1, 1, 1, 1, 1):
             compiled(tokens(1, n), past_key_values=cache, use_cache=True)
         before = [t.clone() for t in stored(cache)]
         with pytest.raises(
@@ -211,6 +213,27 @@ def test_a_row_that_finds_its_cache_full_says_so_and_changes_nothing(kind: str) 
         ):
             compiled(tokens(1, 1), past_key_values=cache, use_cache=True)
     assert all(torch.equal(a, b) for a, b in zip(before, stored(cache), strict=True))
+
+
+def test_what_is_no_number_goes_the_way_it_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last layer, where the kernel that makes codes of keys gives up; the others have written to their caches by then."""
+
+    def after_numbers() -> list[Tensor]:
+        torch._dynamo.reset()
+        model = build("llama").eval()
+        cache = cache_of(model, "int8")
+        compiled = torch.compile(model, backend=qpass.QPass("int4", inner="eager"))
+        with torch.no_grad():
+            for _ in range(5):
+                compiled(tokens(1, 1), past_key_values=cache, use_cache=True)
+            model.model.layers[-1].input_layernorm.weight[0] = float("nan")
+            logits = compiled(tokens(1, 1), past_key_values=cache, use_cache=True).logits
+        assert bool(logits.isnan().any())
+        return [logits, *stored(cache), *(layer.cumulative_length for layer in cache.layers)]
+
+    found = after_numbers()
+    monkeypatch.setattr("qpass.backend.join_calls", lambda graph_module: None)
+    torch.testing.assert_close(found, after_numbers(), rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def stored(cache: Any) -> list[Tensor]:
@@ -298,6 +321,37 @@ def test_without_python_it_gives_what_it_gives_with(spec: str, rows: int, exact_
     in_double = in_python([t.double() if i in (x, residual) else t for i, t in enumerate(inputs)], [], str(row))
     for y, reference in zip(found, in_double, strict=True):
         assert (y - reference).abs().max() <= 1e-5 * reference.abs().max()
+
+
+def test_calls_like_earlier_ones_are_the_kernels_and_nothing_else() -> None:
+    """Until the inputs, or how products are computed, are others; then again."""
+    assert bind() is None
+    spec = "int8:channel"
+    weights = [
+        p for n in (40, 48) for p in quantize(torch.randn(n, 88 - n) / 7, parse_spec(spec)).parts if p is not None
+    ]
+    calls = [
+        Call("linear", (x, w, w + 1, None, None, None, spec, None, None, None, "", None)) for x, w in ((0, 1), (5, 3))
+    ]
+    text = str(Row(tuple(calls), (6,)))
+
+    def check(rows: int, settled: bool) -> None:
+        x, before = torch.randn(rows, 48), planned_rows()
+        found, _ = torch.ops.qpass.row([x, *weights], [], text)
+        expected, _ = in_python([x, *weights], [], text)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert planned_rows() - before == settled
+
+    for rows in (1, 3, 1):
+        torch.ops.qpass.row([torch.randn(rows, 48), *weights], [], text)
+        torch.ops.qpass.row([torch.randn(rows, 48), *weights], [], text)
+        check(rows, True)
+        check(rows, True)
+    check(2, False)
+    with qpass.set_compute("int8"):
+        check(2, False)
+        check(2, False)
+        check(2, True)
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,15 @@ Tensor linear(const Tensor& x, const Tensor& w, const Part& scale, const Part& z
     key.second.push_back(dtype);
     for (const Part& part : {Part(w), scale, zero, outer}) look_at(part, key.second);
     if (auto call = linear_calls.find(key); call && count <= call->most_rows) {
-      Around around{data(norm), (const float*)data(columns), data(residual), float(eps.value_or(0)), eps.has_value(),
-                    norm ? dtype_of(*norm) : 0, gate_of(gate)};
       Tensor y = empty(sizes, type_of(x));
-      call->kernel(call->weight.spec, w.const_data_ptr(), data(scale), data(zero), data(outer), n, k, call->weight.scale_rows, call->weight.outer_rows,
-                   x.const_data_ptr(), data(bias), y.mutable_data_ptr(), count, dtype, bias_dtype, call->int8, &around,
-                   int32_t(torch::stable::get_num_threads()));
+      auto run = [call = *call, n, k, count, dtype, bias_dtype, eps, norm_dtype = norm ? dtype_of(*norm) : 0, gate = gate_of(gate)](
+                     void* const* a, void* const* made) {
+        Around around{a[6], (const float*)a[7], a[8], float(eps.value_or(0)), eps.has_value(), norm_dtype, gate};
+        call.kernel(call.weight.spec, a[1], a[2], a[3], a[4], n, k, call.weight.scale_rows, call.weight.outer_rows, a[0], a[5], made[0], count, dtype,
+                    bias_dtype, call.int8, &around, int32_t(torch::stable::get_num_threads()));
+        return true;
+      };
+      serve(run, {data(x), data(w), data(scale), data(zero), data(outer), data(bias), data(norm), data(columns), data(residual)}, {y.mutable_data_ptr()});
       return y;
     }
   }
@@ -87,20 +90,24 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
     for (const Part& part : {Part(k), k_scale, k_zero, k_outer, Part(v), v_scale, v_zero, v_outer}) look_at(part, key.second);
     if (auto call = attention_calls.find(key); call && q.size(2) <= call->most_queries) {
       Tensor y = empty({q.size(0), q.size(1), q.size(2), v_columns}, type_of(q));
-      int64_t sizes[] = {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), call->k_capacity, call->v_capacity,
-                         (*strides)[0], (*strides)[1], (*strides)[2], (*strides)[3]};
-      int64_t heads = q.size(0) * k.size(1);
-      auto floats = [](const Part& x) { return (const float*)data(x); };
-      const Change &kc = call->k_change, &vc = call->v_change;
-      Extras more{floats(k_first), floats(v_first), floats(k_last), floats(v_last), floats(sinks), k_first ? k_first->size(2) : 0,
-                  k_last ? k_last->size(2) : 0, start ? *(const int64_t*)start->const_data_ptr() : 0, float(soft_cap),
-                  kc.with(data(k_scale)), vc.with(data(v_scale))};
-      const Stored &ks = call->keys, &vs = call->values;
-      call->kernel(ks.spec, k.const_data_ptr(), kc.heads ? nullptr : data(k_scale), data(k_zero), data(k_outer), heads * call->k_capacity, q.size(3),
-                   ks.scale_rows, ks.outer_rows, vs.spec, v.const_data_ptr(), vc.heads ? nullptr : data(v_scale), data(v_zero), data(v_outer),
-                   heads * call->v_capacity, v_columns, vs.scale_rows, vs.outer_rows, (const float*)q.const_data_ptr(), data(mask), sizes, mask_type, causal,
-                   scale ? float(*scale) : 1.0f / std::sqrt(float(q.size(3))), y.mutable_data_ptr(), 0, &more,
-                   int32_t(torch::stable::get_num_threads()));
+      auto run = [call = *call, batch = q.size(0), q_heads = q.size(1), queries = q.size(2), width = q.size(3), k_heads = k.size(1), tokens = k.size(2),
+                  v_columns, at = *strides, mask_type, causal, factor = scale ? float(*scale) : 1.0f / std::sqrt(float(q.size(3))),
+                  firsts = k_first ? k_first->size(2) : 0, lasts = k_last ? k_last->size(2) : 0, cap = float(soft_cap)](
+                     void* const* a, void* const* made) {
+        auto floats = [&](int i) { return (const float*)a[i]; };
+        const Change &kc = call.k_change, &vc = call.v_change;
+        int64_t sizes[] = {batch, q_heads, k_heads, queries, tokens, call.k_capacity, call.v_capacity, at[0], at[1], at[2], at[3]};
+        Extras more{floats(10), floats(11), floats(12), floats(13), floats(15), firsts, lasts, a[14] ? *(const int64_t*)a[14] : 0, cap, kc.with(a[2]), vc.with(a[6])};
+        const Stored &ks = call.keys, &vs = call.values;
+        call.kernel(ks.spec, a[1], kc.heads ? nullptr : a[2], a[3], a[4], batch * k_heads * call.k_capacity, width, ks.scale_rows, ks.outer_rows, vs.spec,
+                    a[5], vc.heads ? nullptr : a[6], a[7], a[8], batch * k_heads * call.v_capacity, v_columns, vs.scale_rows, vs.outer_rows, floats(0), a[9],
+                    sizes, mask_type, causal, factor, made[0], 0, &more, int32_t(torch::stable::get_num_threads()));
+        return true;
+      };
+      serve(run,
+            {data(q), data(k), data(k_scale), data(k_zero), data(k_outer), data(v), data(v_scale), data(v_zero), data(v_outer), data(mask), data(k_first),
+             data(v_first), data(k_last), data(v_last), data(start), data(sinks)},
+            {y.mutable_data_ptr()});
       return y;
     }
   }
@@ -119,7 +126,7 @@ std::vector<Tensor> quantize(const Tensor& x, std::string spec, const Part& stat
   if (usual) {
     key.first = spec;
     key.second.reserve(24);
-    look_at(x, key.second);
+    look_at_in_order(x, key.second);
     look_at(static_scale, key.second);
     if (auto known = quantize_calls.find(key)) {
       const QuantizeCall& call = known->call;
@@ -152,127 +159,7 @@ std::vector<Tensor> quantize(const Tensor& x, std::string spec, const Part& stat
   return parts;
 }
 
-// Rows x [B, H, S, K] as codes behind the first `length` tokens of parts [B, H, capacity, *]. Gives whether it could.
-bool append_to(const std::vector<Tensor>& parts, const Tensor& x, const std::string& spec, const Part& static_scale, int64_t length) {
-  if (dtype_of(x) < 0 || x.dim() != 4 || !x.numel() || !x.is_contiguous()) return false;
-  std::pair<std::string, Layout> key{spec, {}};
-  key.second.reserve(24);
-  look_at(x, key.second);
-  look_at(static_scale, key.second);
-  auto known = quantize_calls.find(key);
-  if (!known || known->parts.size() != parts.size() || known->call.tokens != x.size(2)) return false;
-  int64_t heads = x.size(0) * x.size(1), tokens = x.size(2);
-  std::vector<std::vector<char>> codes(parts.size());
-  void* slots[4] = {};
-  for (size_t i = 0, slot = 0; i < parts.size(); i++, slot++) {
-    const auto& [type, sizes] = known->parts[i];
-    const Tensor& part = parts[i];
-    bool fits = part.dim() == 4 && part.is_contiguous() && part.size(0) == x.size(0) && part.size(1) == x.size(1);
-    fits = fits && length + tokens <= part.size(2) && sizes.size() == 4 && sizes[2] == tokens;
-    if (!fits || part.element_size() != known->bytes[i] || part.size(3) != sizes[3]) return false;
-    codes[i].resize(heads * tokens * sizes[3] * known->bytes[i]);
-    while (!(known->call.slots >> slot & 1)) slot++;
-    slots[slot] = codes[i].data();
-  }
-  const QuantizeCall& call = known->call;
-  Frame frame = call.change.with(data(static_scale));
-  if (call.kernel(call.stored.spec, slots[0], slots[1], slots[2], slots[3], call.n, call.k, call.stored.scale_rows, call.stored.outer_rows,
-                  x.const_data_ptr(), call.tokens, dtype_of(x), &frame, int32_t(torch::stable::get_num_threads())))
-    return false;
-  for (size_t i = 0; i < parts.size(); i++) {
-    int64_t row = parts[i].size(3) * known->bytes[i], capacity = parts[i].size(2);
-    char* to = (char*)parts[i].mutable_data_ptr();
-    for (int64_t h = 0; h < heads; h++) std::memcpy(to + (h * capacity + length) * row, codes[i].data() + h * tokens * row, tokens * row);
-  }
-  return true;
-}
-
-// The next tokens of a cache; see schemas.py.
-Tensor append(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const Tensor& keys, const Tensor& values, std::string k_spec,
-              std::string v_spec, const Part& k_scale, const Part& v_scale) {
-  if (length.scalar_type() != torch::headeronly::ScalarType::Long || length.numel() != 1 || *(const int64_t*)length.const_data_ptr() < 0)
-    return in_python("qpass::append_checked", k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale);
-  int64_t* now = (int64_t*)length.mutable_data_ptr();
-  int64_t before = *now, after = before + (keys.dim() == 4 ? keys.size(2) : 0);
-  bool fits = !k.empty() && !v.empty() && k[0].dim() == 4 && after <= k[0].size(2) && v[0].dim() == 4 && after <= v[0].size(2);
-  if (fits && append_to(k, keys, k_spec, k_scale, before) && append_to(v, values, v_spec, v_scale, before)) {
-    Tensor start = empty({}, type_of(length));
-    *(int64_t*)start.mutable_data_ptr() = before;
-    *now = after;
-    return start;
-  }
-  return in_python("qpass::append_checked", k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale);
-}
-
-// Whether rows of x [B, H, S, D] are float numbers side by side, which cos and sin [B or 1, 1, S, D] can rotate.
-bool can_rotate(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  bool rows = x.dim() == 4 && dtype_of(x) == 0 && x.numel() && x.stride(3) == 1 && x.size(3) % 2 == 0;
-  for (const Tensor& t : {cos, sin}) {
-    rows = rows && t.dim() == 4 && dtype_of(t) == 0 && t.is_contiguous() && (t.size(0) == 1 || t.size(0) == x.size(0));
-    rows = rows && t.size(1) == 1 && t.size(2) == x.size(2) && t.size(3) == x.size(3) && t.size(0) == cos.size(0);
-  }
-  return rows;
-}
-
-// Rotary embedding of x [B, H, S, D] by cos and sin, of head h of all of them and token t to place(h, t).
-template <class Place> void rotate(const Tensor& x, const Tensor& cos, const Tensor& sin, Place&& place) {
-  int64_t heads = x.size(1), tokens = x.size(2), width = x.size(3), half = width / 2;
-  const float *from = (const float*)x.const_data_ptr(), *c = (const float*)cos.const_data_ptr(), *s = (const float*)sin.const_data_ptr();
-  for (int64_t row = 0; row < x.size(0) * heads * tokens; row++) {
-    int64_t t = row % tokens, h = row / tokens % heads, b = row / tokens / heads;
-    const float* in = from + b * x.stride(0) + h * x.stride(1) + t * x.stride(2);
-    int64_t at = ((cos.size(0) > 1 ? b : 0) * tokens + t) * width;
-    float* to = place(row / tokens, t);
-    for (int64_t i = 0; i < half; i++) {
-      to[i] = in[i] * c[at + i] - in[half + i] * s[at + i];
-      to[half + i] = in[half + i] * c[at + half + i] + in[i] * s[at + half + i];
-    }
-  }
-}
-
-Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  Tensor y = empty({x.size(0), x.size(1), x.size(2), x.size(3)}, type_of(x));
-  float* to = (float*)y.mutable_data_ptr();
-  rotate(x, cos, sin, [&](int64_t head, int64_t t) { return to + (head * x.size(2) + t) * x.size(3); });
-  return y;
-}
-
-Three append_rotated(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const Tensor& queries, const Tensor& keys,
-                     const Tensor& values, const Tensor& cos, const Tensor& sin, std::string k_spec, std::string v_spec,
-                     const Part& k_scale, const Part& v_scale) {
-  if (!can_rotate(queries, cos, sin) || !can_rotate(keys, cos, sin))
-    return in_python<Three>("qpass::append_rotated_checked", k, v, length, queries, keys, values, cos, sin, k_spec, v_spec, k_scale,
-                            v_scale);
-  Tensor q = rotated(queries, cos, sin), key = rotated(keys, cos, sin);
-  return {append(k, v, length, key, values, k_spec, v_spec, k_scale, v_scale), q, key};
-}
-
-// Rotated keys, and values, to their positions in caches of floats [B, H, capacity, D].
-Tensor write_rotated(Tensor k, Tensor v, const Tensor& positions, const Tensor& queries, const Tensor& keys, const Tensor& values,
-                     const Tensor& cos, const Tensor& sin) {
-  auto holds = [&](const Tensor& cache, const Tensor& x) {
-    bool rows = x.dim() == 4 && dtype_of(x) == 0 && x.stride(3) == 1 && cache.dim() == 4 && dtype_of(cache) == 0 && cache.is_contiguous();
-    for (int i : {0, 1, 3}) rows = rows && cache.size(i) == x.size(i);
-    return rows && x.size(2) == keys.size(2);
-  };
-  bool usual = can_rotate(queries, cos, sin) && can_rotate(keys, cos, sin) && holds(k, keys) && holds(v, values);
-  int64_t tokens = usual ? keys.size(2) : 0;
-  usual = usual && positions.scalar_type() == torch::headeronly::ScalarType::Long && positions.is_contiguous() && positions.numel() == tokens;
-  const int64_t* at = (const int64_t*)positions.const_data_ptr();
-  for (int64_t t = 0; usual && t < tokens; t++) usual = at[t] >= 0 && at[t] < k.size(2) && at[t] < v.size(2);
-  if (!usual) return in_python("qpass::write_rotated_checked", k, v, positions, queries, keys, values, cos, sin);
-  float *k_rows = (float*)k.mutable_data_ptr(), *v_rows = (float*)v.mutable_data_ptr();
-  rotate(keys, cos, sin, [&](int64_t head, int64_t t) { return k_rows + (head * k.size(2) + at[t]) * k.size(3); });
-  const float* from = (const float*)values.const_data_ptr();
-  for (int64_t head = 0; head < v.size(0) * v.size(1); head++)
-    for (int64_t t = 0; t < tokens; t++) {
-      int64_t b = head / v.size(1), h = head % v.size(1);
-      const float* row = from + b * values.stride(0) + h * values.stride(1) + t * values.stride(2);
-      std::memcpy(v_rows + (head * v.size(2) + at[t]) * v.size(3), row, v.size(3) * sizeof(float));
-    }
-  return rotated(queries, cos, sin);
-}
-
+#include "writing.h"
 #include "row.h"
 
 }  // namespace
@@ -295,11 +182,14 @@ void qpass_remember_quantize(void* kernel, const void* spec, int64_t scale_rows,
   quantize_answer = QuantizeCall{(QuantizeKernel)kernel, {spec, scale_rows, outer_rows}, {rotation, heads}, n, k, tokens, slots};
 }
 
+int64_t qpass_planned_rows() { return planned_rows; }
+
 // Another instruction set or another way of computing from now on.
 void qpass_forget() {
   linear_calls.forget();
   attention_calls.forget();
   quantize_calls.forget();
+  generation++;
 }
 }
 

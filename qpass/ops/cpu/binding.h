@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
+#include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -73,6 +76,20 @@ struct QuantizeParts {
   std::vector<int64_t> bytes;                                   // of an element
 };
 
+// What is left of a call that kernels serve when only memory changes: that of the arguments, in order (lists one by one, null if
+// not given), and of the results. Gives whether it could; if not, it has written nothing.
+using Run = std::function<bool(void* const* given, void* const* made)>;
+// Where this thread wants to have it of the operator that it calls.
+thread_local Run* wanted_run = nullptr;
+
+template <class Body> bool serve(const Body& body, std::initializer_list<void*> given, std::initializer_list<void*> made) {
+  if (wanted_run) *wanted_run = body;
+  return body(given.begin(), made.begin());
+}
+
+// Counts up when what is remembered no longer holds.
+std::atomic<int64_t> generation{0};
+
 // What Python looks at before it calls a kernel.
 using Layout = std::vector<int64_t>;
 
@@ -109,12 +126,22 @@ void look_at(const Tensor& x, Layout& layout) {
   layout.push_back(x.dim());
   for (int64_t i = 0; i < x.dim(); i++) layout.push_back(x.size(i)), layout.push_back(x.stride(i));
 }
+// As if its numbers lay in order.
+void look_at_in_order(const Tensor& x, Layout& layout) {
+  layout.push_back(int64_t(x.scalar_type()));
+  layout.push_back(x.dim());
+  size_t first = layout.size();
+  int64_t stride = 1;
+  for (int64_t i = 0; i < x.dim(); i++) layout.push_back(x.size(i)), layout.push_back(0);
+  for (int64_t i = x.dim(); i-- > 0;) layout[first + 2 * i + 1] = stride, stride *= x.size(i);
+}
 void look_at(const Part& x, Layout& layout) {
   if (x) look_at(*x, layout);
   else layout.push_back(-1);
 }
 
-const void* data(const Part& x) { return x ? x->const_data_ptr() : nullptr; }
+void* data(const Part& x) { return x ? (void*)x->const_data_ptr() : nullptr; }
+void* data(const Tensor& x) { return (void*)x.const_data_ptr(); }
 
 // enum Dtype of weight.h; -1 for other types.
 int32_t dtype_of(const Tensor& x) {

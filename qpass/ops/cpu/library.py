@@ -60,9 +60,15 @@ def bind() -> str | None:
             pointer, pointer, size, size, pointer, size, size, pointer, pointer, size, size, size, size, size,
         ]  # fmt: skip
         found.qpass_remember_quantize.argtypes = [pointer, pointer, size, size, pointer, size, size, size, size, size]
+        found.qpass_planned_rows.restype = size
         ON_CHANGE.append(found.qpass_forget)
         _bound.append(found)
     return None
+
+
+def planned_rows() -> int:
+    """How many rows (qpass::row) of this process were the calls of kernels and nothing else."""
+    return sum(int(library.qpass_planned_rows()) for library in _bound)
 
 
 def remember(what: str, kernel: Any, *matrices: Matrix, rest: tuple[int | None, ...]) -> None:

@@ -23,6 +23,7 @@ constexpr Known KNOWN[] = {
 };
 
 struct Argument {
+  char kind;
   std::vector<int64_t> numbers;  // registers, or integers
   std::string text;
   std::optional<double> value;
@@ -35,10 +36,14 @@ struct Call {
   std::vector<Argument> arguments;
   std::vector<int64_t> dead;
 };
+struct Plan;
 struct Row {
   std::vector<Call> calls;
   std::vector<int64_t> gives;
   int64_t given;  // registers of inputs and of what is written to
+  mutable std::mutex mutex;
+  mutable std::shared_ptr<const Plan> plan;  // of the inputs' layouts at the last call that made one
+  mutable int64_t tries = 0;                 // in vain, one after another
 };
 
 std::vector<std::string> cut(const std::string& text, char at) {
@@ -57,7 +62,7 @@ std::vector<int64_t> integers(const std::string& text) {
 }
 
 Argument read_argument(char kind, const std::string& text) {
-  Argument argument;
+  Argument argument{kind, {}, {}, {}};
   if (kind == 's') argument.text = text;
   else if (kind != 'f') argument.numbers = integers(text);
   else if (!text.empty()) {  // as C writes numbers, whatever the user's locale
@@ -121,54 +126,99 @@ Tensor typed(const Tensor& x, const std::string& name) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+#include "plan.h"
+
+std::atomic<int64_t> planned_rows{0};
+constexpr int64_t MOST_TRIES = 8;  // the first calls find kernels, through Python
+
+// Call `number` of a row: its results go behind the registers.
+void make(const Call& call, std::vector<Part>& registers) {
+  const auto& a = call.arguments;
+  auto one = [&](int i) -> const Tensor& { return *registers[a[i].numbers[0]]; };
+  auto maybe = [&](int i) { return a[i].numbers.empty() ? Part() : registers[a[i].numbers[0]]; };
+  auto list = [&](int i) {
+    std::vector<Tensor> tensors;
+    for (int64_t number : a[i].numbers) tensors.push_back(*registers[number]);
+    return tensors;
+  };
+  switch (call.what) {
+    case Operator::VIEW:
+      registers.emplace_back(view(one(0), a[1].numbers, a[2].numbers, a[3].numbers[0]));
+      break;
+    case Operator::TYPED:
+      registers.emplace_back(typed(one(0), a[1].text));
+      break;
+    case Operator::LINEAR:
+      registers.emplace_back(linear(one(0), one(1), maybe(2), maybe(3), maybe(4), maybe(5), a[6].text, maybe(7), a[8].value, maybe(9), a[10].text, maybe(11)));
+      break;
+    case Operator::ATTENTION:
+      registers.emplace_back(attention(one(0), one(1), maybe(2), maybe(3), maybe(4), a[5].text, one(6), maybe(7), maybe(8), maybe(9), a[10].numbers[0],
+                                       a[11].text, maybe(12), a[13].numbers[0], a[14].value, maybe(15), maybe(16), maybe(17), maybe(18), maybe(19),
+                                       a[20].value.value_or(0), maybe(21)));
+      break;
+    case Operator::APPEND:
+      registers.emplace_back(append(list(0), list(1), one(2), one(3), one(4), a[5].text, a[6].text, maybe(7), maybe(8)));
+      break;
+    case Operator::APPEND_ROTATED: {
+      auto [length, q, k] = append_rotated(list(0), list(1), one(2), one(3), one(4), one(5), one(6), one(7), a[8].text, a[9].text, maybe(10), maybe(11));
+      for (const Tensor& each : {length, q, k}) registers.emplace_back(each);
+      break;
+    }
+    case Operator::WRITE_ROTATED:
+      registers.emplace_back(write_rotated(one(0), one(1), one(2), one(3), one(4), one(5), one(6), one(7)));
+      break;
+  }
+}
+
+// The calls of a row from number `first` on; makes a plan of it if there is none, and none of the last calls has found one.
+void run_calls(const Row& row, size_t first, std::vector<Part>& registers, const std::vector<int64_t>& layout) {
+  int64_t at_generation = generation;
+  bool planning = first == 0 && [&] { std::lock_guard lock(row.mutex); return row.tries < MOST_TRIES; }();
+  std::vector<Run> runs(row.calls.size());
+  for (size_t c = first; c < row.calls.size(); c++) {
+    struct Wanting {  // until the call is over, however it ends
+      explicit Wanting(Run* run) { wanted_run = run; }
+      ~Wanting() { wanted_run = nullptr; }
+    } wanting(planning ? &runs[c] : nullptr);
+    make(row.calls[c], registers);
+    if (!planning)
+      for (int64_t number : row.calls[c].dead) registers[number].reset();
+  }
+  if (!planning) return;
+  auto plan = plan_of(row, runs, registers, layout, at_generation);
+  std::lock_guard lock(row.mutex);
+  row.tries = plan ? 0 : row.tries + 1;
+  if (plan) row.plan = plan;
+}
+
 // What a row gives; an empty tensor in the place of a second result that it has not.
 std::tuple<Tensor, Tensor> row(std::vector<Tensor> inputs, std::vector<Tensor> written, std::string text) {
   std::pair<std::string, Layout> key{text, {int64_t(inputs.size() + written.size())}};
   auto found = known_rows.find(key);
   if (!found) known_rows.keep(key, *(found = read_row(text, key.second[0])));
+  const Row& row = **found;
   std::vector<Part> registers;
-  registers.reserve(key.second[0] + 2 * (*found)->calls.size());
+  registers.reserve(row.given + 3 * row.calls.size());
   for (auto* tensors : {&inputs, &written})
     for (Tensor& tensor : *tensors) registers.emplace_back(std::move(tensor));
-  for (const Call& call : (*found)->calls) {
-    const auto& a = call.arguments;
-    auto one = [&](int i) -> const Tensor& { return *registers[a[i].numbers[0]]; };
-    auto maybe = [&](int i) { return a[i].numbers.empty() ? Part() : registers[a[i].numbers[0]]; };
-    auto list = [&](int i) {
-      std::vector<Tensor> tensors;
-      for (int64_t number : a[i].numbers) tensors.push_back(*registers[number]);
-      return tensors;
-    };
-    switch (call.what) {
-      case Operator::VIEW:
-        registers.emplace_back(view(one(0), a[1].numbers, a[2].numbers, a[3].numbers[0]));
-        break;
-      case Operator::TYPED:
-        registers.emplace_back(typed(one(0), a[1].text));
-        break;
-      case Operator::LINEAR:
-        registers.emplace_back(linear(one(0), one(1), maybe(2), maybe(3), maybe(4), maybe(5), a[6].text, maybe(7), a[8].value, maybe(9), a[10].text, maybe(11)));
-        break;
-      case Operator::ATTENTION:
-        registers.emplace_back(attention(one(0), one(1), maybe(2), maybe(3), maybe(4), a[5].text, one(6), maybe(7), maybe(8), maybe(9), a[10].numbers[0],
-                                         a[11].text, maybe(12), a[13].numbers[0], a[14].value, maybe(15), maybe(16), maybe(17), maybe(18), maybe(19),
-                                         a[20].value.value_or(0), maybe(21)));
-        break;
-      case Operator::APPEND:
-        registers.emplace_back(append(list(0), list(1), one(2), one(3), one(4), a[5].text, a[6].text, maybe(7), maybe(8)));
-        break;
-      case Operator::APPEND_ROTATED: {
-        auto [length, q, k] = append_rotated(list(0), list(1), one(2), one(3), one(4), one(5), one(6), one(7), a[8].text, a[9].text, maybe(10), maybe(11));
-        for (const Tensor& each : {length, q, k}) registers.emplace_back(each);
-        break;
-      }
-      case Operator::WRITE_ROTATED:
-        registers.emplace_back(write_rotated(one(0), one(1), one(2), one(3), one(4), one(5), one(6), one(7)));
-        break;
-    }
-    for (int64_t number : call.dead) registers[number].reset();
+  static thread_local std::vector<int64_t> layout;
+  look_at_all(registers, row.given, layout);
+  std::shared_ptr<const Plan> plan;
+  {
+    std::lock_guard lock(row.mutex);
+    plan = row.plan;
   }
-  const auto& gives = (*found)->gives;
-  Tensor first = *registers[gives[0]];
-  return {first, gives.size() > 1 ? *registers[gives[1]] : empty({0}, type_of(first))};
+  size_t done = 0;
+  if (plan && plan->at_generation == generation && plan->layout == layout) {
+    done = run_plan(*plan, row, registers);
+    planned_rows += done == row.calls.size();
+  }
+  if (done < row.calls.size()) {
+    int64_t results = 0;  // of the calls that were done
+    for (size_t c = 0; c < done; c++) results += row.calls[c].results;
+    registers.resize(row.given + results);
+    run_calls(row, done, registers, layout);
+  }
+  Tensor first = *registers[row.gives[0]];
+  return {first, row.gives.size() > 1 ? *registers[row.gives[1]] : empty({0}, type_of(first))};
 }
