@@ -277,7 +277,7 @@ def append(
     new = keys.shape[2]
     positions = cache_positions(length, new, k[0].shape[2])
     quantized = [
-        torch.ops.qpass.quantize(states, spec, scale)
+        torch.ops.qpass.quantize(states.contiguous(), spec, scale)
         for states, spec, scale in ((keys, k_spec, k_scale), (values, v_spec, v_scale))
     ]
     for parts, codes in zip((k, v), quantized, strict=True):

@@ -188,4 +188,29 @@ bool has_sizes(const Part& x, const std::vector<int64_t>& sizes, const Tensor& l
   return same;
 }
 
+// Rows of x [B, H, S, D], each of whose numbers lie side by side, put in order. `slot`: of those that are needed at once.
+struct Gather {
+  int64_t batch, heads, tokens, bytes, strides[3];  // bytes of a row, and from one to the next
+  bool in_order;
+  int slot;
+
+  Gather(const Tensor& x, int slot)
+      : batch(x.size(0)), heads(x.size(1)), tokens(x.size(2)), bytes(x.size(3) * x.element_size()), in_order(x.is_contiguous()), slot(slot) {
+    for (int i = 0; i < 3; i++) strides[i] = x.stride(i) * x.element_size();
+  }
+  static bool serves(const Tensor& x) { return x.dim() == 4 && x.stride(3) == 1; }
+
+  const void* operator()(const void* x) const {
+    if (in_order || !x) return x;
+    static thread_local std::vector<char> slots[2];
+    std::vector<char>& rows = slots[slot];
+    if (int64_t(rows.size()) < batch * heads * tokens * bytes) rows.resize(batch * heads * tokens * bytes);
+    for (int64_t row = 0; row < batch * heads * tokens; row++) {
+      int64_t t = row % tokens, h = row / tokens % heads, b = row / tokens / heads;
+      std::memcpy(rows.data() + row * bytes, (const char*)x + b * strides[0] + h * strides[1] + t * strides[2], bytes);
+    }
+    return rows.data();
+  }
+};
+
 }  // namespace

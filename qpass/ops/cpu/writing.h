@@ -147,14 +147,14 @@ Three append_rotated(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length
                      const Tensor& values, const Tensor& cos, const Tensor& sin, std::string k_spec, std::string v_spec,
                      const Part& k_scale, const Part& v_scale) {
   auto of_q = rotation_of(queries, cos, sin), of_k = rotation_of(keys, cos, sin);
-  auto writer = of_q && of_k && values.is_contiguous() ? writer_of(k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale) : std::nullopt;
+  auto writer = of_q && of_k && Gather::serves(values) ? writer_of(k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale) : std::nullopt;
   if (writer) {
     auto like = [](const Tensor& x) { return empty({x.size(0), x.size(1), x.size(2), x.size(3)}, type_of(x)); };
     Tensor before = empty({}, type_of(length)), q = like(queries), key = like(keys);
-    auto run = [of_q = *of_q, of_k = *of_k, writer = *writer, parts = k.size() + v.size()](void* const* given, void* const* made) {
+    auto run = [of_q = *of_q, of_k = *of_k, gather = Gather(values, 0), writer = *writer, parts = k.size() + v.size()](void* const* given, void* const* made) {
       void* const* a = given + parts;
       of_q.in_order(a[1], a[4], a[5], made[1]), of_k.in_order(a[2], a[4], a[5], made[2]);
-      return writer.write(given, made[2], a[3], a[6], a[7], (int64_t*)a[0], (int64_t*)made[0]);
+      return writer.write(given, made[2], gather(a[3]), a[6], a[7], (int64_t*)a[0], (int64_t*)made[0]);
     };
     if (wanted_run) *wanted_run = run;
     void* made[] = {before.mutable_data_ptr(), q.mutable_data_ptr(), key.mutable_data_ptr()};
