@@ -68,7 +68,7 @@ from qpass.sites.classify import Context
 from qpass.sites.core import Edit, Match, Plan, Skip
 from qpass.sites.find import find_sites
 from qpass.sites.group import WeightGroup, group_weights
-from qpass.sites.mask import share_masks
+from qpass.sites.once import keep_readers_apart, share_masks
 from qpass.sites.row import join_calls
 from qpass.sites.written import write_out_products
 from qpass.store import Kept, WeightStore, anchor, quantize_group
@@ -340,6 +340,7 @@ class QPass:
         join_calls(result.graph_module)
         if self.inner == "inductor":  # others would make floats of the whole weight
             write_out_products(result.graph_module)
+            keep_readers_apart(result.graph_module)
         pick = Arguments(sources, lookups)
         bind()
         fakes = {i: fake_parts_of(inputs[i], inputs[i].parts) for i in pick.states}

@@ -100,6 +100,12 @@ def another_is_written(m: Model, x: Tensor) -> Tensor:
     return m.b(h) + other.sum()
 
 
+def beside(m: Model, x: Tensor) -> Tensor:
+    """As attention and feed-forward of a layer in parallel: the last reads both others."""
+    first, second = m.a(x), m.b(x)
+    return m.c(first) + second
+
+
 #: What is computed -> the calls that are left.
 JOINED: dict[str, tuple[Callable[[Model, Tensor], Tensor], list[str]]] = {
     "two": (lambda m, x: m.b(m.a(x)), ["row"]),
@@ -111,6 +117,7 @@ JOINED: dict[str, tuple[Callable[[Model, Tensor], Tensor], list[str]]] = {
     "two read the result": (read_by_two, ["row"]),
     "as the summand only": (lambda m, x: m.b(x) + m.a(x), ["row"]),
     "other memory is written to between": (another_is_written, ["row"]),
+    "another beside it, and their sum": (beside, ["linear", "row"]),
 }
 APART: dict[str, tuple[Callable[[Model, Tensor], Tensor], list[str]]] = {
     "one": (lambda m, x: m.a(x), ["linear"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -159,7 +160,8 @@ def memory_of(nodes: Iterable[Node]) -> set[int]:
         value = value_of(node)
         value = value_of(memory_behind(node)) if value is None else value
         for tensor in value if isinstance(value, list | tuple) else [value]:
-            found |= {tensor.untyped_storage()._cdata} if isinstance(tensor, Tensor) else set()
+            with suppress(NotImplementedError):  # of vmap, and sparse: no memory that a view could look at
+                found |= {tensor.untyped_storage()._cdata} if isinstance(tensor, Tensor) else set()
     return found
 
 

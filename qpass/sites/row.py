@@ -29,6 +29,8 @@ _VIEWS = {
     "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "unflatten", "contiguous", "getitem", "split",
     "chunk", "split_with_sizes", "select", "narrow",
 }  # fmt: skip
+#: Types that bytes of a cache are looked at as.
+_BYTES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 
 
 @dataclass
@@ -66,8 +68,9 @@ def join_calls(graph_module: GraphModule) -> None:
     nodes, joined = list(graph_module.graph.nodes), set[Node]()
     rows = []
     for i, node in enumerate(nodes):
-        if _OPERATORS.get(node.target) == "linear" and node not in joined and value_of(node).device.type == "cpu":
-            row = _row_from(nodes[i:])
+        value = value_of(node) if _OPERATORS.get(node.target) == "linear" and node not in joined else None
+        if value is not None and value.device.type == "cpu":
+            row = _row_from(nodes[i:], joined)
             joined.update(row)
             rows += [row] if sum(n.target in _OPERATORS for n in row) > 1 else []
     for row in rows:
@@ -80,13 +83,13 @@ def _is_item(node: Node) -> bool:
     return node.target is operator.getitem and isinstance(node.args[0], Node) and node.args[0].target in _OPERATORS
 
 
-def _row_from(nodes: Sequence[Node]) -> list[Node]:
-    """The longest row from the first of these nodes on that may be computed at the place of its last."""
+def _row_from(nodes: Sequence[Node], joined: set[Node]) -> list[Node]:
+    """The longest row from the first of these nodes on that may be computed at the place of its last; without those `joined`."""
     row, best = _Members(), list[Node]()
     for node in nodes:
         inside = any(n in row.seen for n in node.all_input_nodes) or _is_typed(row, node)
         if not row.nodes or inside:
-            if not _grow(row, node):
+            if node in joined or not _grow(row, node):
                 return best  # it reads the row, and what comes after it may not move before it
         elif not _may_pass(row, node):
             return best
@@ -129,7 +132,7 @@ def _grow(row: _Members, node: Node) -> bool:
 def _is_typed(row: _Members, node: Node) -> bool:
     """Whether it looks at what the row has written to as another type of as many bytes."""
     to = node.args[1] if op_name(node) == "view" and len(node.args) == 2 and node.args[0] in row.targets else None
-    return isinstance(to, torch.dtype) and to.itemsize == value_of(node.args[0]).dtype.itemsize  # type: ignore[arg-type]
+    return to in _BYTES and value_of(node.args[0]).dtype.itemsize == 1  # type: ignore[arg-type]
 
 
 def _in_order(node: Node) -> Any:

@@ -119,9 +119,8 @@ Tensor view(const Tensor& x, const std::vector<int64_t>& sizes, const std::vecto
 
 Tensor typed(const Tensor& x, const std::string& name) {
   using torch::headeronly::ScalarType;
-  bool e4m3 = name == "float8_e4m3fn";
-  STD_TORCH_CHECK(e4m3 || name == "float8_e5m2", "qpass::row: no type ", name);
-  StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(e4m3 ? ScalarType::Float8_e4m3fn : ScalarType::Float8_e5m2)};
+  ScalarType type = name == "float8_e4m3fn" ? ScalarType::Float8_e4m3fn : name == "float8_e5m2" ? ScalarType::Float8_e5m2 : ScalarType::Float8_e8m0fnu;
+  StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(type)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::view", "dtype", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -1,4 +1,4 @@
-"""A mask that several attentions read is made once."""
+"""A mask that several attentions read is made once; what is written to is read before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, symbolic_trace
 
 from qpass.graph.vocabulary import op_name
-from qpass.sites.mask import share_masks
+from qpass.sites.once import keep_readers_apart, share_masks
 
 Q, K = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 6, 8)
 POSITIONS = torch.tensor([3, 4, 5])
@@ -84,3 +84,45 @@ def test_what_is_made_once_is_a_copy() -> None:
     y = torch.ops.qpass.once(x)
     assert torch.equal(x, y)
     assert x.data_ptr() != y.data_ptr()
+
+
+# --- what is written to -------------------------------------------------------------------------------------------------
+
+
+def append(k: Tensor, v: Tensor, length: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.qpass.append.default([k], [v], length, x, x, "fp32", "fp32")  # type: ignore[no-any-return]
+
+
+def positions_before(k: Tensor, v: Tensor, length: Tensor, x: Tensor) -> Tensor:
+    positions = torch.arange(3) + length
+    return append(k, v, length, x) + positions
+
+
+def positions_after(k: Tensor, v: Tensor, length: Tensor, x: Tensor) -> Tensor:
+    start = append(k, v, length, x)
+    return start + torch.arange(3) + length
+
+
+def written_before(k: Tensor, v: Tensor, length: Tensor, x: Tensor) -> Tensor:
+    length.add_(1)
+    return append(k, v, length, x) + length
+
+
+def nothing_read(k: Tensor, v: Tensor, length: Tensor, x: Tensor) -> Tensor:
+    return append(k, v, length, x)
+
+
+@pytest.mark.parametrize(
+    ("model", "copies"),
+    [(positions_before, 1), (positions_after, 0), (written_before, 0), (nothing_read, 0)],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_what_is_written_to_is_read_from_a_copy_before(model: Callable[..., Tensor], copies: int) -> None:
+    def run(f: Callable[..., Tensor]) -> list[Tensor]:
+        k, v, length, x = torch.zeros(1, 2, 9, 4), torch.zeros(1, 2, 9, 4), torch.tensor(2), torch.ones(1, 2, 3, 4)
+        return [f(k, v, length, x), k, v, length]
+
+    module = symbolic_trace(model)
+    keep_readers_apart(module)
+    assert sum(op_name(n) == "qpass::once" for n in module.graph.nodes) == copies
+    torch.testing.assert_close(run(module), run(model), rtol=0, atol=0)
