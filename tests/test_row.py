@@ -102,7 +102,7 @@ def another_is_written(m: Model, x: Tensor) -> Tensor:
 
 def beside(m: Model, x: Tensor) -> Tensor:
     """As attention and feed-forward of a layer in parallel: the last reads both others."""
-    first, second = m.a(x), m.b(x)
+    first, second = m.a(x), m.b(x * 2)
     return m.c(first) + second
 
 
