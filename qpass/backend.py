@@ -336,7 +336,8 @@ class QPass:
         after = copy_graph(result.graph_module.graph)
         made = made_and_changed(result.graph_module.graph)
         sources = input_sources(result.graph_module, list(order))
-        share_masks(result.graph_module)
+        if self.inner == "inductor":
+            share_masks(result.graph_module)
         join_calls(result.graph_module)
         if self.inner == "inductor":  # others would make floats of the whole weight
             write_out_products(result.graph_module)

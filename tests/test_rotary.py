@@ -177,11 +177,16 @@ class Floats(nn.Module):
         keys.index_copy_(2, at, k)
         if self.change == "keys are read between":
             v = v + keys.sum()
+        if self.change == "positions change between":
+            at.add_(1)
         values.index_copy_(2, at.flip(0) if self.change == "other positions for values" else at, v)
         if self.change == "keys are changed again":
             keys.mul_(0.5)
         mask = torch.arange(keys.shape[2]) <= at[:, None]
         y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None, None], enable_gqa=True)
+        if self.change == "two attentions":
+            q = self.rotate(self.q(x + y.mean()).view(*x.shape[:2], -1, WIDTH).transpose(1, 2), cos, sin)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[None, None], enable_gqa=True)
         y = self.o(y.transpose(1, 2).flatten(2))
         return y + k.sum() if self.change == "rotated keys are read" else y
 
@@ -215,6 +220,8 @@ def of_floats(model: Floats, count: int, dtype: torch.dtype) -> tuple[list[Tenso
         (by_slices, "other positions for values", False),
         (by_slices, "keys are changed again", False),
         (by_slices, "rotated keys are read", False),
+        (by_slices, "positions change between", False),
+        (by_slices, "two attentions", True),
     ],
     ids=lambda x: getattr(x, "__name__", x or "plain"),
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -206,6 +208,63 @@ def test_a_decode_step_of_a_llama_is_one_row(
     torch.testing.assert_close(logits, one_by_one, rtol=1e-5, atol=1e-5)
 
 
+@dataclass
+class AppendRow:
+    """A linear, and rotated keys and values of it appended to a cache: gives `gives`, counted from the linear's result on."""
+
+    gives: tuple[int, ...]
+    width: int = 16
+    heads: int = 2
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        n, w, h = 3 * self.heads * self.width, self.width, self.heads
+        self.weight = [p for p in quantize(torch.randn(n, 24) / 5, parse_spec("int8:channel")).parts if p is not None]
+        k, v, length, y = (5, 6), (7, 8), 9, 10
+        views = [Call("view", (y, (1, h, 1, w), (n, w, n, 1), i * h * w)) for i in range(3)]
+        append = Call(
+            "append_rotated", (k, v, length, y + 1, y + 2, y + 3, 3, 4, "int8:channel", "int8:channel", None, None)
+        )
+        first = Call("linear", (0, 1, 2, None, None, None, "int8:channel", None, None, None, "", None))
+        self.text = str(Row((first, *views, append), tuple(y + g for g in self.gives)))
+
+    def cache(self) -> list[Tensor]:
+        """Parts of keys and of values, and the length."""
+        parts = [torch.zeros(1, self.heads, 12, self.width, dtype=torch.int8), torch.zeros(1, self.heads, 12, 1)]
+        return [*parts, *(p.clone() for p in parts), torch.tensor(0)]
+
+    def steps(self, run: Callable[..., Any], trouble: int) -> list[Tensor]:
+        """Results of six steps, and the cache; at step `trouble` the keys are no numbers, though the linear's result is."""
+        cache, results = self.cache(), list[Tensor]()
+        generator = torch.Generator().manual_seed(1)
+        for i in range(6):
+            x = torch.randn(1, 1, 24, generator=generator)
+            angles = torch.full((2, 1, 1, 1, self.width), float("nan") if i == trouble else 0.5)
+            results += run([x, *self.weight, *angles], cache, self.text)
+        return [*results, *cache]
+
+
+@pytest.mark.parametrize("gives", [(5, 6), (0, 5), (5,)], ids=["queries and keys", "the linear and queries", "queries"])
+@pytest.mark.parametrize("trouble", range(6))
+def test_a_call_that_a_kernel_gives_up_changes_no_other(trouble: int, gives: tuple[int, ...]) -> None:
+    """Before there is a plan, while it is made, and when it runs."""
+    assert bind() is None
+    row = AppendRow(gives)
+    before = planned_rows()
+    found = row.steps(torch.ops.qpass.row, trouble)
+    assert planned_rows() > before
+    torch.testing.assert_close(found, row.steps(in_python, trouble), rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_threads_share_a_row() -> None:
+    assert bind() is None
+    row = AppendRow((5, 6))
+    expected = row.steps(in_python, -1)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: row.steps(torch.ops.qpass.row, -1), range(40)):
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["int8", "float"])
 def test_a_row_that_finds_its_cache_full_says_so_and_changes_nothing(kind: str) -> None:
     model = build("llama").eval()
@@ -395,7 +454,10 @@ def test_text_that_is_no_row_is_refused(text: str, why: str) -> None:
         parse_row(text)
 
 
-@pytest.mark.parametrize("text", ["view;1;1;1;0|gives;1", "view;0;1;1;0|gives;2", "tanh;0|gives;1", "view;0;1|gives;1"])
+@pytest.mark.parametrize(
+    "text",
+    ["view;1;1;1;0|gives;1", "view;0;1;1;0|gives;2", "tanh;0|gives;1", "view;0;1|gives;1", "", "view;;1;1;0|gives;1"],
+)
 def test_registers_and_calls_that_there_are_not_are_refused_without_python_too(text: str) -> None:
     assert bind() is None
     with pytest.raises(RuntimeError, match=r"qpass::row|Error\("):

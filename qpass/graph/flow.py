@@ -179,10 +179,14 @@ class Order:
 
     def may_move(self, nodes: Collection[Node], last: Node) -> bool:
         """Whether `nodes` may be computed at the place of `last`: what they read is not written to from the first of them on."""
-        begin, end = min(self.of.get(n, 0) for n in nodes), self.of[last]
-        read = memory_of(source for n in nodes for source in n.all_input_nodes)
+        first = min(nodes, key=lambda n: self.of.get(n, 0))
+        return not self.is_written([source for n in nodes for source in n.all_input_nodes], first, last)
+
+    def is_written(self, nodes: Iterable[Node], first: Node, last: Node) -> bool:
+        """Whether what holds the values of `nodes` may be written to from `first` on, before `last`."""
+        begin, end, memory = self.of.get(first, 0), self.of[last], memory_of(nodes)
         at = bisect_left(self.writes, (begin, frozenset[int]()))
-        return all(memory and not memory & read for i, memory in self.writes[at:] if i < end)
+        return any(not written or written & memory for i, written in self.writes[at:] if i < end)
 
 
 def _origins(flow: Flow, node: Node) -> frozenset[Node]:

@@ -276,6 +276,7 @@ def append(
     """Keys and values [B, H, S, D] into their parts, behind the tokens that are there; gives the length before."""
     new = keys.shape[2]
     positions = cache_positions(length, new, k[0].shape[2])
+    # In order, for of such rows binding.cpp remembers what kernel serves them.
     quantized = [
         torch.ops.qpass.quantize(states.contiguous(), spec, scale)
         for states, spec, scale in ((keys, k_spec, k_scale), (values, v_spec, v_scale))

@@ -41,7 +41,8 @@ def _rewrite(graph: Graph, node: Node) -> Edit | None:
     dtype, device = kinds.pop()
     columns = shape_of(v)[3]  # type: ignore[index]
     fits = not kinds and dtype in _FLOATS and device == "cpu" and isinstance(columns, int)
-    if not fits or _heads(q) == _heads(k) or _written_between(graph, {key: k, value: v}, node):
+    copies = {copy: kept for copy, kept in ((key, k), (value, v)) if copy is not kept}
+    if not fits or _heads(q) == _heads(k) or _written_between(graph, copies, node):
         return None
     rest = (argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False), argument(node, 6, "scale"))
     parts = ((k, None, None, None, _FLOATS[dtype]), (v, None, None, None, columns, _FLOATS[dtype]))
@@ -119,6 +120,6 @@ def _inserts_group(node: Node) -> bool:
 def _written_between(graph: Graph, copies: Mapping[Node, Node], attention: Node) -> bool:
     """Whether K or V changes in place after it was copied (copy -> what it is a copy of) and before the attention."""
     order = {n: i for i, n in enumerate(graph.nodes)}
-    copied = {memory_behind(kept): order[copy] for copy, kept in copies.items() if copy is not kept}
+    copied = {memory_behind(kept): order[copy] for copy, kept in copies.items()}
     changed = [(n, memory_behind(target)) for n in graph.nodes if (target := writes_to(n)) is not None]
     return any(root in copied and copied[root] < order[n] < order[attention] for n, root in changed)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from qpass.graph.flow import Order, memory_of
 from qpass.graph.provenance import stand_for
-from qpass.graph.vocabulary import op_name, set_value, source_of, value_of, writes, written_by
+from qpass.graph.vocabulary import op_name, set_value, source_of, value_of, written_by
 
 _MASK = 12  # of qpass::attention
 
@@ -24,9 +25,10 @@ def share_masks(graph_module: GraphModule) -> None:
         mask = _before_expansion(node.args[_MASK])
         if isinstance(mask, Node) and mask.op != "placeholder":
             readers[mask].append(node)
+    order = Order.in_graph(graph_module.graph)
     for mask, attentions in readers.items():
-        if len(attentions) > 1:
-            shared = _once(graph_module, mask)
+        if len(attentions) > 1 and not order.is_written([mask], attentions[0], attentions[-1]):
+            shared = _once(graph_module, mask, attentions[0])
             for node in attentions:
                 node.update_arg(_MASK, shared)
     graph_module.graph.lint()
@@ -38,23 +40,32 @@ def keep_readers_apart(graph_module: GraphModule) -> None:
 
     Inductor of torch 2.13 reads where it computes, which may be after the operator: that it has written it knows too late.
     """
-    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-    for writer in [n for n in order if op_name(n).startswith("qpass::")]:
-        for target in written_by(writer):
-            before = [n for n in target.users if n is not writer and order[n] < order[writer]]
-            if before and not any(writes(n) for n in before):
-                copy = _once(graph_module, target)
-                target.replace_all_uses_with(copy, delete_user_cb=lambda n, before=before: n in before)  # type: ignore[misc]
-    graph_module.graph.lint()
+    graph = graph_module.graph
+    order = Order.in_graph(graph)
+    first: dict[Node, Node] = {}  # what is written to -> by whom first
+    for node in order.of:
+        if op_name(node).startswith("qpass::"):
+            first |= {target: node for target in written_by(node) if target not in first}
+    for target, writer in first.items():
+        memory, begin = memory_of([target]), next(n for n in order.of if n.op != "placeholder")
+        if order.is_written([target], begin, writer):
+            continue
+        before = [n for n, i in order.of.items() if i < order.of[writer]]
+        for alias in [n for n in before if memory_of([n]) & memory]:
+            readers = [n for n in alias.users if order.of.get(n, len(order.of)) < order.of[writer]]
+            readers = [n for n in readers if not memory_of([n]) & memory]
+            if readers:
+                copy = _once(graph_module, alias, min(readers, key=order.of.__getitem__))
+                for reader in readers:
+                    reader.replace_input_with(alias, copy)
+    graph.lint()
     graph_module.recompile()
 
 
-def _once(graph_module: GraphModule, x: Node) -> Node:
-    """A copy, at the place of x: of an input behind all of them."""
-    graph = graph_module.graph
-    last = graph.find_nodes(op="placeholder")[-1] if x.op == "placeholder" else x
-    with graph.inserting_after(last):
-        copy = graph.call_function(torch.ops.qpass.once.default, (x,))
+def _once(graph_module: GraphModule, x: Node, reader: Node) -> Node:
+    """A copy, right before what reads it."""
+    with graph_module.graph.inserting_before(reader):
+        copy = graph_module.graph.call_function(torch.ops.qpass.once.default, (x,))
     set_value(copy, value_of(x))
     stand_for([copy], [x])
     return copy

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from qpass.graph.flow import Order
+from qpass.graph.flow import Order, memory_of
 from qpass.graph.provenance import stand_for
-from qpass.graph.vocabulary import CATS, op_name, operands, set_value, shape_of, source_of, value_of
+from qpass.graph.vocabulary import CATS, op_name, operands, set_value, shape_of, source_of, value_of, writes
 from qpass.sites.core import Edit, erase_unused
 
 _MULS = {"mul", "multiply"}
@@ -94,11 +94,11 @@ def _rewrite_floats(graph: Graph, attention: Node, order: Order) -> Edit | None:
         return None
     of_q, of_k = both
     first, last = sorted((write_k, write_v), key=order.of.__getitem__)
-    inputs = (of_q.x, of_k.x, of_q.cos, of_q.sin, positions, values)
+    inputs = (of_q.x, of_k.x, of_q.cos, of_q.sin, positions, values, q, k)
     there = all(order.of.get(n, len(order.of)) < order.of[last] for n in inputs)
     between = [n for n, i in order.of.items() if order.of[first] < i < order.of[last]]
-    read = any(n in (cache_k, cache_v) for node in between for n in node.all_input_nodes)
-    if not there or read or not order.may_move([*of_q.nodes, *of_k.nodes], first):
+    read = memory_of(n for node in between for n in node.all_input_nodes) & memory_of((cache_k, cache_v))
+    if not there or read or any(map(writes, between)) or not order.may_move([*of_q.nodes, *of_k.nodes], first):
         return None
     with graph.inserting_before(last):
         new = graph.call_function(
@@ -117,6 +117,8 @@ def _rewrite_floats(graph: Graph, attention: Node, order: Order) -> Edit | None:
 def _copied_into(cache: Any, attention: Node, order: Order) -> Node | None:
     """The index_copy_ of tokens to a cache [B, H, S, D], if nothing else reads or writes it before an attention does."""
     users = cache.users if isinstance(cache, Node) else {}
+    if any(n not in order.of for n in users):  # a layer that shares its cache was rewritten before
+        return None
     before = [n for n in users if n is not attention and order.of[n] < order.of[attention]]
     node = before[0] if len(before) == 1 else None
     if node is None or op_name(node) != "index_copy_" or node.users or node.args[0] is not cache:

@@ -157,7 +157,10 @@ def _look(row: _Members, node: Node) -> Any:
     seen = function(known, *node.args[1:], **node.kwargs)
     pieces = [seen] if isinstance(seen, Tensor) else list(seen)
     memory = (known if isinstance(known, Tensor) else known[0]).untyped_storage()
-    same = all(isinstance(p, Tensor) and p.untyped_storage()._cdata == memory._cdata for p in pieces)
+    dtype = (known if isinstance(known, Tensor) else known[0]).dtype
+    same = all(
+        isinstance(p, Tensor) and p.untyped_storage()._cdata == memory._cdata and p.dtype == dtype for p in pieces
+    )
     return (seen if isinstance(seen, Tensor) else tuple(pieces)) if same else None
 
 

@@ -108,6 +108,21 @@ def test_wide(text: str, lead: tuple[int, ...], device: str, poisoned: None) -> 
     torch.testing.assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e3], ids=["small", "large"])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+@pytest.mark.parametrize("text", ["int4:g32", "int5:g32:asym"])
+def test_rows_of_float16_that_a_norm_makes_larger_or_smaller(
+    text: str, rows: int, size: float, device: str, in_kernels: None
+) -> None:
+    """As embeddings are small, and the last layers' inputs large: as exact as rows of size 1."""
+    stored, values = weight(70, 2080, text, device)
+    x, norm = (size * random(rows, 2080, seed=1)).half(), (random(2080, seed=2).abs() / 50).half()
+    there = [a.to(device) if isinstance(a, Tensor) else a for a in (x, *stored.parts, None, text, norm, 1e-12)]
+    expected = exact(x, values, None, norm, 1e-12, None, "", None)
+    found = operators.linear(*there)  # type: ignore[arg-type]
+    assert (found.cpu().double() - expected).abs().max() <= TOLERANCE[torch.float16] * expected.abs().max()
+
+
 def test_without_a_bias(device: str, in_kernels: None) -> None:
     check("int8", EVERYTHING, (2,), 8, 64, torch.bfloat16, device, bias=False)
 

@@ -151,6 +151,18 @@ def test_fused_linear_of_float16(text: str, launches: list[Launch]) -> None:  # 
     assert (code.count("HMMA") > 0, code.spills) == (True, 0)
 
 
+@pytest.mark.parametrize("text", ["int8", "int4:g128", "int5:g32:asym"])
+@pytest.mark.parametrize(("rows", "capability"), [(8, 90), (64, 80)])
+def test_a_norm_of_float16(text: str, rows: int, capability: int, launches: list[Launch]) -> None:  # noqa: F811
+    stored, _ = weight(300, 4096, text, "cpu")
+    x, norm = torch.zeros(rows, 4096, dtype=torch.float16), torch.zeros(4096, dtype=torch.float16)
+    operators.linear(x, *stored.parts, None, text, norm, 1e-5)
+    (found,) = launches
+    code = found.compiled(capability)
+    assert code.spills == 0
+    assert code.shared <= 99 << 10
+
+
 @pytest.mark.parametrize(
     ("text", "most"), [("int8", 4.0), ("int4:g128", 5.6), ("int4:g32", 6.8), ("nf4:g128", 14), ("fp8_e4m3", 4.2)]
 )

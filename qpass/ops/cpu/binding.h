@@ -77,7 +77,7 @@ struct QuantizeParts {
 };
 
 // What is left of a call that kernels serve when only memory changes: that of the arguments, in order (lists one by one, null if
-// not given), and of the results. Gives whether it could; if not, it has written nothing.
+// not given), and of the results. Gives whether it could; if not, nothing that it has written counts.
 using Run = std::function<bool(void* const* given, void* const* made)>;
 // Where this thread wants to have it of the operator that it calls.
 thread_local Run* wanted_run = nullptr;
@@ -142,6 +142,8 @@ void look_at(const Part& x, Layout& layout) {
 
 void* data(const Part& x) { return x ? (void*)x->const_data_ptr() : nullptr; }
 void* data(const Tensor& x) { return (void*)x.const_data_ptr(); }
+// Of what is written to.
+void* own(const Tensor& x) { return x.mutable_data_ptr(); }
 
 // enum Dtype of weight.h; -1 for other types.
 int32_t dtype_of(const Tensor& x) {
@@ -168,6 +170,7 @@ Tensor empty(const std::vector<int64_t>& sizes, int32_t type) {
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 template <class Result = Tensor, class... T> Result in_python(const char* name, const T&... arguments) {
+  if (wanted_run) *wanted_run = nullptr, wanted_run = nullptr;  // operators that Python calls are others
   StableIValue stack[] = {torch::stable::detail::from(arguments)...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
   if constexpr (std::is_same_v<Result, Three>)

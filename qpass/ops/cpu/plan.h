@@ -4,11 +4,22 @@
 
 #include <algorithm>
 
-// A register that is a result: a tensor of this type, and where it lies.
+// What a tensor looks like.
+struct Seen {
+  int32_t type;
+  int64_t element, bytes;
+  std::vector<int64_t> sizes, strides;
+
+  explicit Seen(const Tensor& x) : type(type_of(x)), element(x.element_size()), bytes(x.numel() * element) {
+    for (int64_t i = 0; i < x.dim(); i++) sizes.push_back(x.size(i)), strides.push_back(x.stride(i));
+  }
+};
+
+// A register that is a result, and where it lies.
 struct Place {
   int64_t of, offset;  // of: a register that was given; -1: the arena; -2 - i: what the row gives, number i
-  int32_t type;
-  std::vector<int64_t> sizes, strides;
+  bool view;           // of another
+  Seen like;
 };
 
 struct Planned {
@@ -24,6 +35,7 @@ struct Plan {
   std::vector<Place> places;
   int64_t bytes;
 };
+constexpr size_t MOST_GIVEN = 64;
 constexpr int64_t MOST_BYTES = 1 << 24;  // of an arena, which a thread keeps
 
 // Types, sizes and strides of tensors.
@@ -73,11 +85,11 @@ class Arena {
   std::map<int64_t, std::vector<int64_t>> free_;
 };
 
-// Of a row that has just run: `runs` of its calls, the tensors in all its registers. Nothing if Python served one of the calls, or
+// Of a row that has just run: `runs` of its calls, and its results. Nothing if Python served one of the calls, or
 // if it is too large.
-std::shared_ptr<const Plan> plan_of(const Row& row, const std::vector<Run>& runs, const std::vector<Part>& registers, std::vector<int64_t> layout, int64_t at_generation) {
+std::shared_ptr<const Plan> plan_of(const Row& row, const std::vector<Run>& runs, const std::vector<Seen>& seen, std::vector<int64_t> layout, int64_t at_generation) {
   auto plan = std::make_shared<Plan>(Plan{std::move(layout), at_generation, {}, {}, 0});
-  std::vector<int64_t> owner(registers.size(), -1), last(registers.size(), -1), sizes(registers.size(), 0);
+  std::vector<int64_t> owner(row.given + seen.size(), -1), last(owner), sizes(owner);
   int64_t next = row.given;
   for (size_t c = 0; c < row.calls.size(); c++) {  // who owns what memory, and who reads it last
     const Call& call = row.calls[c];
@@ -88,7 +100,7 @@ std::shared_ptr<const Plan> plan_of(const Row& row, const std::vector<Run>& runs
       int64_t source = view ? call.arguments[0].numbers[0] : next;
       owner[next] = source >= row.given && source != next ? owner[source] : source;
       if (owner[next] == next) last[next] = c;
-      sizes[next] = (registers[next]->numel() * registers[next]->element_size() + 63) / 64 * 64;
+      sizes[next] = (seen[next - row.given].bytes + 63) / 64 * 64;
     }
   }
   Arena arena;
@@ -98,14 +110,15 @@ std::shared_ptr<const Plan> plan_of(const Row& row, const std::vector<Run>& runs
     bool view = call.what == Operator::VIEW || call.what == Operator::TYPED;
     if (!view && !runs[c]) return nullptr;
     Planned planned{&call, runs[c], registers_of(call), {}};
+    if (planned.given.size() > MOST_GIVEN) return nullptr;
     for (int64_t r = 0; r < call.results; r++, next++) {
       planned.made.push_back(next);
-      const Tensor& x = *registers[next];
+      const Seen& like = seen[next - row.given];
       auto given = std::find(row.gives.begin(), row.gives.end(), next);
-      Place place{-1, 0, type_of(x), {}, {}};
-      for (int64_t i = 0; i < x.dim(); i++) place.sizes.push_back(x.size(i)), place.strides.push_back(x.stride(i));
+      Place place{-1, 0, view, like};
       if (view) {
-        if (call.what == Operator::VIEW) place.offset = call.arguments[3].numbers[0] * x.element_size();
+        if (given != row.gives.end()) return nullptr;
+        if (call.what == Operator::VIEW) place.offset = call.arguments[3].numbers[0] * like.element;
         int64_t number = owner[next] - row.given;
         place.of = number < 0 ? owner[next] : plan->places[number].of;
         if (number >= 0) place.offset += plan->places[number].offset;
@@ -132,25 +145,26 @@ size_t run_plan(const Plan& plan, const Row& row, std::vector<Part>& registers) 
   static thread_local std::unique_ptr<char[]> arena;
   static thread_local int64_t size = 0;
   static thread_local std::vector<void*> memory;
-  if (size < plan.bytes + 64) arena.reset(new char[size = plan.bytes + 64]);
+  if (size < plan.bytes + 64) arena.reset(new char[plan.bytes + 64]), size = plan.bytes + 64;
   char* base = (char*)((uintptr_t(arena.get()) + 63) / 64 * 64);
   registers.resize(row.given + plan.places.size());
   memory.clear();
-  for (int64_t i = 0; i < row.given; i++) memory.push_back(data(registers[i]));
+  for (int64_t i = 0; i < row.given; i++) memory.push_back(i < row.inputs ? data(registers[i]) : own(*registers[i]));
   for (const Place& place : plan.places) {
-    if (place.of < -1) registers[memory.size()] = empty(place.sizes, place.type);
+    if (place.of < -1 && !place.view) registers[memory.size()] = empty(place.like.sizes, place.like.type);
     char* of = place.of >= 0 ? (char*)memory[place.of] : place.of == -1 ? base : (char*)data(registers[row.gives[-2 - place.of]]);
     memory.push_back(of + place.offset);
   }
-  void *given[64], *made[4];
+  void *given[MOST_GIVEN], *made[4];
   for (const Planned& call : plan.calls) {
     for (size_t i = 0; i < call.given.size(); i++) given[i] = call.given[i] < 0 ? nullptr : memory[call.given[i]];
     for (size_t i = 0; i < call.made.size(); i++) made[i] = memory[call.made[i]];
     if (call.run(given, made)) continue;
     for (size_t i = row.given; i < registers.size(); i++) {
       const Place& place = plan.places[i - row.given];
+      if (place.of < -1 && !place.view) continue;
       AtenTensorHandle x;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(memory[i], place.sizes.size(), place.sizes.data(), place.strides.data(), 0, place.type,
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(memory[i], place.like.sizes.size(), place.like.sizes.data(), place.like.strides.data(), 0, place.like.type,
                                                                        aoti_torch_device_type_cpu(), 0, &x));
       registers[i] = Tensor(x);
     }

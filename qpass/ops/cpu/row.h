@@ -40,10 +40,10 @@ struct Plan;
 struct Row {
   std::vector<Call> calls;
   std::vector<int64_t> gives;
-  int64_t given;  // registers of inputs and of what is written to
+  int64_t inputs, given;  // registers of inputs; and of what is written to, behind them
   mutable std::mutex mutex;
-  mutable std::shared_ptr<const Plan> plan;  // of the inputs' layouts at the last call that made one
-  mutable int64_t tries = 0;                 // in vain, one after another
+  mutable std::vector<std::shared_ptr<const Plan>> plans;  // of the inputs' layouts at the last calls that made one
+  mutable int64_t tries = 0, tried_at = 0;                 // in vain, one after another, and at which generation
 };
 
 std::vector<std::string> cut(const std::string& text, char at) {
@@ -73,8 +73,9 @@ Argument read_argument(char kind, const std::string& text) {
   return argument;
 }
 
-// Of text that row.py wrote and checked, when the graph was made; `given` registers are filled before the first call.
-std::shared_ptr<const Row> read_row(const std::string& text, int64_t given) {
+// Of text that row.py wrote and checked, when the graph was made.
+std::shared_ptr<const Row> read_row(const std::string& text, int64_t inputs, int64_t written) {
+  int64_t given = inputs + written;
   auto row = std::make_shared<Row>();
   auto parts = cut(text, '|');
   int64_t free = given;
@@ -89,6 +90,7 @@ std::shared_ptr<const Row> read_row(const std::string& text, int64_t given) {
     for (size_t a = 1; a < fields.size(); a++) {
       char kind = known->arguments[a - 1];
       call.arguments.push_back(read_argument(kind, fields[a]));
+      STD_TORCH_CHECK(kind != 't' || call.arguments.back().numbers.size() == 1, "qpass::row: not one tensor: ", parts[i]);
       if (kind != 't' && kind != 'o' && kind != 'l') continue;
       for (int64_t number : call.arguments.back().numbers) {
         STD_TORCH_CHECK(number >= 0 && number < free, "qpass::row: a tensor that there is not yet: ", parts[i]);
@@ -100,12 +102,13 @@ std::shared_ptr<const Row> read_row(const std::string& text, int64_t given) {
   }
   auto gives = cut(parts.back(), ';');
   for (size_t i = 1; i < gives.size(); i++) row->gives.push_back(std::stoll(gives[i]));
+  STD_TORCH_CHECK(row->gives.size() == 1 || row->gives.size() == 2, "qpass::row: gives one or two results: ", text);
   for (int64_t number : row->gives) {
     STD_TORCH_CHECK(number >= 0 && number < free, "qpass::row: gives what there is not: ", text);
     last_reader.erase(number);
   }
   for (auto [number, reader] : last_reader) row->calls[reader].dead.push_back(number);
-  row->given = given;
+  row->inputs = inputs, row->given = given;
   return row;
 }
 
@@ -120,6 +123,7 @@ Tensor view(const Tensor& x, const std::vector<int64_t>& sizes, const std::vecto
 Tensor typed(const Tensor& x, const std::string& name) {
   using torch::headeronly::ScalarType;
   ScalarType type = name == "float8_e4m3fn" ? ScalarType::Float8_e4m3fn : name == "float8_e5m2" ? ScalarType::Float8_e5m2 : ScalarType::Float8_e8m0fnu;
+  STD_TORCH_CHECK(type != ScalarType::Float8_e8m0fnu || name == "float8_e8m0fnu", "qpass::row: no type ", name);
   StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(type)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::view", "dtype", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -129,6 +133,7 @@ Tensor typed(const Tensor& x, const std::string& name) {
 
 std::atomic<int64_t> planned_rows{0};
 constexpr int64_t MOST_TRIES = 8;  // the first calls find kernels, through Python
+constexpr size_t MOST_PLANS = 4;
 
 // Call `number` of a row: its results go behind the registers.
 void make(const Call& call, std::vector<Part>& registers) {
@@ -169,32 +174,42 @@ void make(const Call& call, std::vector<Part>& registers) {
   }
 }
 
-// The calls of a row from number `first` on; makes a plan of it if there is none, and none of the last calls has found one.
+// The calls of a row from number `first` on. If that is all of it, and no plan is known for these layouts, it makes one; unless it
+// has tried in vain too often.
 void run_calls(const Row& row, size_t first, std::vector<Part>& registers, const std::vector<int64_t>& layout) {
   int64_t at_generation = generation;
-  bool planning = first == 0 && [&] { std::lock_guard lock(row.mutex); return row.tries < MOST_TRIES; }();
+  bool planning = first == 0;
+  if (planning) {
+    std::lock_guard lock(row.mutex);
+    if (row.tried_at != at_generation) row.tried_at = at_generation, row.tries = 0;
+    planning = row.tries < MOST_TRIES;
+  }
   std::vector<Run> runs(row.calls.size());
+  std::vector<Seen> seen;
   for (size_t c = first; c < row.calls.size(); c++) {
     struct Wanting {  // until the call is over, however it ends
       explicit Wanting(Run* run) { wanted_run = run; }
       ~Wanting() { wanted_run = nullptr; }
     } wanting(planning ? &runs[c] : nullptr);
+    size_t before = registers.size();
     make(row.calls[c], registers);
-    if (!planning)
-      for (int64_t number : row.calls[c].dead) registers[number].reset();
+    for (size_t i = before; planning && i < registers.size(); i++) seen.emplace_back(*registers[i]);
+    for (int64_t number : row.calls[c].dead) registers[number].reset();
   }
   if (!planning) return;
-  auto plan = plan_of(row, runs, registers, layout, at_generation);
+  auto plan = plan_of(row, runs, seen, layout, at_generation);
   std::lock_guard lock(row.mutex);
   row.tries = plan ? 0 : row.tries + 1;
-  if (plan) row.plan = plan;
+  if (!plan) return;
+  if (row.plans.size() >= MOST_PLANS) row.plans.erase(row.plans.begin());
+  row.plans.push_back(plan);
 }
 
 // What a row gives; an empty tensor in the place of a second result that it has not.
 std::tuple<Tensor, Tensor> row(std::vector<Tensor> inputs, std::vector<Tensor> written, std::string text) {
-  std::pair<std::string, Layout> key{text, {int64_t(inputs.size() + written.size())}};
+  std::pair<std::string, Layout> key{text, {int64_t(inputs.size()), int64_t(written.size())}};
   auto found = known_rows.find(key);
-  if (!found) known_rows.keep(key, *(found = read_row(text, key.second[0])));
+  if (!found) known_rows.keep(key, *(found = read_row(text, key.second[0], key.second[1])));
   const Row& row = **found;
   std::vector<Part> registers;
   registers.reserve(row.given + 3 * row.calls.size());
@@ -205,10 +220,11 @@ std::tuple<Tensor, Tensor> row(std::vector<Tensor> inputs, std::vector<Tensor> w
   std::shared_ptr<const Plan> plan;
   {
     std::lock_guard lock(row.mutex);
-    plan = row.plan;
+    for (const auto& each : row.plans)
+      if (each->at_generation == generation && each->layout == layout) plan = each;
   }
   size_t done = 0;
-  if (plan && plan->at_generation == generation && plan->layout == layout) {
+  if (plan) {
     done = run_plan(*plan, row, registers);
     planned_rows += done == row.calls.size();
   }

@@ -86,7 +86,7 @@ std::optional<Writer> writer_of(const std::vector<Tensor>& k, const std::vector<
 std::vector<void*> flat(const std::vector<Tensor>& k, const std::vector<Tensor>& v, std::initializer_list<void*> rest) {
   std::vector<void*> all;
   for (auto* parts : {&k, &v})
-    for (const Tensor& part : *parts) all.push_back(data(part));
+    for (const Tensor& part : *parts) all.push_back(own(part));
   all.insert(all.end(), rest);
   return all;
 }
@@ -103,7 +103,7 @@ Tensor append(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const
     };
     if (wanted_run) *wanted_run = run;
     void* made = before.mutable_data_ptr();
-    if (run(flat(k, v, {data(length), data(keys), data(values), data(k_scale), data(v_scale)}).data(), &made)) return before;
+    if (run(flat(k, v, {own(length), data(keys), data(values), data(k_scale), data(v_scale)}).data(), &made)) return before;
   }
   return in_python("qpass::append_checked", k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale);
 }
@@ -158,7 +158,7 @@ Three append_rotated(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length
     };
     if (wanted_run) *wanted_run = run;
     void* made[] = {before.mutable_data_ptr(), q.mutable_data_ptr(), key.mutable_data_ptr()};
-    auto given = flat(k, v, {data(length), data(queries), data(keys), data(values), data(cos), data(sin), data(k_scale), data(v_scale)});
+    auto given = flat(k, v, {own(length), data(queries), data(keys), data(values), data(cos), data(sin), data(k_scale), data(v_scale)});
     if (run(given.data(), made)) return {before, q, key};
   }
   return in_python<Three>("qpass::append_rotated_checked", k, v, length, queries, keys, values, cos, sin, k_spec, v_spec, k_scale, v_scale);
@@ -173,7 +173,7 @@ Tensor write_rotated(Tensor k, Tensor v, const Tensor& positions, const Tensor& 
     return rows && x.size(2) == keys.size(2);
   };
   auto of_q = rotation_of(queries, cos, sin), of_k = rotation_of(keys, cos, sin);
-  bool usual = of_q && of_k && holds(k, keys) && holds(v, values) && positions.scalar_type() == torch::headeronly::ScalarType::Long;
+  bool usual = of_q && of_k && holds(k, keys) && holds(v, values) && keys.size(0) == values.size(0) && positions.scalar_type() == torch::headeronly::ScalarType::Long;
   if (usual && positions.is_contiguous() && positions.numel() == keys.size(2)) {
     Tensor y = empty({queries.size(0), queries.size(1), queries.size(2), queries.size(3)}, type_of(queries));
     auto run = [of_q = *of_q, of_k = *of_k, v_heads = v.size(1), v_width = v.size(3), k_rows = k.size(2), v_rows = v.size(2),
@@ -190,7 +190,7 @@ Tensor write_rotated(Tensor k, Tensor v, const Tensor& positions, const Tensor& 
       of_q.in_order(a[3], a[6], a[7], made[0]);
       return true;
     };
-    if (serve(run, {data(k), data(v), data(positions), data(queries), data(keys), data(values), data(cos), data(sin)}, {y.mutable_data_ptr()})) return y;
+    if (serve(run, {own(k), own(v), data(positions), data(queries), data(keys), data(values), data(cos), data(sin)}, {y.mutable_data_ptr()})) return y;
   }
   return in_python("qpass::write_rotated_checked", k, v, positions, queries, keys, values, cos, sin);
 }

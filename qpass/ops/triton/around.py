@@ -10,10 +10,6 @@ NO_GATE, SILU, GELU, GELU_TANH = (tl.constexpr(i) for i in range(4))
 NUMBERS = {"": NO_GATE.value, "silu": SILU.value, "gelu": GELU.value, "gelu_tanh": GELU_TANH.value}
 
 
-#: Products take x before it is divided by the root of its mean square, in float16 made this much smaller: it may be large.
-_DOWN = tl.constexpr(1 / 64)
-
-
 # --- before the product -----------------------------------------------------------------------------------------------
 
 
@@ -33,7 +29,19 @@ def row_factor(x, eps, K, BM: tl.constexpr):
 
 
 @triton.jit
-def column_factors(norm, column_scale, columns, inside, LATER: tl.constexpr, DTYPE: tl.constexpr):
+def squares_of(x, m, M, K, begin, end, BM: tl.constexpr):
+    """Sums of squares of the rows `m` [BM] of x [M, K] over columns begin .. end - 1."""
+    COLUMNS: tl.constexpr = 4096 // BM
+    squares = tl.zeros((BM, COLUMNS), tl.float32)
+    for at in range(begin, end, COLUMNS):
+        c = at + tl.arange(0, COLUMNS)[None, :]
+        values = tl.load(x + m[:, None] * K + c, mask=(m[:, None] < M) & (c < end), other=0).to(tl.float32)
+        squares += values * values
+    return tl.sum(squares, 1)
+
+
+@triton.jit
+def column_factors(norm, column_scale, columns, inside, DTYPE: tl.constexpr):
     """What the `columns` of x in DTYPE are multiplied by, a tensor of their shape: in DTYPE, if that is exact, or float32."""
     if norm is not None and column_scale is None and norm.dtype.element_ty == DTYPE:
         factors = tl.load(norm + columns, mask=inside, other=0)
@@ -43,15 +51,13 @@ def column_factors(norm, column_scale, columns, inside, LATER: tl.constexpr, DTY
             factors *= tl.load(norm + columns, mask=inside, other=0).to(tl.float32)
         if column_scale is not None:
             factors *= tl.load(column_scale + columns, mask=inside, other=0).to(tl.float32)
-    if LATER and DTYPE == tl.float16:
-        factors *= _DOWN
     return factors
 
 
 @triton.jit
-def prepared(xs, factor, of_columns, LATER: tl.constexpr):
-    """Elements of x times what their columns, and all of them, are multiplied by, rounded once; LATER: not all of them."""
-    if LATER and of_columns.dtype == xs.dtype:
+def prepared(xs, factor, of_columns, COLUMNS_ONLY: tl.constexpr):
+    """Elements of x times what their columns, and, unless COLUMNS_ONLY, their rows are multiplied by, rounded once."""
+    if COLUMNS_ONLY and of_columns.dtype == xs.dtype:
         xs = xs * of_columns
     else:
         xs = (xs.to(tl.float32) * factor * of_columns).to(xs.dtype)
@@ -69,7 +75,7 @@ def norm_kernel(x, eps, norm, column_scale, y, K, COLUMNS: tl.constexpr):
     for at in range(0, K, COLUMNS):
         c = at + tl.arange(0, COLUMNS)
         xs = tl.load(x + c, mask=c < K, other=0)
-        of_columns = column_factors(norm, column_scale, c, c < K, False, xs.dtype)
+        of_columns = column_factors(norm, column_scale, c, c < K, xs.dtype)
         tl.store(y + c, prepared(xs, factor, of_columns, False), mask=c < K)
 
 
@@ -94,7 +100,7 @@ def weight_rows(N, BN: tl.constexpr, GATE: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, squares, eps, bias, residual, partial, counters, y, x, m, n, there, M, N, K,
+def finish(acc, squares, eps, bias, residual, partial, counters, y, m, n, there, M, N, K,
            LATER: tl.constexpr, SPLIT: tl.constexpr, GATE: tl.constexpr):  # fmt: skip
     """Sums [BM, BN] of a program to y [M, N], or [M, N / 2] with a gate; of SPLIT programs the last adds up what all have
     written. `n`, `there`: what weight_rows gives. LATER: the norm is left to do, with the squares [BM] of what was read of x."""
@@ -115,19 +121,16 @@ def finish(acc, squares, eps, bias, residual, partial, counters, y, x, m, n, the
                 if LATER:
                     squares += tl.load(beside + part * M, mask=m < M, other=0, cache_modifier=".cg")
             tl.store(mine, 0)
-            _store(_normed(acc, squares, eps, x, K, LATER), bias, residual, y, m, n, there, M, N, GATE)
+            _store(_normed(acc, squares, eps, K, LATER), bias, residual, y, m, n, there, M, N, GATE)
     else:
-        _store(_normed(acc, squares, eps, x, K, LATER), bias, residual, y, m, n, there, M, N, GATE)
+        _store(_normed(acc, squares, eps, K, LATER), bias, residual, y, m, n, there, M, N, GATE)
 
 
 @triton.jit
-def _normed(acc, squares, eps, x, K, LATER: tl.constexpr):
+def _normed(acc, squares, eps, K, LATER: tl.constexpr):
     """Sums over all K columns of x, divided by the root of its mean square."""
     if LATER:
-        factors = tl.rsqrt(squares / K + eps)
-        if x.dtype.element_ty == tl.float16:
-            factors /= _DOWN
-        acc *= factors[:, None]
+        acc *= tl.rsqrt(squares / K + eps)[:, None]
     return acc
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qpass.ops.triton.around import column_factors, finish, prepared, weight_rows
+from qpass.ops.triton.around import column_factors, finish, prepared, squares_of, weight_rows
 from qpass.ops.triton.unpacking import BYTE_SCALE, scale_values
 
 UNIT = tl.constexpr(32)
@@ -118,6 +118,11 @@ def bitstream_kernel(
     acc = tl.zeros((BN, BM), tl.float32)
     squares = tl.zeros((4 * BU, BM), tl.float32)
     LATER: tl.constexpr = eps is not None
+    BY_PART: tl.constexpr = LATER and DTYPE == tl.float16  # as in linear_kernel
+    factor = 1.0
+    if BY_PART:
+        found = squares_of(x, m, M, K, first * UNIT, last * UNIT, BM)
+        factor = tl.rsqrt(found / K + 1e-30)[None, :]
     for at in range(first, last, BU):
         words = _words(data + (row * units + at + u) * BITS, at + u < last, BITS)
         block = at // GROUP_UNITS + g if GROUP > 0 else g
@@ -128,11 +133,11 @@ def bitstream_kernel(
             unit = at + c // 4
             columns = unit * UNIT + (four + c % 4)
             xs = tl.load(x + m[None, :] * K + columns, mask=(m[None, :] < M) & (unit < last), other=0)
-            if LATER:
+            if LATER and not BY_PART:
                 squares += xs.to(tl.float32) * xs.to(tl.float32)
             if eps is not None or norm is not None or column_scale is not None:
-                of_columns = column_factors(norm, column_scale, columns, unit < last, LATER, DTYPE)
-                xs = prepared(xs, 1.0, of_columns, LATER)
+                of_columns = column_factors(norm, column_scale, columns, unit < last, DTYPE)
+                xs = prepared(xs, factor, of_columns, LATER and not BY_PART)
             q0 = (_code(words, four, BITS) * scales - above).to(DTYPE)
             q1 = (_code(words, four + 1, BITS) * scales - above).to(DTYPE)
             q2 = (_code(words, four + 2, BITS) * scales - above).to(DTYPE)
@@ -140,5 +145,9 @@ def bitstream_kernel(
             values = tl.join(tl.join(q0, q2), tl.join(q1, q3))
             values = tl.reshape(tl.permute(values, (1, 0, 2, 3)), (BN, 4 * BU))
             acc = tl.dot(values, xs, acc, input_precision="ieee")
-    finish(tl.trans(acc), tl.sum(squares, 0), eps, bias, residual, partial, counters, y, x, m, n, there, M, N, K,
+    summed = tl.sum(squares, 0)
+    if BY_PART:
+        summed = found
+        acc /= factor
+    finish(tl.trans(acc), summed, eps, bias, residual, partial, counters, y, m, n, there, M, N, K,
            LATER, SPLIT, GATE)  # fmt: skip

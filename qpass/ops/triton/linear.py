@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qpass.ops.triton.around import column_factors, finish, prepared, row_factor, weight_rows
+from qpass.ops.triton.around import column_factors, finish, prepared, row_factor, squares_of, weight_rows
 from qpass.ops.triton.unpacking import (
     BYTE_SCALE,
     E4M3_SCALE,
@@ -45,10 +45,10 @@ def linear_kernel(
     one row to the next, 0 where there is one.
 
     GROUP: columns that share a scale, 0: the whole row. SPLIT programs share the columns, `chunk` words each. `partial`
-    [SPLIT, M, N + programs along N] float32 and `counters` [programs along N], all 0 before and after, are used if SPLIT > 1.
-    eps, norm [K], column_scale [K], residual, GATE: of Around, or None. ONE: a row; each program normalizes it before. Of more
-    it sums up the squares of what it reads anyway, and its results are divided at the end. FOURS: `words` are counted in
-    fours, 16 bytes: the compiler is told of arguments only whether they are multiples of 16.
+    [SPLIT, M, N] float32, then [programs along N, SPLIT, M], and `counters` [programs along N], all 0 before and after, are used
+    if SPLIT > 1. eps, norm [K], column_scale [K], residual, GATE: of Around, or None. ONE: a row; each program normalizes it
+    before. Of more it sums up the squares of what it reads anyway, and its results are divided at the end. FOURS: `words` are
+    counted in fours, 16 bytes: the compiler is told of arguments only whether they are multiples of 16.
     """
     if FOURS:
         words *= 4
@@ -64,13 +64,18 @@ def linear_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     squares = tl.zeros((BM,), tl.float32)
     LATER: tl.constexpr = eps is not None and not ONE
+    # Before it is divided by the root of its mean square x may be too small, or too large, for float16 as its columns are scaled.
+    BY_PART: tl.constexpr = LATER and DTYPE == tl.float16
     factor = 1.0
+    if BY_PART:
+        found = squares_of(x, m, M, K, first * CODES, last * CODES, BM)
+        factor = tl.rsqrt(found / K + 1e-30)[:, None]
     if eps is not None and ONE:
         factor = row_factor(x, eps, K, BM)[:, None]
     CHANGED: tl.constexpr = norm is not None or column_scale is not None or eps is not None
     if CHANGED:  # loaded a tile ahead: no copy in advance is made of so few
         columns = first * CODES + tl.arange(0, BK)[None, :]
-        of_columns = column_factors(norm, column_scale, columns, columns < last * CODES, LATER, DTYPE)
+        of_columns = column_factors(norm, column_scale, columns, columns < last * CODES, DTYPE)
     if ZERO == INTEGER_ZERO and GROUP == 0:
         of_row = (zero_codes(zero, row, row * 0, zero_stride, KIND) / UNIT).to(DTYPE)[:, None]
     for at in range(first, last, BW):
@@ -78,11 +83,11 @@ def linear_kernel(
         packed = tl.load(data + row[:, None] * words + (at + w[None, :]), mask=inside, other=0)
         columns = at * CODES + tl.arange(0, BK)[None, :]
         xs = tl.load(x + m[:, None] * K + columns, mask=(m[:, None] < M) & (columns < last * CODES), other=0)
-        if LATER:
+        if LATER and not BY_PART:
             squares += tl.sum(xs.to(tl.float32) * xs.to(tl.float32), 1)
         if CHANGED:
-            xs = prepared(xs, factor, of_columns, LATER)
-            of_columns = column_factors(norm, column_scale, columns + BK, columns + BK < last * CODES, LATER, DTYPE)
+            xs = prepared(xs, factor, of_columns, LATER and not BY_PART)
+            of_columns = column_factors(norm, column_scale, columns + BK, columns + BK < last * CODES, DTYPE)
         xs = planes_of(xs, PLANES)
         looked = looked_up(packed, table, KIND, DTYPE, PRMT)
         scales = 1.0
@@ -119,5 +124,8 @@ def linear_kernel(
             acc += sums * scales[None, :]
     if GROUP == 0 and scale is not None:
         acc *= _scales(scale, outer, row, row * 0, scale_stride, outer_stride, SCALE)[None, :]
-    finish(acc * UNIT, squares, eps, bias, residual, partial, counters, y, x, m, n, there, M, N, K,
+    if BY_PART:
+        squares = found
+        acc /= factor
+    finish(acc * UNIT, squares, eps, bias, residual, partial, counters, y, m, n, there, M, N, K,
            LATER, SPLIT, GATE)  # fmt: skip
