@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +19,9 @@ from transformers.cache_utils import StaticCache
 import qpass
 from qpass.numerics import fake_quantize, quantize
 from qpass.ops.cpu.library import bind, planned_rows
-from qpass.ops.row import Call, Row, parse_row
+from qpass.ops.row import Call, Row, parse_row, types_of
 from qpass.ops.row import run as in_python
-from qpass.sites.row import join_calls
+from qpass.sites.row import _OPERATORS, join_calls
 from qpass.spec import parse_spec
 from tests.models import build, tokens
 
@@ -462,3 +464,24 @@ def test_registers_and_calls_that_there_are_not_are_refused_without_python_too(t
     assert bind() is None
     with pytest.raises(RuntimeError, match=r"qpass::row|Error\("):
         torch.ops.qpass.row([torch.ones(1)], [], text)
+
+
+def test_cpp_knows_the_operators_as_their_schemas_say() -> None:
+    """Names, arguments and numbers of results, as row.h lists them."""
+    source = (Path(qpass.__file__).parent / "ops/cpu/row.h").read_text()
+    known = re.findall(r'\{"(\w+)", Operator::\w+, (\d), "(\w+)"\}', source)
+    letters = {
+        "Tensor": "t",
+        "Optional[Tensor]": "o",
+        "List[Tensor]": "l",
+        "str": "s",
+        "int": "i",
+        "int[]": "i",
+        "bool": "i",
+    }
+    letters |= {"float": "f", "Optional[float]": "f"}
+    assert {name for name, _, _ in known} == {"view", "typed", *_OPERATORS.values()}
+    for name, results, arguments in known:
+        assert "".join(letters[kind] for kind in types_of(name)) == arguments
+        if name in _OPERATORS.values():
+            assert len(getattr(torch.ops.qpass, name).default._schema.returns) == int(results)
