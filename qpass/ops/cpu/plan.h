@@ -2,8 +2,6 @@
 // Of row.h. A decode step of a small model makes some hundred calls; looking at tensors and making them takes as long as a
 // quarter of its products.
 
-#include <algorithm>
-
 // What a tensor looks like.
 struct Seen {
   int32_t type;

@@ -1,6 +1,4 @@
 // torch.ops.qpass.row: calls of the operators, one after another. Of binding.cpp, whose functions it calls.
-#include <locale>
-#include <sstream>
 
 enum class Operator { VIEW, TYPED, LINEAR, ATTENTION, APPEND, APPEND_ROTATED, WRITE_ROTATED };
 
