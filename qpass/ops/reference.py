@@ -314,7 +314,16 @@ def append_rotated(
 def write_rotated(
     k: Tensor, v: Tensor, positions: Tensor, queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """Rotated keys, and values, [B, H, S, D] to their positions in caches of floats; gives the rotated queries."""
+    """Rotated keys, and values, [B, H, S, D] to their positions in caches of floats; gives the rotated queries.
+
+    Raises `QpassError` for a position that there is not, before anything is written.
+    """
+    capacity = min(k.shape[2], v.shape[2])
+    wrong = positions[(positions < 0) | (positions >= capacity)]
+    if wrong.numel():
+        raise QpassError(
+            f"a cache of {capacity} tokens has no position {int(wrong[0])}: make it longer (max_cache_len). It is unchanged."
+        )
     k.index_copy_(2, positions, rotated(keys, cos, sin))
     v.index_copy_(2, positions, values)
     return rotated(queries, cos, sin)
