@@ -2,7 +2,7 @@
 
     python benchmarks/decode_cpu.py [--model FOLDER] [--contexts 128 2048] [--batches 1 4] [--prefill 512]
                                     [--engines REGEX] [--isa avx2] [--rounds 7] [--json build/decode_cpu.json]
-                                    [--chart docs/decode_cpu.svg] [--profile] [--wrapper both]
+                                    [--chart docs/decode_cpu.svg] [--profile] [--wrapper cpp]
 
 `--model`: a Llama of transformers; without it, one of 418 M random weights.
 
@@ -54,7 +54,7 @@ _STEPS = 3
 
 
 def engines(reference: Any, wanted: str, threads: int, long: bool, wrapper: str) -> tuple[list[Engine], dict[str, str]]:
-    """Those whose name matches, and why others are absent. `wrapper`: Inductor's, "python", "cpp", or "both" of qpass's."""
+    """Those whose name matches, and why others are absent. `wrapper`: Inductor's, "python" or "cpp"."""
     count = sum(p.numel() for n, p in reference.named_parameters() if p.dim() > 1 and is_read(reference, n))
 
     def plain(dtype: torch.dtype, compiled: bool) -> Callable[[str], Engine]:
@@ -94,8 +94,6 @@ def engines(reference: Any, wanted: str, threads: int, long: bool, wrapper: str)
             print(f"absent: {name}: {engine}")
         else:
             found.append(replace(engine, cpp_wrapper=wrapper == "cpp"))
-            if wrapper == "both" and name.startswith("qpass"):
-                found.append(replace(make(name), name=f"{name}, C++ wrapper", cpp_wrapper=True))  # type: ignore[type-var]
     return found, absent
 
 
@@ -207,8 +205,8 @@ def main() -> None:
     parser.add_argument("--chart", type=Path)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument(
-        "--wrapper", choices=["python", "cpp", "both"], default="python",
-        help="Inductor's, of all graphs; in C++ it compiles for minutes; both: each engine of qpass with either",
+        "--wrapper", choices=["python", "cpp"], default="python",
+        help="Inductor's, of all graphs; in C++ it compiles for minutes",
     )  # fmt: skip
     args = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64  # all engines share the code of transformers

@@ -149,18 +149,14 @@ def _look(row: _Members, node: Node) -> Any:
         return ()
     source = node.args[0] if node.args else None
     known = row.seen.get(source) if isinstance(source, Node) else None
-    if known is None or known == () or len(node.all_input_nodes) != 1:
-        return None
-    if op_name(node) not in _VIEWS:
+    first = known[0] if isinstance(known, tuple) and known else known  # pieces share one memory
+    if not isinstance(first, Tensor) or len(node.all_input_nodes) != 1 or op_name(node) not in _VIEWS:
         return None
     function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
     seen = function(known, *node.args[1:], **node.kwargs)
     pieces = [seen] if isinstance(seen, Tensor) else list(seen)
-    memory = (known if isinstance(known, Tensor) else known[0]).untyped_storage()
-    dtype = (known if isinstance(known, Tensor) else known[0]).dtype
-    same = all(
-        isinstance(p, Tensor) and p.untyped_storage()._cdata == memory._cdata and p.dtype == dtype for p in pieces
-    )
+    memory = first.untyped_storage()._cdata
+    same = all(isinstance(p, Tensor) and (p.untyped_storage()._cdata, p.dtype) == (memory, first.dtype) for p in pieces)
     return (seen if isinstance(seen, Tensor) else tuple(pieces)) if same else None
 
 

@@ -133,7 +133,7 @@ std::atomic<int64_t> planned_rows{0};
 constexpr int64_t MOST_TRIES = 8;  // the first calls find kernels, through Python
 constexpr size_t MOST_PLANS = 4;
 
-// Call `number` of a row: its results go behind the registers.
+// One call of a row: its results go behind the registers.
 void make(const Call& call, std::vector<Part>& registers) {
   const auto& a = call.arguments;
   auto one = [&](int i) -> const Tensor& { return *registers[a[i].numbers[0]]; };
