@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.bits import spread_bits, with_bits
 from qpass.calibration import Recording, Seen
-from qpass.calling import Arguments, Lookup, run_as_inference
+from qpass.calling import Arguments, Held, Lookup, run_as_inference
 from qpass.decisions import Decision, Decisions
 from qpass.errors import Breach, QpassError, nearest
 from qpass.graph.expand import expand
@@ -39,6 +39,8 @@ from qpass.graph.torch_private import (
     forget_code,
     frame_key,
     is_graph_fragment,
+    pass_no_more,
+    place_of,
     source_name,
     uses_cuda_graphs,
 )
@@ -72,6 +74,7 @@ from qpass.sites.once import keep_readers_apart, share_masks
 from qpass.sites.row import join_calls
 from qpass.sites.written import write_out_products
 from qpass.store import Kept, WeightStore, anchor, quantize_group
+from qpass.structure import Structure
 from qpass.weights import as_rows, check_weight
 
 #: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
@@ -132,6 +135,8 @@ class QPass:
         self.calibrated_in_pieces = False
         #: What the observers of the last `calibrate` saw, site by site.
         self.observed: tuple[Seen, ...] = ()
+        #: Of the module that it compiles, and no other; while that lives.
+        self.structure: weakref.ref[Structure] | None = None
         BACKENDS.add(self)
 
     @property
@@ -158,6 +163,10 @@ class QPass:
             if self._recording is not None:
                 return self._recording.of_graph(gm, inputs, self)
             return self._convert(gm, inputs, mode)
+
+    def captured(self) -> list[CodeType]:
+        """The code of which there are graphs."""
+        return list(self._codes)
 
     def use_data(self) -> None:
         """There will be calibration data: a preset that has another recipe for then is that from here on."""
@@ -342,7 +351,8 @@ class QPass:
         if self.inner == "inductor":  # others would make floats of the whole weight
             write_out_products(result.graph_module)
             keep_readers_apart(result.graph_module)
-        pick = Arguments(sources, lookups)
+        kept = self._held_by_module(gm, inputs)
+        pick = Arguments(sources, lookups, kept)
         bind()
         fakes = {i: fake_parts_of(inputs[i], inputs[i].parts) for i in pick.states}
         examples = [
@@ -360,7 +370,22 @@ class QPass:
         )
         finish = [partial(keep, positions=made, lent=uses_cuda_graphs(self.inner, mode))] if made else []
         finish += [partial(restored, returned=held.returned)] if held.returned else []
+        if kept.places:
+            pass_no_more(gm, kept.places)
         return partial(run_as_inference, compiled, pick, finish)
+
+    def _held_by_module(self, gm: GraphModule, inputs: Sequence[Any]) -> Held:
+        """The QTensors that need not be passed: of the module whose structure is watched, in a graph that is all of its call."""
+        structure, code = None if self.structure is None else self.structure(), captured_code()
+        places = {}
+        if structure is not None and code is not None and not is_graph_fragment(gm):
+            for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
+                root, path = (isinstance(value, QTensor) and place_of(node)) or (None, "")
+                module = structure.holder(path, value) if root is not None and root is structure.root() else None
+                if module is not None:
+                    places[i] = module, path.split("'")[-2]
+            structure.frames.add(code)
+        return Held(len(inputs), places, structure)
 
     def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:
         unexpected = [s for s in plan.skipped if not s.expected]

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from qpass.errors import errors_through_cpp
 from qpass.passes import GraphInput, StateInput
 from qpass.qtensor import last_change
 from qpass.sites.group import WeightGroup
 from qpass.store import Entry, WeightStore
+from qpass.structure import Structure
 
 _token, _quantized = attrgetter("token"), attrgetter("quantized")
 
@@ -41,6 +43,38 @@ class Lookup:
         return self.entry(args).parts
 
 
+class Held:
+    """Arguments of a captured graph that Dynamo does not pass: QTensors of a watched module, fetched from where it keeps them.
+
+    `count`: of all arguments. `places`: the position of each that is not passed -> the module, and the Parameter's name there.
+    """
+
+    def __init__(
+        self, count: int, places: Mapping[int, tuple[Module, str]] = {}, structure: Structure | None = None
+    ) -> None:
+        self.count = count
+        self.places = {i: (weakref.ref(module), name) for i, (module, name) in places.items()}
+        self.passed = [i for i in range(count) if i not in places]
+        #: The position among all -> that among those passed.
+        self.at = {i: n for n, i in enumerate(self.passed)}
+        self._structure = None if structure is None else weakref.ref(structure)
+
+    def writes(self) -> int:
+        """A number that is another one once one of them may be another tensor."""
+        structure = None if self._structure is None else self._structure()
+        return 0 if structure is None else structure.writes
+
+    def all(self, args: Sequence[Any]) -> list[Any]:
+        """All arguments, from those passed."""
+        found: list[Any] = [None] * self.count
+        for i, value in zip(self.passed, args, strict=True):
+            found[i] = value
+        for i, (ref, name) in self.places.items():
+            module = ref()
+            found[i] = None if module is None else module._parameters[name]
+        return found
+
+
 class Settled:
     """What a call looked up, to be found again at the next: nearly always the weights are the same, and asking for each takes as
     long as a linear does. Serves QTensors; a float weight or bias may be edited in place and is looked up every time.
@@ -49,18 +83,21 @@ class Settled:
     """
 
     def __init__(
-        self, lookups: Sequence[Lookup], entries: Sequence[Entry], args: Sequence[Any], order: Sequence[tuple[int, int]]
+        self, lookups: Sequence[Lookup], args: Sequence[Any], order: Sequence[tuple[int, int]], held: Held
     ) -> None:
-        self.change = last_change()
+        self.held, self.change, self.writes = held, last_change(), held.writes()
+        entries = [lookup.entry(args) for lookup in lookups]
         mine = {i: entry for i, entry in enumerate(entries) if entry.of_qtensors}
         indices = [index for i in mine for index in lookups[i].indices]
         self.weights = itemgetter(*indices, *indices[:1]) if indices else lambda args: ()  # two or more give a tuple
+        #: Dynamo passes none of them, so they are the same as long as nothing is written.
+        self.fetched = all(index in held.places for index in indices)
         weights = self.weights(args)
         self.objects, self.types = ids(weights), list(map(type, weights))
         self.tokens, self.quantized = ids(map(_token, weights)), ids(map(_quantized, weights))
         #: The arguments, but for those that each call brings: their positions, and what they are as in Arguments.order.
         self.picked = [mine[i].parts[j] if i in mine else None for i, j in order]
-        self.brought = [(at, i, j) for at, (i, j) in enumerate(order) if i not in mine]
+        self.brought = [(at, i, held.at[j] if i < 0 else j) for at, (i, j) in enumerate(order) if i not in mine]
         self.lookups = {i: lookup for i, lookup in enumerate(lookups) if i not in mine}
         self.gone = False
         let_go = weakref.WeakMethod(self._let_go)  # no cycle: what is replaced goes at once
@@ -75,15 +112,21 @@ class Settled:
         """Whether the QTensors of a call are those that were looked up."""
         if self.gone:
             return False
-        weights, change = self.weights(args), last_change()
+        change, writes = last_change(), self.held.writes()
+        if self.fetched and (change, writes) == (self.change, self.writes):
+            return True
+        weights = self.weights(self.held.all(args))
         if change == self.change:
-            return ids(weights) == self.objects and list(map(type, weights)) == self.types
+            same = ids(weights) == self.objects and list(map(type, weights)) == self.types
+            self.writes = writes if same else self.writes
+            return same
         try:
             same = ids(map(_token, weights)) == self.tokens and ids(map(_quantized, weights)) == self.quantized
         except AttributeError:  # something else than a QTensor
             return False
         if same:
-            self.objects, self.types, self.change = ids(weights), list(map(type, weights)), change
+            self.objects, self.types = ids(weights), list(map(type, weights))
+            self.change, self.writes = change, writes
         return same
 
 
@@ -92,9 +135,12 @@ def ids(objects: Iterable[Any]) -> list[int]:
 
 
 class Arguments:
-    """The arguments of the rewritten graph from those of the captured one."""
+    """The arguments of the rewritten graph from those of the captured one, or from those of them that Dynamo passes."""
 
-    def __init__(self, sources: Sequence[int | GraphInput | StateInput], lookups: Mapping[WeightGroup, Lookup]) -> None:
+    def __init__(
+        self, sources: Sequence[int | GraphInput | StateInput], lookups: Mapping[WeightGroup, Lookup], held: Held
+    ) -> None:
+        self.held = held
         self.order: list[tuple[int, int]] = []  # (-1, argument) or (lookup, or state behind all lookups; part)
         used = [group for group in lookups if any(isinstance(s, GraphInput) and s.group == group for s in sources)]
         self.lookups = [lookups[group] for group in used]
@@ -109,14 +155,16 @@ class Arguments:
         self._settled: Settled | None = None
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
+        if len(args) != len(self.held.passed):
+            args = [args[i] for i in self.held.passed]
         settled = self._settled
         picked = [] if settled is None else settled.picked.copy()  # first, for another thread may let go of it
         if settled is None or not settled.is_of(args):
-            entries = [lookup.entry(args) for lookup in self.lookups]
-            settled = self._settled = Settled(self.lookups, entries, args, self.order)
+            settled = self._settled = Settled(self.lookups, self.held.all(args), self.order, self.held)
             picked = settled.picked.copy()
-        parts = {i: lookup.entry(args).parts for i, lookup in settled.lookups.items()}
-        parts |= {len(self.lookups) + n: args[i].parts for n, i in enumerate(self.states)}
+        looked_up = self.held.all(args) if settled.lookups else ()
+        parts = {i: lookup.entry(looked_up).parts for i, lookup in settled.lookups.items()}
+        parts |= {len(self.lookups) + n: args[self.held.at[i]].parts for n, i in enumerate(self.states)}
         for at, i, j in settled.brought:
             picked[at] = args[j] if i < 0 else parts[i][j]
         return picked

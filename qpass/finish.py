@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,7 +14,7 @@ from qpass.decisions import Decision
 from qpass.graph.torch_private import compile_in_place
 from qpass.qtensor import QTensor
 from qpass.recipe import Recipe
-from qpass.store import guards_beside_the_lookup
+from qpass.structure import Structure, needed_guards, watched
 
 #: Attribute of a module: the recipe that its weights were quantized by, whatever compiles it, or a copy of it, later.
 RECIPE = "_qpass_recipe"
@@ -22,7 +24,10 @@ ON_FINISH: list[Callable[[nn.Module], None]] = []
 
 def finish(module: nn.Module, backend: QPass) -> nn.Module:
     """Have calls of `module`, whose weights are QTensors, compiled by `backend`; returns it."""
-    compile_in_place(module, backend, guards_beside_the_lookup)
+    structure = Structure(module)
+    backend.structure = weakref.ref(structure)
+    call = compile_in_place(module, backend, partial(needed_guards, backend.structure))
+    module._compiled_call_impl = watched(call, structure, backend.captured)
     module.__dict__[RECIPE] = backend.recipe
     module._apply = _ApplyToFreshParameters(module, backend)  # type: ignore[method-assign]
     _prepare_generate(module, backend.recipe)

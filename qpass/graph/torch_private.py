@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, Literal
 
 import torch
@@ -52,12 +52,15 @@ def errors_through_dynamo() -> Iterator[None]:
         raise (CaptureBreach if isinstance(error, Breach) else CaptureError)(str(error)) from None
 
 
+def _source_text(node: Node) -> str:
+    """How Dynamo writes where an input of a captured graph comes from; "" for one that it did not make."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", None)
+    return str(name() if callable(name) else name or "")
+
+
 def source_name(node: Node) -> str | None:
     """`L['self']._modules['model']._parameters['weight']` -> "model.weight"; None for an input without such a source."""
-    source = getattr(node, "_dynamo_source", None)
-    text = getattr(source, "name", None)
-    text = text() if callable(text) else text
-    keys = re.findall(r"(?:\.|\.__dict__\[')_(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]", text or "")
+    keys = re.findall(r"(?:\.|\.__dict__\[')_(?:modules|parameters|buffers)(?:'\])?\['([^']+)'\]", _source_text(node))
     return ".".join(keys) or None
 
 
@@ -83,9 +86,7 @@ def is_graph_fragment(gm: GraphModule) -> bool:
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is not None and reason.graph_break:
         return True
-    frame = inspect.currentframe()
-    while frame is not None and not _is_dynamos_compile(frame.f_code):
-        frame = frame.f_back
+    frame = _compiling_frame()
     # Out of Dynamo's compiler, past the calling conventions of modules: the compiled function itself, or a caller in it.
     while frame is not None and frame.f_code.co_filename.endswith(_CALLING_FILES):
         if frame.f_code.co_name == "compile_wrapper":
@@ -127,13 +128,17 @@ def outside_of_capture() -> Any:
 
 def captured_code() -> CodeType | None:
     """The code object that Dynamo is compiling right now."""
+    frame = _compiling_frame()
+    code = None if frame is None else frame.f_locals.get("code")
+    return code if isinstance(code, CodeType) else None
+
+
+def _compiling_frame() -> FrameType | None:
+    """The frame of Dynamo's compiler that is nearest."""
     frame = inspect.currentframe()
-    while frame is not None:
-        if _is_dynamos_compile(frame.f_code):
-            code = frame.f_locals.get("code")
-            return code if isinstance(code, CodeType) else None
+    while frame is not None and not _is_dynamos_compile(frame.f_code):
         frame = frame.f_back
-    return None
+    return frame
 
 
 def forget_code(code: CodeType) -> None:
@@ -143,10 +148,30 @@ def forget_code(code: CodeType) -> None:
 
 def is_argument(node: Node, name: str) -> bool:
     """Whether an input of a captured graph is what the caller passed as argument `name`."""
-    source = getattr(node, "_dynamo_source", None)
-    text = getattr(source, "name", None)
-    text = text() if callable(text) else text
-    return bool(text) and str(text).endswith(f"['{name}']")
+    return _source_text(node).endswith(f"['{name}']")
+
+
+def place_of(node: Node) -> tuple[Any, str] | None:
+    """Of an input of the graph that is being captured: what a local of the frame, or an item of it, is, and the way from there.
+
+    `L['args'][0]._modules['model']._parameters['weight']` -> (the first of args, "._modules['model']._parameters['weight']")"""
+    found = re.fullmatch(r"L\['(\w+)'\](?:\[(\d+)\])?(\..*)", _source_text(node))
+    frame = _compiling_frame()
+    if found is None or frame is None:
+        return None
+    local = frame.f_locals["locals"].get(found[1])
+    return (local if found[2] is None else local[int(found[2])]), found[3]
+
+
+def pass_no_more(gm: GraphModule, positions: Collection[int]) -> None:
+    """Have Dynamo call what was compiled of its graph without these arguments. All but the inputs of the graph is lost."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    gm.graph.output_node().args = ((),)
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op not in ("placeholder", "output"):
+            gm.graph.erase_node(node)
+    for i in positions:
+        gm.graph.erase_node(inputs[i])
 
 
 def frame_key(gm: GraphModule) -> str | None:
@@ -275,8 +300,12 @@ def check_inner(inner: str) -> None:
         lookup_backend(inner)
 
 
-def compile_in_place(module: torch.nn.Module, backend: Callable[..., Any], keep_guards: Callable[..., Any]) -> None:
+def compile_in_place(
+    module: torch.nn.Module, backend: Callable[..., Any], keep_guards: Callable[..., Any]
+) -> Callable[..., Any]:
     """`module.compile(backend=...)`, apart from what else is compiled of the same code, where torch can keep it apart.
+
+    Gives the compiled call.
 
     `keep_guards`: Dynamo's guards (with `name`, `value`, `guard_type`) -> for each, whether it is checked at every call.
     """
@@ -287,6 +316,8 @@ def compile_in_place(module: torch.nn.Module, backend: Callable[..., Any], keep_
         module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), **options)
     else:
         module.compile(**options)
+    call: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
+    return call
 
 
 def isolated() -> dict[str, Any]:

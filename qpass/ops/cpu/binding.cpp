@@ -186,6 +186,13 @@ void qpass_remember_quantize(void* kernel, const void* spec, int64_t scale_rows,
 
 int64_t qpass_planned_rows() { return planned_rows; }
 
+// The first of these numbers in memory, from number `start` on, that is not what was seen; -1 if there is none.
+int64_t qpass_first_other(const uint64_t* const* places, const uint64_t* seen, int64_t start, int64_t count) {
+  for (int64_t i = start; i < count; i++)
+    if (*places[i] != seen[i]) return i;
+  return -1;
+}
+
 // Another instruction set or another way of computing from now on.
 void qpass_forget() {
   linear_calls.forget();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from array import array
 from functools import cache
 from typing import Any
 
@@ -61,6 +62,7 @@ def bind() -> str | None:
         ]  # fmt: skip
         found.qpass_remember_quantize.argtypes = [pointer, pointer, size, size, pointer, size, size, size, size, size]
         found.qpass_planned_rows.restype = size
+        found.qpass_first_other.argtypes, found.qpass_first_other.restype = [pointer, pointer, size, size], size
         ON_CHANGE.append(found.qpass_forget)
         _bound.append(found)
     return None
@@ -69,6 +71,18 @@ def bind() -> str | None:
 def planned_rows() -> int:
     """How many rows (qpass::row) of this process were the calls of kernels and nothing else."""
     return sum(int(library.qpass_planned_rows()) for library in _bound)
+
+
+def can_look() -> bool:
+    """Whether `first_other` works: there is a library that calls without Python."""
+    return bool(_bound)
+
+
+def first_other(places: array[int], seen: array[int], start: int) -> int:
+    """The first of the 64-bit numbers at these places in memory, from number `start` on, that is not what was seen; -1: none."""
+    if not places:
+        return -1
+    return int(_bound[0].qpass_first_other(places.buffer_info()[0], seen.buffer_info()[0], start, len(places)))
 
 
 def remember(what: str, kernel: Any, *matrices: Matrix, rest: tuple[int | None, ...]) -> None:
