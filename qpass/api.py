@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -208,7 +209,7 @@ def _captured_in_float(model: nn.Module) -> list[Graph]:
 
 def _is_done(model: nn.Module, backend: QPass) -> bool:
     """Whether this very call was made before: running a notebook cell again changes nothing."""
-    before = getattr(backend_of(model), "compiler_fn", None)
+    before = backend_of(model)
     quantized = any(isinstance(p, QTensor) for p in model.parameters())
     return quantized and isinstance(before, QPass) and before.options == backend.options
 
@@ -221,6 +222,7 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> l
     groups: list[Planned] = []
     seen: set[tuple[Any, ...]] = set()
     everything = {memory_of(p) for p in model.parameters()}
+    see = weakref.WeakMethod(own.see)  # Dynamo keeps each backend that it is given, and own has the model
 
     def end(*args: Any) -> Any:
         raise NothingLeft
@@ -234,7 +236,9 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> l
         planned = [(group, [by_name[name] for name in group.weights]) for group, _ in group_weights(plan, parameters)]
         groups.extend(each_once(planned, seen))
         specs = backend.recipe.kv_specs
-        own.see(gm.graph, args, [] if specs is None else find_held(gm.graph, parameters, {}, specs)[0])
+        to_own = see()
+        assert to_own is not None
+        to_own(gm.graph, args, [] if specs is None else find_held(gm.graph, parameters, {}, specs)[0])
         return end if everything <= {memory_of(tensor) for tensor in parameters.values()} else captured.forward
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.bits import spread_bits, with_bits
+from qpass.bundles import BundleInput, bundle_weights, input_sources
 from qpass.calibration import Recording, Seen
 from qpass.calling import Arguments, Held, Lookup, run_as_inference
 from qpass.decisions import Decision, Decisions
@@ -56,7 +57,6 @@ from qpass.passes import (
     StateInput,
     clean,
     fuse,
-    input_sources,
     parameter_nodes,
     run_passes,
     share_key_heads,
@@ -344,19 +344,20 @@ class QPass:
         result = run_passes(original, plan, [Convert(parameters, fake_parts), share_key_heads, fuse, clean])
         after = copy_graph(result.graph_module.graph)
         made = made_and_changed(result.graph_module.graph)
-        sources = input_sources(result.graph_module, list(order))
         if self.inner == "inductor":
             share_masks(result.graph_module)
         join_calls(result.graph_module)
         if self.inner == "inductor":  # others would make floats of the whole weight
             write_out_products(result.graph_module)
             keep_readers_apart(result.graph_module)
-        kept = self._held_by_module(gm, inputs)
+        bundle_weights(result.graph_module, lambda group: lookups[group].entry(inputs).of_qtensors, fake_static)
+        sources = input_sources(result.graph_module, list(order))
+        kept = self._held_by_module(gm, inputs, {source for source in sources if isinstance(source, int)})
         pick = Arguments(sources, lookups, kept)
         bind()
         fakes = {i: fake_parts_of(inputs[i], inputs[i].parts) for i in pick.states}
         examples = [
-            fake_static(value) if isinstance(source, GraphInput)
+            fake_static(value) if isinstance(source, GraphInput | BundleInput)
             else fakes[source.argument][source.part] if isinstance(source, StateInput)
             else value
             for value, source in zip(pick(inputs), sources, strict=True)
@@ -374,13 +375,16 @@ class QPass:
             pass_no_more(gm, kept.places)
         return partial(run_as_inference, compiled, pick, finish)
 
-    def _held_by_module(self, gm: GraphModule, inputs: Sequence[Any]) -> Held:
-        """The QTensors that need not be passed: of the module whose structure is watched, in a graph that is all of its call."""
+    def _held_by_module(self, gm: GraphModule, inputs: Sequence[Any], read: Collection[int]) -> Held:
+        """The QTensors that need not be passed: of the module whose structure is watched, in a graph that is all of its call.
+
+        `read`: arguments that the rewritten graph reads as they are."""
         structure, code = None if self.structure is None else self.structure(), captured_code()
         places = {}
         if structure is not None and code is not None and not is_graph_fragment(gm):
             for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
-                root, path = (isinstance(value, QTensor) and place_of(node)) or (None, "")
+                stored = isinstance(value, QTensor) and i not in read
+                root, path = (stored and place_of(node)) or (None, "")
                 module = structure.holder(path, value) if root is not None and root is structure.root() else None
                 if module is not None:
                     places[i] = module, path.split("'")[-2]

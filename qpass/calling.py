@@ -5,13 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from qpass.bundles import BundleInput, Source
 from qpass.errors import errors_through_cpp
+from qpass.ops.bundle import bundle
 from qpass.passes import GraphInput, StateInput
 from qpass.qtensor import last_change
 from qpass.sites.group import WeightGroup
@@ -75,6 +77,14 @@ class Held:
         return found
 
 
+class At(NamedTuple):
+    """Where an argument of the rewritten graph is: among those of the captured one (`of` is -1), or a part of what a lookup gives
+    or, behind all lookups, of a quantized state."""
+
+    of: int
+    part: int
+
+
 class Settled:
     """What a call looked up, to be found again at the next: nearly always the weights are the same, and asking for each takes as
     long as a linear does. Serves QTensors; a float weight or bias may be edited in place and is looked up every time.
@@ -83,7 +93,7 @@ class Settled:
     """
 
     def __init__(
-        self, lookups: Sequence[Lookup], args: Sequence[Any], order: Sequence[tuple[int, int]], held: Held
+        self, lookups: Sequence[Lookup], args: Sequence[Any], order: Sequence[At | tuple[At, ...]], held: Held
     ) -> None:
         self.held, self.change, self.writes = held, last_change(), held.writes()
         entries = [lookup.entry(args) for lookup in lookups]
@@ -96,9 +106,21 @@ class Settled:
         self.objects, self.types = ids(weights), list(map(type, weights))
         self.tokens, self.quantized = ids(map(_token, weights)), ids(map(_quantized, weights))
         #: The arguments, but for those that each call brings: their positions, and what they are as in Arguments.order.
-        self.picked = [mine[i].parts[j] if i in mine else None for i, j in order]
-        self.brought = [(at, i, held.at[j] if i < 0 else j) for at, (i, j) in enumerate(order) if i not in mine]
-        self.lookups = {i: lookup for i, lookup in enumerate(lookups) if i not in mine}
+        self.picked: list[Any] = [None] * len(order)
+        self.brought: list[tuple[int, At]] = []
+        self.bundled: list[tuple[int, tuple[At, ...]]] = []
+        for n, at in enumerate(order):
+            if isinstance(at, At):
+                if at.of in mine:
+                    self.picked[n] = mine[at.of].parts[at.part]
+                else:
+                    self.brought.append((n, at))
+            elif all(each.of in mine for each in at):
+                self.picked[n] = bundle([mine[each.of].parts[each.part] for each in at])  # type: ignore[misc]  # they are placeholders
+            else:
+                self.bundled.append((n, at))
+        again = {at.of for _, many in self.bundled for at in many}
+        self.lookups = {i: lookup for i, lookup in enumerate(lookups) if i not in mine or i in again}
         self.gone = False
         let_go = weakref.WeakMethod(self._let_go)  # no cycle: what is replaced goes at once
         self.refs = [weakref.ref(entry, lambda _: (done := let_go()) and done()) for entry in mine.values()]
@@ -137,21 +159,23 @@ def ids(objects: Iterable[Any]) -> list[int]:
 class Arguments:
     """The arguments of the rewritten graph from those of the captured one, or from those of them that Dynamo passes."""
 
-    def __init__(
-        self, sources: Sequence[int | GraphInput | StateInput], lookups: Mapping[WeightGroup, Lookup], held: Held
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], lookups: Mapping[WeightGroup, Lookup], held: Held) -> None:
         self.held = held
-        self.order: list[tuple[int, int]] = []  # (-1, argument) or (lookup, or state behind all lookups; part)
-        used = [group for group in lookups if any(isinstance(s, GraphInput) and s.group == group for s in sources)]
+        read = {s.group for source in sources for s in (source.parts if isinstance(source, BundleInput) else [source])
+                if isinstance(s, GraphInput)}  # fmt: skip
+        used = {group: i for i, group in enumerate(group for group in lookups if group in read)}
         self.lookups = [lookups[group] for group in used]
         self.states = sorted({s.argument for s in sources if isinstance(s, StateInput)})
-        for source in sources:
+
+        def at(source: int | GraphInput | StateInput) -> At:
             if isinstance(source, GraphInput):
-                self.order.append((used.index(source.group), source.part))
-            elif isinstance(source, StateInput):
-                self.order.append((len(used) + self.states.index(source.argument), source.part))
-            else:
-                self.order.append((-1, source))
+                return At(used[source.group], source.part)
+            if isinstance(source, StateInput):
+                return At(len(used) + self.states.index(source.argument), source.part)
+            return At(-1, held.at[source])
+
+        #: Of each argument; of several that are one bundle.
+        self.order = [tuple(map(at, s.parts)) if isinstance(s, BundleInput) else at(s) for s in sources]
         self._settled: Settled | None = None
 
     def __call__(self, args: Sequence[Any]) -> list[Any]:
@@ -165,8 +189,10 @@ class Arguments:
         looked_up = self.held.all(args) if settled.lookups else ()
         parts = {i: lookup.entry(looked_up).parts for i, lookup in settled.lookups.items()}
         parts |= {len(self.lookups) + n: args[self.held.at[i]].parts for n, i in enumerate(self.states)}
-        for at, i, j in settled.brought:
-            picked[at] = args[j] if i < 0 else parts[i][j]
+        for n, (of, part) in settled.brought:
+            picked[n] = args[part] if of < 0 else parts[of][part]
+        for n, many in settled.bundled:
+            picked[n] = bundle([parts[of][part] for of, part in many])  # type: ignore[misc]
         return picked
 
 

@@ -151,13 +151,6 @@ def _placeholder(graph: Graph, source: GraphInput, fake: Tensor, weights: Mappin
     return node
 
 
-def input_sources(graph_module: GraphModule, original: Sequence[str]) -> list[int | GraphInput | StateInput]:
-    """For each placeholder of a rewritten graph: the index of the original argument, or what it comes from."""
-    index = {name: i for i, name in enumerate(original)}
-    placeholders = graph_module.graph.find_nodes(op="placeholder")
-    return [node.meta[INPUT] if INPUT in node.meta else index[node.name] for node in placeholders]
-
-
 def parameter_nodes(graph_module: GraphModule, inputs: Sequence[object]) -> dict[Node, Tensor]:
     """The placeholders whose real argument is a Parameter (a QTensor is always one)."""
     placeholders = graph_module.graph.find_nodes(op="placeholder")

@@ -50,7 +50,7 @@ def captured(x: Any, asker: str) -> QPass:
 
     Raises `QpassError`, in the name of `asker`, if none has captured anything.
     """
-    given = getattr(backend_of(x), "compiler_fn", backend_of(x))
+    given = backend_of(x)
     model = original_module(x)
     if isinstance(x, QPass) or isinstance(given, QPass):
         found = [x if isinstance(x, QPass) else given]

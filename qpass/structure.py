@@ -95,7 +95,8 @@ class Structure:
             known = dicts[-1] is value
         elif last[2]:
             dicts.append(module._parameters)
-            known = module._parameters.get(last[2]) is value and isinstance(value, QTensor)
+            found = module._parameters.get(last[2], self)
+            known = found is value and (value is None or isinstance(value, QTensor))
         else:
             known = last[3] in module.__dict__ and module.__dict__[last[3]] is value and isinstance(value, _CONSTANTS)
         if not known:

@@ -30,7 +30,7 @@ LAYERS = [
     {"ops", "weights", "qtensor", "qstate"},
     {"sites", "doctor"},
     {"passes", "store", "ready"},
-    {"calling", "made_caches", "module_state", "replay", "structure"},
+    {"bundles", "calling", "made_caches", "module_state", "replay", "structure"},
     {"calibration", "decisions"},
     {"sensitivity"},
     {"bits"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from transformers.cache_utils import StaticCache
 
 import qpass
 from qpass.numerics import fake_quantize, quantize
+from qpass.ops.bundle import bundle
 from qpass.ops.cpu.library import bind, planned_rows
-from qpass.ops.row import Call, Row, parse_row, types_of
+from qpass.ops.row import Call, Like, Row, parse_row, renumbered, types_of
 from qpass.ops.row import run as in_python
 from qpass.sites.row import _OPERATORS, join_calls
 from qpass.spec import parse_spec
@@ -212,9 +213,12 @@ def test_a_decode_step_of_a_llama_is_one_row(
 
 @dataclass
 class AppendRow:
-    """A linear, and rotated keys and values of it appended to a cache: gives `gives`, counted from the linear's result on."""
+    """A linear, and rotated keys and values of it appended to a cache: gives `gives`, counted from the linear's result on.
+
+    `bundled`: the linear's weight is given as one tensor."""
 
     gives: tuple[int, ...]
+    bundled: bool = False
     width: int = 16
     heads: int = 2
 
@@ -228,7 +232,16 @@ class AppendRow:
             "append_rotated", (k, v, length, y + 1, y + 2, y + 3, 3, 4, "int8:channel", "int8:channel", None, None)
         )
         first = Call("linear", (0, 1, 2, None, None, None, "int8:channel", None, None, None, "", None))
-        self.text = str(Row((first, *views, append), tuple(y + g for g in self.gives)))
+        row = Row((first, *views, append), tuple(y + g for g in self.gives))
+        self.bundle = None
+        if self.bundled:
+            self.bundle = bundle(self.weight)
+            row = replace(renumbered(row, [2, 0, 1]), holds=tuple(map(Like.of, self.weight)))
+        self.text = str(row)
+
+    def given(self, x: Tensor, angles: Tensor) -> tuple[Tensor | None, list[Tensor]]:
+        """The bundle and the other inputs."""
+        return self.bundle, [x, *([] if self.bundled else self.weight), *angles]
 
     def cache(self) -> list[Tensor]:
         """Parts of keys and of values, and the length."""
@@ -242,16 +255,17 @@ class AppendRow:
         for i in range(6):
             x = torch.randn(1, 1, 24, generator=generator)
             angles = torch.full((2, 1, 1, 1, self.width), float("nan") if i == trouble else 0.5)
-            results += run([x, *self.weight, *angles], cache, self.text)
+            results += run(*self.given(x, angles), cache, self.text)
         return [*results, *cache]
 
 
 @pytest.mark.parametrize("gives", [(5, 6), (0, 5), (5,)], ids=["queries and keys", "the linear and queries", "queries"])
+@pytest.mark.parametrize("bundled", [False, True], ids=["apart", "bundled"])
 @pytest.mark.parametrize("trouble", range(6))
-def test_a_call_that_a_kernel_gives_up_changes_no_other(trouble: int, gives: tuple[int, ...]) -> None:
+def test_a_call_that_a_kernel_gives_up_changes_no_other(trouble: int, bundled: bool, gives: tuple[int, ...]) -> None:
     """Before there is a plan, while it is made, and when it runs."""
     assert bind() is None
-    row = AppendRow(gives)
+    row = AppendRow(gives, bundled)
     before = planned_rows()
     found = row.steps(torch.ops.qpass.row, trouble)
     assert planned_rows() > before
@@ -380,11 +394,11 @@ def test_without_python_it_gives_what_it_gives_with(spec: str, rows: int, exact_
         ),
         (third + 2, second),
     )
-    torch.ops.qpass.row(inputs, [], str(row))  # Python says with what kernels calls like this one are served
-    found = torch.ops.qpass.row(inputs, [], str(row))
+    torch.ops.qpass.row(None, inputs, [], str(row))  # Python says with what kernels calls like this one are served
+    found = torch.ops.qpass.row(None, inputs, [], str(row))
     assert [tuple(y.shape) for y in found] == [(rows, 1, 7), (rows, 23)]
-    torch.testing.assert_close(found, in_python(inputs, [], str(row)), rtol=0, atol=0)
-    in_double = in_python([t.double() if i in (x, residual) else t for i, t in enumerate(inputs)], [], str(row))
+    torch.testing.assert_close(found, in_python(None, inputs, [], str(row)), rtol=0, atol=0)
+    in_double = in_python(None, [t.double() if i in (x, residual) else t for i, t in enumerate(inputs)], [], str(row))
     for y, reference in zip(found, in_double, strict=True):
         assert (y - reference).abs().max() <= 1e-5 * reference.abs().max()
 
@@ -403,14 +417,14 @@ def test_calls_like_earlier_ones_are_the_kernels_and_nothing_else() -> None:
 
     def check(rows: int, settled: bool) -> None:
         x, before = torch.randn(rows, 48), planned_rows()
-        found, _ = torch.ops.qpass.row([x, *weights], [], text)
-        expected, _ = in_python([x, *weights], [], text)
+        found, _ = torch.ops.qpass.row(None, [x, *weights], [], text)
+        expected, _ = in_python(None, [x, *weights], [], text)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         assert planned_rows() - before == settled
 
     for rows in (1, 3, 1):
-        torch.ops.qpass.row([torch.randn(rows, 48), *weights], [], text)
-        torch.ops.qpass.row([torch.randn(rows, 48), *weights], [], text)
+        torch.ops.qpass.row(None, [torch.randn(rows, 48), *weights], [], text)
+        torch.ops.qpass.row(None, [torch.randn(rows, 48), *weights], [], text)
         check(rows, True)
         check(rows, True)
     check(2, False)
@@ -429,8 +443,13 @@ def test_calls_like_earlier_ones_are_the_kernels_and_nothing_else() -> None:
             (7, 8),
         ),
         Row((Call("linear", (0, 1, 2, 3, 4, 5, "nf4:dq", 6, 1e-12, 7, "gelu_tanh", 8)),), (9,)),
+        Row(
+            (Call("linear", (2, 0, 1, None, None, None, "int8:channel", None, None, None, "", None)),),
+            (3,),
+            (Like("int8", (4, 8)), Like("float32", ())),
+        ),
     ],
-    ids=["little is given", "views and lists", "all is given"],
+    ids=["little is given", "views and lists", "all is given", "a bundle"],
 )
 def test_text_of_a_row_is_read_back(row: Row) -> None:
     assert parse_row(str(row)) == row
@@ -461,7 +480,7 @@ def test_text_that_is_no_row_is_refused(text: str, why: str) -> None:
 def test_registers_and_calls_that_there_are_not_are_refused_without_python_too(text: str) -> None:
     assert bind() is None
     with pytest.raises(RuntimeError, match=r"qpass::row|Error\("):
-        torch.ops.qpass.row([torch.ones(1)], [], text)
+        torch.ops.qpass.row(None, [torch.ones(1)], [], text)
 
 
 def test_cpp_knows_the_operators_as_their_schemas_say() -> None:

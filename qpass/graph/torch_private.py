@@ -335,14 +335,16 @@ def backend_of(compiled: Any) -> Any:
         callback = getattr(call, "_torchdynamo_orig_backend", None) or _closure_callback(call)
     while hasattr(callback, "_torchdynamo_orig_backend"):
         callback = callback._torchdynamo_orig_backend
-    return callback
+    return getattr(callback, "compiler_fn", callback)  # out of torch.compile's wrapper
 
 
 def _closure_callback(function: Any) -> Any:
-    for cell in getattr(function, "__closure__", None) or ():
-        found = getattr(cell.cell_contents, "callback", None)
-        if found is not None:
-            return found
+    while function is not None:
+        for cell in getattr(function, "__closure__", None) or ():
+            found = getattr(cell.cell_contents, "callback", None)
+            if found is not None:
+                return found
+        function = getattr(function, "__wrapped__", None)
     return None
 
 

@@ -15,8 +15,10 @@ SCHEMAS = {
         "Tensor? column_scale=None, str gate='', Tensor? residual=None) -> Tensor"
     ),
     # Calls of these operators one after another, see ops/row.py: one or two of their results, or an empty one in the place of the
-    # second. (Two and no list: Inductor's wrapper in C++ calls operators that give lists through Python.)
-    "row": "(Tensor[] inputs, Tensor(a!)[] written, str calls) -> (Tensor, Tensor)",
+    # second. (Two and no list: Inductor's wrapper in C++ calls operators that give lists through Python.) bundle: of inputs that
+    # come before the others, see ops/bundle.py; and what is in it.
+    "row": "(Tensor? bundle, Tensor[] inputs, Tensor(a!)[] written, str calls) -> (Tensor, Tensor)",
+    "unbundle": "(Tensor bundle) -> Tensor[]",
     # x [.., K] -> codes, with scale and zero point unless those of a static spec are given. Written out for the compiler, which
     # joins it with what makes x; round_input gives the same as floats in x's dtype.
     "quantize_input": "(Tensor x, Tensor? scale, Tensor? zero_point, str spec) -> Tensor[]",

@@ -176,7 +176,7 @@ def _join(graph_module: GraphModule, nodes: Sequence[Node]) -> None:
     made = tuple(_calls(nodes, numbers, len(numbers)))
     text = str(Row(made, tuple(numbers[n] for n in results)))
     with graph.inserting_after(nodes[-1]):
-        new = graph.call_function(torch.ops.qpass.row.default, (inputs, written, text))
+        new = graph.call_function(torch.ops.qpass.row.default, (None, inputs, written, text))
     with graph.inserting_after(new):
         items = [graph.call_function(operator.getitem, (new, i)) for i in range(len(results))]
     stand_for([new, *items], calls)

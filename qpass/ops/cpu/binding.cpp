@@ -193,6 +193,14 @@ int64_t qpass_first_other(const uint64_t* const* places, const uint64_t* seen, i
   return -1;
 }
 
+// A bundle is gone (bundle.py).
+void qpass_let_go(int64_t number) {
+  Bundle last;  // is let go of without the lock
+  std::unique_lock lock(bundles_mutex);
+  auto found = bundles.find(number);
+  if (found != bundles.end()) last = std::move(found->second), bundles.erase(found);
+}
+
 // Another instruction set or another way of computing from now on.
 void qpass_forget() {
   linear_calls.forget();

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from qpass.compute import ON_CHANGE
+from qpass.ops.bundle import ON_GONE
 from qpass.ops.cpu.build import Kernels, Missing, binding, kernels
 from qpass.ops.cpu.matrix import AroundStruct, Matrix, SpecStruct
 
@@ -63,7 +64,9 @@ def bind() -> str | None:
         found.qpass_remember_quantize.argtypes = [pointer, pointer, size, size, pointer, size, size, size, size, size]
         found.qpass_planned_rows.restype = size
         found.qpass_first_other.argtypes, found.qpass_first_other.restype = [pointer, pointer, size, size], size
+        found.qpass_let_go.argtypes = [size]
         ON_CHANGE.append(found.qpass_forget)
+        ON_GONE.append(found.qpass_let_go)
         _bound.append(found)
     return None
 

@@ -136,20 +136,22 @@ std::shared_ptr<const Plan> plan_of(const Row& row, const std::vector<Run>& runs
   return all && plan->bytes <= MOST_BYTES ? plan : nullptr;
 }
 
-// Fills the registers that the row gives; or, if a kernel could not do a call, those of all results before it. Gives how many
+// `registers`: without those of the bundle. Fills those that the row gives; or, if a kernel could not do a call, those of all results before it. Gives how many
 // calls were done. The tensors in registers that are not given lie in memory of this thread that is used again.
-size_t run_plan(const Plan& plan, const Row& row, std::vector<Part>& registers) {
+size_t run_plan(const Plan& plan, const Row& row, const std::vector<Part>& bundled, std::vector<Part>& registers) {
   static thread_local std::unique_ptr<char[]> arena;
   static thread_local int64_t size = 0;
   static thread_local std::vector<void*> memory;
   if (size < plan.bytes + 64) arena.reset(new char[plan.bytes + 64]), size = plan.bytes + 64;
   char* base = (char*)((uintptr_t(arena.get()) + 63) / 64 * 64);
-  registers.resize(row.given + plan.places.size());
+  int64_t before = bundled.size();  // registers that come before the first of these
+  registers.resize(row.given - before + plan.places.size());
   memory.clear();
-  for (int64_t i = 0; i < row.given; i++) memory.push_back(i < row.inputs ? data(registers[i]) : own(*registers[i]));
+  for (const Part& part : bundled) memory.push_back(data(part));
+  for (int64_t i = before; i < row.given; i++) memory.push_back(i < row.inputs ? data(registers[i - before]) : own(*registers[i - before]));
   for (const Place& place : plan.places) {
-    if (place.of < -1 && !place.view) registers[memory.size()] = empty(place.like.sizes, place.like.type);
-    char* of = place.of >= 0 ? (char*)memory[place.of] : place.of == -1 ? base : (char*)data(registers[row.gives[-2 - place.of]]);
+    if (place.of < -1 && !place.view) registers[memory.size() - before] = empty(place.like.sizes, place.like.type);
+    char* of = place.of >= 0 ? (char*)memory[place.of] : place.of == -1 ? base : (char*)data(registers[row.gives[-2 - place.of] - before]);
     memory.push_back(of + place.offset);
   }
   void *given[MOST_GIVEN], *made[4];
@@ -157,13 +159,13 @@ size_t run_plan(const Plan& plan, const Row& row, std::vector<Part>& registers) 
     for (size_t i = 0; i < call.given.size(); i++) given[i] = call.given[i] < 0 ? nullptr : memory[call.given[i]];
     for (size_t i = 0; i < call.made.size(); i++) made[i] = memory[call.made[i]];
     if (call.run(given, made)) continue;
-    for (size_t i = row.given; i < registers.size(); i++) {
+    for (size_t i = row.given; i < memory.size(); i++) {
       const Place& place = plan.places[i - row.given];
       if (place.of < -1 && !place.view) continue;
       AtenTensorHandle x;
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(memory[i], place.like.sizes.size(), place.like.sizes.data(), place.like.strides.data(), 0, place.like.type,
                                                                        aoti_torch_device_type_cpu(), 0, &x));
-      registers[i] = Tensor(x);
+      registers[i - before] = Tensor(x);
     }
     return call.call - row.calls.data();
   }

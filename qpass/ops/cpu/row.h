@@ -71,11 +71,12 @@ Argument read_argument(char kind, const std::string& text) {
   return argument;
 }
 
-// Of text that row.py wrote and checked, when the graph was made.
+// Of text that row.py wrote and checked, when the graph was made. `inputs`: those of the bundle, and the others.
 std::shared_ptr<const Row> read_row(const std::string& text, int64_t inputs, int64_t written) {
   int64_t given = inputs + written;
   auto row = std::make_shared<Row>();
   auto parts = cut(text, '|');
+  if (parts[0].rfind("holds;", 0) == 0) parts.erase(parts.begin());
   int64_t free = given;
   std::map<int64_t, size_t> last_reader;
   for (size_t i = 0; i + 1 < parts.size(); i++) {
@@ -203,18 +204,38 @@ void run_calls(const Row& row, size_t first, std::vector<Part>& registers, const
   row.plans.push_back(plan);
 }
 
+using Bundle = std::shared_ptr<const std::vector<Part>>;
+std::map<int64_t, Bundle> bundles;
+std::shared_mutex bundles_mutex;
+
+// What a bundle keeps, see bundle.py.
+Bundle unbundle(const Part& bundle) {
+  static const Bundle nothing = std::make_shared<std::vector<Part>>();
+  if (!bundle) return nothing;
+  int64_t number = *(const int64_t*)bundle->const_data_ptr();
+  {
+    std::shared_lock lock(bundles_mutex);
+    if (auto found = bundles.find(number); found != bundles.end()) return found->second;
+  }
+  auto tensors = in_python<std::vector<Tensor>>("qpass::unbundle", *bundle);
+  auto parts = std::make_shared<std::vector<Part>>(tensors.begin(), tensors.end());
+  std::unique_lock lock(bundles_mutex);
+  return bundles[number] = parts;
+}
+
 // What a row gives; an empty tensor in the place of a second result that it has not.
-std::tuple<Tensor, Tensor> row(std::vector<Tensor> inputs, std::vector<Tensor> written, std::string text) {
-  std::pair<std::string, Layout> key{text, {int64_t(inputs.size()), int64_t(written.size())}};
+std::tuple<Tensor, Tensor> row(const Part& bundle, std::vector<Tensor> inputs, std::vector<Tensor> written, std::string text) {
+  Bundle bundled = unbundle(bundle);
+  std::pair<std::string, Layout> key{std::move(text), {int64_t(bundled->size() + inputs.size()), int64_t(written.size())}};
   auto found = known_rows.find(key);
-  if (!found) known_rows.keep(key, *(found = read_row(text, key.second[0], key.second[1])));
+  if (!found) known_rows.keep(key, *(found = read_row(key.first, key.second[0], key.second[1])));
   const Row& row = **found;
-  std::vector<Part> registers;
+  std::vector<Part> registers;  // without those of the bundle
   registers.reserve(row.given + 3 * row.calls.size());
   for (auto* tensors : {&inputs, &written})
     for (Tensor& tensor : *tensors) registers.emplace_back(std::move(tensor));
   static thread_local std::vector<int64_t> layout;
-  look_at_all(registers, row.given, layout);
+  look_at_all(registers, registers.size(), layout);
   std::shared_ptr<const Plan> plan;
   {
     std::lock_guard lock(row.mutex);
@@ -223,15 +244,18 @@ std::tuple<Tensor, Tensor> row(std::vector<Tensor> inputs, std::vector<Tensor> w
   }
   size_t done = 0;
   if (plan) {
-    done = run_plan(*plan, row, registers);
+    done = run_plan(*plan, row, *bundled, registers);
     planned_rows += done == row.calls.size();
   }
   if (done < row.calls.size()) {
     int64_t results = 0;  // of the calls that were done
     for (size_t c = 0; c < done; c++) results += row.calls[c].results;
+    registers.insert(registers.begin(), bundled->begin(), bundled->end());
     registers.resize(row.given + results);
     run_calls(row, done, registers, layout);
+    bundled = unbundle({});
   }
-  Tensor first = *registers[row.gives[0]];
-  return {first, row.gives.size() > 1 ? *registers[row.gives[1]] : empty({0}, type_of(first))};
+  auto given_back = [&](size_t i) { return *registers[row.gives[i] - bundled->size()]; };
+  Tensor first = given_back(0);
+  return {first, row.gives.size() > 1 ? given_back(1) : empty({0}, type_of(first))};
 }
