@@ -376,15 +376,15 @@ class QPass:
         return partial(run_as_inference, compiled, pick, finish)
 
     def _held_by_module(self, gm: GraphModule, inputs: Sequence[Any], read: Collection[int]) -> Held:
-        """The QTensors that need not be passed: of the module whose structure is watched, in a graph that is all of its call.
+        """The Parameters that need not be passed: of the module whose structure is watched, in a graph that is all of its call.
 
-        `read`: arguments that the rewritten graph reads as they are."""
+        `read`: arguments that the rewritten graph reads as they are: of these a QTensor is passed."""
         structure, code = None if self.structure is None else self.structure(), captured_code()
         places = {}
         if structure is not None and code is not None and not is_graph_fragment(gm):
             for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
-                stored = isinstance(value, QTensor) and i not in read
-                root, path = (stored and place_of(node)) or (None, "")
+                fetched = isinstance(value, torch.nn.Parameter) and not (isinstance(value, QTensor) and i in read)
+                root, path = (fetched and place_of(node)) or (None, "")
                 module = structure.holder(path, value) if root is not None and root is structure.root() else None
                 if module is not None:
                     places[i] = module, path.split("'")[-2]

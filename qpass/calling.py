@@ -46,7 +46,7 @@ class Lookup:
 
 
 class Held:
-    """Arguments of a captured graph that Dynamo does not pass: QTensors of a watched module, fetched from where it keeps them.
+    """Arguments of a captured graph that Dynamo does not pass: Parameters of a watched module, fetched from where it keeps them.
 
     `count`: of all arguments. `places`: the position of each that is not passed -> the module, and the Parameter's name there.
     """
@@ -105,21 +105,30 @@ class Settled:
         weights = self.weights(args)
         self.objects, self.types = ids(weights), list(map(type, weights))
         self.tokens, self.quantized = ids(map(_token, weights)), ids(map(_quantized, weights))
-        #: The arguments, but for those that each call brings: their positions, and what they are as in Arguments.order.
-        self.picked: list[Any] = [None] * len(order)
-        self.brought: list[tuple[int, At]] = []
-        self.bundled: list[tuple[int, tuple[At, ...]]] = []
-        for n, at in enumerate(order):
-            if isinstance(at, At):
-                if at.of in mine:
-                    self.picked[n] = mine[at.of].parts[at.part]
-                else:
-                    self.brought.append((n, at))
-            elif all(each.of in mine for each in at):
-                self.picked[n] = bundle([mine[each.of].parts[each.part] for each in at])  # type: ignore[misc]  # they are placeholders
+        #: What the arguments are taken from, by `take`: these, then those passed, then `found` at each call.
+        self.constants: tuple[Any, ...] = ()
+        self.found: list[At | tuple[At, ...]] = []
+        constants, taken = list[Any](), list[tuple[int, int]]()
+        for at in order:
+            each = (at,) if isinstance(at, At) else at
+            if isinstance(at, At) and at.of < 0 and at.part in held.at:
+                taken.append((1, held.at[at.part]))
+                continue
+            if isinstance(at, At) and at.of < 0:
+                constants.append(args[at.part])
+            elif all(of in mine for of, _ in each):
+                parts = [mine[of].parts[part] for of, part in each]
+                constants.append(parts[0] if isinstance(at, At) else bundle(parts))  # type: ignore[arg-type]
             else:
-                self.bundled.append((n, at))
-        again = {at.of for _, many in self.bundled for at in many}
+                taken.append((2, len(self.found)))
+                self.found.append(at)
+                continue
+            taken.append((0, len(constants) - 1))
+        self.constants = tuple(constants)
+        start = [0, len(constants), len(constants) + len(held.passed)]
+        places = [start[which] + i for which, i in taken]
+        self.take = itemgetter(*places) if len(places) > 1 else lambda all: [all[i] for i in places]
+        again = {of for at in self.found if not isinstance(at, At) for of, _ in at}
         self.lookups = {i: lookup for i, lookup in enumerate(lookups) if i not in mine or i in again}
         self.gone = False
         let_go = weakref.WeakMethod(self._let_go)  # no cycle: what is replaced goes at once
@@ -128,7 +137,7 @@ class Settled:
     def _let_go(self) -> None:
         """Parameters are gone: the store held their parts no longer than that, and so does this."""
         self.gone = True
-        self.picked = []
+        self.constants = ()
 
     def is_of(self, args: Sequence[Any]) -> bool:
         """Whether the QTensors of a call are those that were looked up."""
@@ -172,28 +181,33 @@ class Arguments:
                 return At(used[source.group], source.part)
             if isinstance(source, StateInput):
                 return At(len(used) + self.states.index(source.argument), source.part)
-            return At(-1, held.at[source])
+            return At(-1, source)
 
         #: Of each argument; of several that are one bundle.
         self.order = [tuple(map(at, s.parts)) if isinstance(s, BundleInput) else at(s) for s in sources]
         self._settled: Settled | None = None
 
-    def __call__(self, args: Sequence[Any]) -> list[Any]:
+    def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
         if len(args) != len(self.held.passed):
             args = [args[i] for i in self.held.passed]
         settled = self._settled
-        picked = [] if settled is None else settled.picked.copy()  # first, for another thread may let go of it
+        constants = () if settled is None else settled.constants  # first, for another thread may let go of it
         if settled is None or not settled.is_of(args):
             settled = self._settled = Settled(self.lookups, self.held.all(args), self.order, self.held)
-            picked = settled.picked.copy()
+            constants = settled.constants
+        found = self._find(settled, args) if settled.found else ()
+        taken: Sequence[Any] = settled.take((*constants, *args, *found))
+        return taken
+
+    def _find(self, settled: Settled, args: Sequence[Any]) -> list[Any]:
+        """What may be another one at each call."""
         looked_up = self.held.all(args) if settled.lookups else ()
         parts = {i: lookup.entry(looked_up).parts for i, lookup in settled.lookups.items()}
         parts |= {len(self.lookups) + n: args[self.held.at[i]].parts for n, i in enumerate(self.states)}
-        for n, (of, part) in settled.brought:
-            picked[n] = args[part] if of < 0 else parts[of][part]
-        for n, many in settled.bundled:
-            picked[n] = bundle([parts[of][part] for of, part in many])  # type: ignore[misc]
-        return picked
+        return [
+            parts[at.of][at.part] if isinstance(at, At) else bundle([parts[of][part] for of, part in at])  # type: ignore[misc]
+            for at in settled.found
+        ]
 
 
 def run_as_inference(

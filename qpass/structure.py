@@ -14,7 +14,7 @@ import re
 import sys
 import weakref
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from qpass.graph.torch_private import captured_code, forget_code
-from qpass.ops.cpu.library import can_look, first_other
+from qpass.ops.bundle import bundle
+from qpass.ops.cpu.library import can_look, first_other, layouts_of
 from qpass.qtensor import QTensor
 from qpass.store import guards_beside_the_lookup
 
@@ -40,6 +41,20 @@ MOST_CHANGES = 4
 _CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _STEP = re.compile(r"\._modules\['([^']+)'\]")
 _LAST = re.compile(r"\._(modules|parameters|buffers)|\._parameters\['([^']+)'\]|\.(\w+)")
+
+#: A guard on one of the keys of a dict; and what stands for that dict then.
+_KEY, _DICT = re.compile(r"list\(dict\.keys\((.*)\)\)\[\d+\]"), object()
+
+
+class _Kept:
+    """A dict, its keys, and what it held under those of them that matter."""
+
+    def __init__(self, kept: dict[Any, Any]) -> None:
+        self.kept, self.keys, self.marks = kept, list(kept), dict[Any, Any]()
+
+    def is_same(self) -> bool:
+        """Whether it holds that now."""
+        return list(self.kept) == self.keys and all(_is_same(self.kept[key], m) for key, m in self.marks.items())
 
 
 class Structure:
@@ -60,8 +75,11 @@ class Structure:
 
     def _forget(self) -> None:
         self._at: dict[int, int] = {}  # a place in memory -> its number
-        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]] | None] = []  # and what they held; None: a type
+        self._dicts: list[_Kept | None] = []  # None: it is the type of an object
         self._places, self._seen = array("Q"), array("Q")
+        self._tensors: dict[int, Tensor] = {}  # Parameters in float, whose contents may be exchanged; by their id
+        self._bundle: Tensor | None = None
+        self._layouts = 0
         self.frames.clear()
 
     @property
@@ -75,60 +93,81 @@ class Structure:
         module = self.root()
         if module is None or not self.is_watched:
             return None
-        dicts = [module.__dict__]
-        modules = [module]
+        modules, on_the_way = [module], list[tuple[dict[str, Any], str]]()
         while step := _STEP.match(path):
-            dicts.append(module._modules)
+            on_the_way += [(module.__dict__, "_modules"), (module._modules, step[1])]
             child = module._modules.get(step[1])
             if child is None:
                 return None
             module, path = child, path[step.end() :]
             modules.append(module)
-            dicts.append(module.__dict__)
-        last = _LAST.fullmatch(path)
+        last, own = _LAST.fullmatch(path), module.__dict__
         if not path:
             known = module is value
         elif last is None:
             known = False
         elif last[1]:
-            dicts.append(getattr(module, f"_{last[1]}"))
-            known = dicts[-1] is value
+            on_the_way += [(own, f"_{last[1]}"), (own[f"_{last[1]}"], "")]
+            known = value is own[f"_{last[1]}"] or value is _DICT
         elif last[2]:
-            dicts.append(module._parameters)
+            on_the_way += [(own, "_parameters"), (module._parameters, last[2])]
             found = module._parameters.get(last[2], self)
-            known = found is value and (value is None or isinstance(value, QTensor))
+            known = found is value and (value is None or isinstance(value, nn.Parameter))
+            if known and value is not None and not isinstance(value, QTensor):
+                self._watch_layout(value)
         else:
-            known = last[3] in module.__dict__ and module.__dict__[last[3]] is value and isinstance(value, _CONSTANTS)
-        if not known:
-            return None
-        for each in modules:
-            self._watch(id(each) + _TYPE)
-            dicts += [_dict_of(base) for base in type(each).__mro__ if base is not object]
-        for kept in dicts:
-            self._watch(id(kept) + _VERSION, kept)
-        return module
+            on_the_way.append((own, last[3]))
+            known = own.get(last[3], self) is value and isinstance(value, _CONSTANTS)
+        if known:
+            self._watch_all(modules, on_the_way)
+        return module if known else None
 
-    def _watch(self, place: int, kept: dict[Any, Any] | None = None) -> None:
-        if place in self._at:
-            return
-        self._at[place] = len(self._places)
-        self._places.append(place)
-        self._seen.append(_read(place))
-        self._dicts.append(None if kept is None else (kept, {key: _mark(value) for key, value in kept.items()}))
+    def _watch_layout(self, tensor: Tensor) -> None:
+        if id(tensor) not in self._tensors:
+            self._tensors[id(tensor)] = tensor
+            self._bundle = None
+
+    def settle(self) -> None:
+        """From now on changes of layouts are seen too."""
+        if self._tensors and self._bundle is None:
+            self._bundle = bundle(list(self._tensors.values()))
+            self._layouts = layouts_of(self._bundle)
+
+    def _watch_all(self, modules: Sequence[nn.Module], items: Sequence[tuple[dict[str, Any], str]]) -> None:
+        for module in modules:
+            self._watch(id(module) + _TYPE)
+            self._watch(id(module.__dict__) + _VERSION, module.__dict__)
+            for base in type(module).__mro__[:-1]:
+                kept = _dict_of(base)
+                self._watch(id(kept) + _VERSION, kept, kept)
+        for kept, name in items:
+            self._watch(id(kept) + _VERSION, kept, [name] if name else [])
+
+    def _watch(self, place: int, kept: dict[Any, Any] | None = None, names: Iterable[str] = ()) -> None:
+        if place not in self._at:
+            self._at[place] = len(self._places)
+            self._places.append(place)
+            self._seen.append(_read(place))
+            self._dicts.append(None if kept is None else _Kept(kept))
+        watched = self._dicts[self._at[place]]
+        if kept is not None and watched is not None:
+            watched.marks |= {name: _mark(kept[name]) for name in names if name not in watched.marks}
 
     def has_changed(self) -> bool:
         """Whether graphs that took it for granted do not hold any more. A QTensor may become another of its size and type."""
+        self.settle()
+        same = self._bundle is None or layouts_of(self._bundle) == self._layouts
         start = 0
-        while (at := first_other(self._places, self._seen, start)) >= 0:
+        while same and (at := first_other(self._places, self._seen, start)) >= 0:
             watched = self._dicts[at]
-            if watched is None or not _holds(*watched):
-                self.changes += 1
-                self._forget()
-                return True
+            same = watched is not None and watched.is_same()
             self.writes += 1
             self._seen[at] = _read(self._places[at])
             start = at + 1
-        return False
+        if not same:
+            self.changes += 1
+            self._forget()
+        return not same
 
 
 def _read(place: int) -> int:
@@ -155,10 +194,6 @@ def _mark(value: Any) -> Any:
 
 def _looks(value: Tensor) -> tuple[Any, ...]:
     return type(value), value.shape, value.dtype, value.device
-
-
-def _holds(kept: dict[Any, Any], marks: dict[Any, Any]) -> bool:
-    return list(kept) == list(marks) and all(map(_is_same, kept.values(), marks.values()))
 
 
 def _is_same(value: Any, mark: Any) -> bool:
@@ -192,7 +227,13 @@ def needed_guards(structure: weakref.ref[Structure], guards: Sequence[Any]) -> l
     root = kept.root()
     names = {g.name for g in guards if g.value is root and re.fullmatch(r"\w+(\[\d+\])?", g.name)}
     for i, guard in enumerate(guards):
-        name = next((n for n in names if guard.name.startswith(f"{n}.")), None)
-        if name is not None and kept.holder(guard.name.removeprefix(name), guard.value) is not None:
+        of_key = _KEY.fullmatch(guard.name)
+        path = guard.name if of_key is None else of_key[1]
+        name = next((n for n in names if path.startswith(f"{n}.")), None)
+        if (
+            name is not None
+            and kept.holder(path.removeprefix(name), guard.value if of_key is None else _DICT) is not None
+        ):
             keep[i] = False
+    kept.settle()
     return keep

@@ -76,6 +76,11 @@ def _patch_class(model: Any) -> None:
     Block.scale = 3.0
 
 
+def _repeat_bias(model: Any) -> None:
+    bias = model.blocks[1].linear.bias
+    bias.data = bias.data[:1].expand(16)
+
+
 def _exchange_forward(model: Any) -> None:
     model.blocks[1].forward = lambda x: x * 5
 
@@ -91,6 +96,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "the order of modules": lambda m: m.blocks.insert(0, m.blocks.pop(1)),
     "a module": lambda m: m.blocks.__setitem__(1, nn.Tanh()),
     "a float Parameter": lambda m: setattr(m.blocks[1].norm, "weight", nn.Parameter(torch.full((16,), 2.0))),
+    "the layout of a float Parameter": _repeat_bias,
     "contents of a float Parameter": lambda m: m.blocks[1].norm.weight.data.mul_(2),
     "no Parameter": lambda m: setattr(m.blocks[1].linear, "bias", None),
     "a class": _exchange_class,
@@ -176,7 +182,7 @@ def test_what_changes_often_is_left_to_dynamo() -> None:
 
 @WATCHED
 @torch.no_grad()
-def test_guards_on_modules_and_quantized_weights_are_left_out_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guards_on_modules_and_their_parameters_are_left_out_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str, bool]] = []
     needed = structure.needed_guards
 
@@ -191,7 +197,7 @@ def test_guards_on_modules_and_quantized_weights_are_left_out_and_no_others(monk
     kept = [(kind, name) for kind, name, keep in seen if keep and "._modules" in name and "type(" not in name]
     kept = [(kind, name) for kind, name in kept if not kind.endswith("HOOKS_DICT") and "__class__" not in name]
     tensors = [name for kind, name in kept if kind == "TENSOR_MATCH"]
-    assert len(tensors) == 2 * 2 + 1 + 1, tensors  # the norms, and the frequencies of the rotary embedding
+    assert [name.split("'")[-2] for name in tensors] == ["inv_freq"]  # a buffer
     assert not [name for kind, name in kept if kind in ("TYPE_MATCH", "CONSTANT_MATCH", "NOT_PRESENT_IN_GENERIC_DICT")]
     names = [name for _, name, keep in seen if keep]
     assert any(name == "args[1]" for name in names)
@@ -200,13 +206,13 @@ def test_guards_on_modules_and_quantized_weights_are_left_out_and_no_others(monk
 
 @WATCHED
 @torch.no_grad()
-def test_quantized_weights_are_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_are_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     passed: list[int] = []
     run = qpass.backend.run_as_inference
     monkeypatch.setattr(qpass.backend, "run_as_inference", lambda *a: passed.append(len(a) - 3) or run(*a))  # type: ignore[func-returns-value]
     model = qpass.quantize(build("llama"), "int8", inner="eager")
     model(IDS)
-    assert passed == [1 + 2 * 2 + 1 + 1]  # ids, norms, frequencies
+    assert passed == [2]  # ids, and the frequencies of the rotary embedding, a buffer
 
 
 @torch.no_grad()
@@ -310,12 +316,13 @@ def test_a_path_must_lead_to_the_value() -> None:
         f"{here}._modules": block._modules,
         f"{here}.factor": block.factor,
         f"{here}._modules['linear']._parameters['weight']": block.linear.weight,
+        f"{here}._modules['norm']._parameters['weight']": block.norm.weight,
     }
     for path, value in found.items():
         assert (watched.holder(path, value) is not None) == structure._IS_SO, path
         assert watched.holder(path.replace("'0'", "'1'"), value) is None or path.endswith("factor")
     for path, value in {
         f"{here}.forward": block.forward, f"{here}._forward_hooks": block._forward_hooks, f"{here}.factor[0]": 2.0,
-        f"{here}._modules['norm']._parameters['weight']": block.norm.weight, f"{here}._modules['none']": None,
+        f"{here}._modules['norm']._parameters['weight']": block.norm.bias, f"{here}._modules['none']": None,
     }.items():  # fmt: skip
         assert watched.holder(path, value) is None, path

@@ -30,11 +30,11 @@ def bundle(tensors: Sequence[Tensor]) -> Tensor:
     return made
 
 
-def unbundle(made: Tensor) -> list[Tensor]:
-    """What a bundle keeps. Raises `QpassError` for what is no bundle of this process."""
-    found = _kept.get(int(made))
+def unbundle(number: int) -> list[Tensor]:
+    """What the bundle of this number keeps. Raises `QpassError` if this process has none."""
+    found = _kept.get(number)
     if found is None:
-        raise QpassError(f"qpass::row: no bundle of tensors has the number {int(made)} in this process")
+        raise QpassError(f"qpass::row: no bundle of tensors has the number {number} in this process")
     return found
 
 

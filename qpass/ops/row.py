@@ -144,7 +144,7 @@ def parse_row(text: str) -> Row:
 
 def run(bundle: Tensor | None, inputs: list[Tensor], written: list[Tensor], text: str) -> tuple[Tensor, Tensor]:
     """What the row gives; in the place of a second result that it has not, an empty one."""
-    return _run(parse_row(text), [*([] if bundle is None else unbundle(bundle)), *inputs, *written])
+    return _run(parse_row(text), [*([] if bundle is None else unbundle(int(bundle))), *inputs, *written])
 
 
 def _fake(bundle: Tensor | None, inputs: list[Tensor], written: list[Tensor], text: str) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ SCHEMAS = {
     # second. (Two and no list: Inductor's wrapper in C++ calls operators that give lists through Python.) bundle: of inputs that
     # come before the others, see ops/bundle.py; and what is in it.
     "row": "(Tensor? bundle, Tensor[] inputs, Tensor(a!)[] written, str calls) -> (Tensor, Tensor)",
-    "unbundle": "(Tensor bundle) -> Tensor[]",
+    "unbundle": "(int number) -> Tensor[]",
     # x [.., K] -> codes, with scale and zero point unless those of a static spec are given. Written out for the compiler, which
     # joins it with what makes x; round_input gives the same as floats in x's dtype.
     "quantize_input": "(Tensor x, Tensor? scale, Tensor? zero_point, str spec) -> Tensor[]",

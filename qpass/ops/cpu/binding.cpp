@@ -193,6 +193,8 @@ int64_t qpass_first_other(const uint64_t* const* places, const uint64_t* seen, i
   return -1;
 }
 
+uint64_t qpass_layouts(int64_t number) { return layouts_of(*unbundle(number)); }
+
 // A bundle is gone (bundle.py).
 void qpass_let_go(int64_t number) {
   Bundle last;  // is let go of without the lock

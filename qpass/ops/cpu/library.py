@@ -8,6 +8,8 @@ from array import array
 from functools import cache
 from typing import Any
 
+from torch import Tensor
+
 from qpass.compute import ON_CHANGE
 from qpass.ops.bundle import ON_GONE
 from qpass.ops.cpu.build import Kernels, Missing, binding, kernels
@@ -65,6 +67,7 @@ def bind() -> str | None:
         found.qpass_planned_rows.restype = size
         found.qpass_first_other.argtypes, found.qpass_first_other.restype = [pointer, pointer, size, size], size
         found.qpass_let_go.argtypes = [size]
+        found.qpass_layouts.argtypes, found.qpass_layouts.restype = [size], ctypes.c_uint64
         ON_CHANGE.append(found.qpass_forget)
         ON_GONE.append(found.qpass_let_go)
         _bound.append(found)
@@ -86,6 +89,11 @@ def first_other(places: array[int], seen: array[int], start: int) -> int:
     if not places:
         return -1
     return int(_bound[0].qpass_first_other(places.buffer_info()[0], seen.buffer_info()[0], start, len(places)))
+
+
+def layouts_of(bundle: Tensor) -> int:
+    """A number that stands for the layouts of the tensors in a bundle (ops/bundle.py): types, devices, sizes and strides."""
+    return int(_bound[0].qpass_layouts(int(bundle)))
 
 
 def remember(what: str, kernel: Any, *matrices: Matrix, rest: tuple[int | None, ...]) -> None:

@@ -209,18 +209,34 @@ std::map<int64_t, Bundle> bundles;
 std::shared_mutex bundles_mutex;
 
 // What a bundle keeps, see bundle.py.
-Bundle unbundle(const Part& bundle) {
-  static const Bundle nothing = std::make_shared<std::vector<Part>>();
-  if (!bundle) return nothing;
-  int64_t number = *(const int64_t*)bundle->const_data_ptr();
+Bundle unbundle(int64_t number) {
   {
     std::shared_lock lock(bundles_mutex);
     if (auto found = bundles.find(number); found != bundles.end()) return found->second;
   }
-  auto tensors = in_python<std::vector<Tensor>>("qpass::unbundle", *bundle);
+  auto tensors = in_python<std::vector<Tensor>>("qpass::unbundle", number);
   auto parts = std::make_shared<std::vector<Part>>(tensors.begin(), tensors.end());
   std::unique_lock lock(bundles_mutex);
   return bundles[number] = parts;
+}
+Bundle unbundle(const Part& bundle) {
+  static const Bundle nothing = std::make_shared<std::vector<Part>>();
+  return bundle ? unbundle(*(const int64_t*)bundle->const_data_ptr()) : nothing;
+}
+
+// A number that stands for the types, devices, sizes and strides of tensors.
+uint64_t layouts_of(const std::vector<Part>& tensors) {
+  static thread_local std::vector<int64_t> layout;
+  look_at_all(tensors, tensors.size(), layout);
+  for (const Part& part : tensors) {
+    int32_t type, index;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(part->get(), &type));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(part->get(), &index));
+    layout.push_back(type), layout.push_back(index);
+  }
+  uint64_t mixed = layout.size();
+  for (int64_t number : layout) mixed = (mixed ^ uint64_t(number)) * 0x9E3779B97F4A7C15ull, mixed ^= mixed >> 29;
+  return mixed;
 }
 
 // What a row gives; an empty tensor in the place of a second result that it has not.
@@ -253,7 +269,7 @@ std::tuple<Tensor, Tensor> row(const Part& bundle, std::vector<Tensor> inputs, s
     registers.insert(registers.begin(), bundled->begin(), bundled->end());
     registers.resize(row.given + results);
     run_calls(row, done, registers, layout);
-    bundled = unbundle({});
+    bundled = unbundle(Part());
   }
   auto given_back = [&](size_t i) { return *registers[row.gives[i] - bundled->size()]; };
   Tensor first = given_back(0);
