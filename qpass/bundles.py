@@ -33,7 +33,6 @@ def bundle_weights(
     """qpass::row(None, [weights, x], ..) -> qpass::row(bundle of weights, [x], ..). `stays`: whether a group's parts are the same
     tensors at each call. `fake`: a tensor -> what stands for it in the graph."""
     graph = graph_module.graph
-    last = graph.find_nodes(op="placeholder")[-1]
     for row in graph.find_nodes(op="call_function", target=torch.ops.qpass.row.default):
         _, inputs, written, text = row.args
         bundled = [n for n in inputs if isinstance(source := n.meta.get(INPUT), GraphInput) and stays(source.group)]
@@ -45,11 +44,11 @@ def bundle_weights(
         old = parse_row(text)
         numbers = [places[n] for n in inputs]
         new = replace(renumbered(old, numbers), holds=tuple(Like.of(value_of(n)) for n in bundled))
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"q_bundle_{row.name}")
-        last.meta = {"example_value": fake(torch.tensor(0)), INPUT: BundleInput(tuple(n.meta[INPUT] for n in bundled))}
-        mark_static_input(last)
-        row.args = (last, rest, written, str(new))
+        with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            added = graph.placeholder(f"q_bundle_{row.name}")
+        added.meta = {"example_value": fake(torch.tensor(0)), INPUT: BundleInput(tuple(n.meta[INPUT] for n in bundled))}
+        mark_static_input(added)
+        row.args = (added, rest, written, str(new))
     _drop_unread(graph_module)
 
 
