@@ -39,6 +39,7 @@ from qpass.graph.torch_private import (
     fake_static,
     forget_code,
     frame_key,
+    guard_owner,
     is_graph_fragment,
     pass_no_more,
     place_of,
@@ -74,7 +75,7 @@ from qpass.sites.once import keep_readers_apart, share_masks
 from qpass.sites.row import join_calls
 from qpass.sites.written import write_out_products
 from qpass.store import Kept, WeightStore, anchor, quantize_group
-from qpass.structure import Structure
+from qpass.structure import EPOCH, Structure
 from qpass.weights import as_rows, check_weight
 
 #: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
@@ -163,10 +164,6 @@ class QPass:
             if self._recording is not None:
                 return self._recording.of_graph(gm, inputs, self)
             return self._convert(gm, inputs, mode)
-
-    def captured(self) -> list[CodeType]:
-        """The code of which there are graphs."""
-        return list(self._codes)
 
     def use_data(self) -> None:
         """There will be calibration data: a preset that has another recipe for then is that from here on."""
@@ -324,6 +321,7 @@ class QPass:
         return [(group, [params[name] for name in group.names]) for group in self._whole.get(model) or ()]
 
     def _convert(self, gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
+        bind()
         original = copy_captured(gm)
         expand(original)
         before = copy_graph(original.graph)
@@ -354,7 +352,6 @@ class QPass:
         sources = input_sources(result.graph_module, list(order))
         kept = self._held_by_module(gm, inputs, {source for source in sources if isinstance(source, int)})
         pick = Arguments(sources, lookups, kept)
-        bind()
         fakes = {i: fake_parts_of(inputs[i], inputs[i].parts) for i in pick.states}
         examples = [
             fake_static(value) if isinstance(source, GraphInput | BundleInput)
@@ -381,14 +378,21 @@ class QPass:
         `read`: arguments that the rewritten graph reads as they are: of these a QTensor is passed."""
         structure, code = None if self.structure is None else self.structure(), captured_code()
         places = {}
-        if structure is not None and code is not None and not is_graph_fragment(gm):
+        if structure is None:
+            return Held(len(inputs))
+        structure.frame = None
+        if code is not None and not is_graph_fragment(gm):
             for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
                 fetched = isinstance(value, torch.nn.Parameter) and not (isinstance(value, QTensor) and i in read)
                 root, path = (fetched and place_of(node)) or (None, "")
                 module = structure.holder(path, value) if root is not None and root is structure.root() else None
                 if module is not None:
                     places[i] = module, path.split("'")[-2]
-            structure.frames.add(code)
+                    first = node
+            if places and guard_owner(first, EPOCH):
+                structure.frame = code
+            else:
+                places = {}
         return Held(len(inputs), places, structure)
 
     def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:

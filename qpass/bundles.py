@@ -46,7 +46,10 @@ def bundle_weights(
         new = replace(renumbered(old, numbers), holds=tuple(Like.of(value_of(n)) for n in bundled))
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
             added = graph.placeholder(f"q_bundle_{row.name}")
-        added.meta = {"example_value": fake(torch.tensor(0)), INPUT: BundleInput(tuple(n.meta[INPUT] for n in bundled))}
+        added.meta = {
+            "example_value": fake(torch.tensor(0, device="cpu")),
+            INPUT: BundleInput(tuple(n.meta[INPUT] for n in bundled)),
+        }
         mark_static_input(added)
         row.args = (added, rest, written, str(new))
     _drop_unread(graph_module)

@@ -27,7 +27,7 @@ def finish(module: nn.Module, backend: QPass) -> nn.Module:
     structure = Structure(module)
     backend.structure = weakref.ref(structure)
     call = compile_in_place(module, backend, partial(needed_guards, backend.structure))
-    module._compiled_call_impl = watched(call, structure, backend.captured)
+    module._compiled_call_impl = watched(call, structure)
     module.__dict__[RECIPE] = backend.recipe
     module._apply = _ApplyToFreshParameters(module, backend)  # type: ignore[method-assign]
     _prepare_generate(module, backend.recipe)

@@ -10,18 +10,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import itertools
 import re
 import sys
+import threading
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qpass.graph.torch_private import captured_code, forget_code
+from qpass.graph.torch_private import captured_code
 from qpass.ops.bundle import bundle
 from qpass.ops.cpu.library import can_look, first_other, layouts_of
 from qpass.qtensor import QTensor
@@ -36,31 +39,42 @@ _IS_SO = (
     and sys.maxsize > 2**32
     and not hasattr(sys, "getobjects")
 )
-#: After so many changes Dynamo's own guards are kept: they tell states apart, and remember the graphs of each.
-MOST_CHANGES = 4
+#: After so many changes Dynamo's own guards are kept: they tell states apart, and it remembers the graphs of each.
+MOST_CHANGES = 1
+#: An attribute of the root. (Two threads may take numbers at once.)
+EPOCH = "_qpass_epoch"
+_epochs = itertools.count(1)
 _CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _STEP = re.compile(r"\._modules\['([^']+)'\]")
 _LAST = re.compile(r"\._(modules|parameters|buffers)|\._parameters\['([^']+)'\]|\.(\w+)")
 
 #: A guard on one of the keys of a dict; and what stands for that dict then.
+#: Guards on whether a module has an attribute.
+_ASKING = ("NOT_PRESENT_IN_GENERIC_DICT", "HASATTR")
+_requires_grad = attrgetter("requires_grad")
+#: In the place of what a dict has not.
+_NOTHING = object()
 _KEY, _DICT = re.compile(r"list\(dict\.keys\((.*)\)\)\[\d+\]"), object()
 
 
 class _Kept:
-    """A dict, its keys, and what it held under those of them that matter."""
+    """A dict, and what it held, or held not, under the keys that matter. `keys`: all of them in order, if that matters."""
 
     def __init__(self, kept: dict[Any, Any]) -> None:
-        self.kept, self.keys, self.marks = kept, list(kept), dict[Any, Any]()
+        self.kept, self.marks = kept, dict[Any, Any]()
+        self.keys: list[Any] | None = None
 
     def is_same(self) -> bool:
         """Whether it holds that now."""
-        return list(self.kept) == self.keys and all(_is_same(self.kept[key], m) for key, m in self.marks.items())
+        ordered = self.keys is None or list(self.kept) == self.keys
+        return ordered and all(_is_same(self.kept.get(key, _NOTHING), mark) for key, mark in self.marks.items())
 
 
 class Structure:
     """The modules below `root`, their QTensors and constants, as they were when graphs were made of them.
 
-    It does not keep `root`, and is kept by the compiled call of `root` alone.
+    It keeps them, and is kept by the compiled call of `root` alone. Graphs that rely on it hold for one value of the attribute
+    EPOCH of `root`, which no other module has, and which is another one after a change.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -68,28 +82,33 @@ class Structure:
         self.changes = 0
         #: Counts up when a write was seen, whatever was written.
         self.writes = 0
-        #: What may be a frame of `root` and of nothing else.
-        self.frames: set[CodeType] = set()
-        self._alone = sum(type(module) is type(root) for module in root.modules()) == 1
-        self._forget()
+        #: The frame that is being captured, if its graph relies on this.
+        self.frame: CodeType | None = None
+        self._lock = threading.RLock()
+        self._forget(root)
 
-    def _forget(self) -> None:
+    def _forget(self, root: nn.Module) -> None:
+        root.__dict__[EPOCH] = next(_epochs)
         self._at: dict[int, int] = {}  # a place in memory -> its number
-        self._dicts: list[_Kept | None] = []  # None: it is the type of an object
+        self._watched: list[_Kept | nn.Module] = []  # of each place: a dict, or the module whose type it is
         self._places, self._seen = array("Q"), array("Q")
         self._tensors: dict[int, Tensor] = {}  # Parameters in float, whose contents may be exchanged; by their id
         self._bundle: Tensor | None = None
-        self._layouts = 0
-        self.frames.clear()
+        self._layouts: tuple[Any, ...] = ()
 
     @property
     def is_watched(self) -> bool:
         """Whether a change will be seen."""
-        return _IS_SO and self._alone and self.changes < MOST_CHANGES and can_look()
+        return _IS_SO and self.changes < MOST_CHANGES and can_look()
 
-    def holder(self, path: str, value: Any) -> nn.Module | None:
+    def holder(self, path: str, value: Any, asked: str | None = None) -> nn.Module | None:
         """The module that keeps `value`, or is it, if it is at this path below the root (as Dynamo writes it) and a part of the
-        structure; then `has_changed` will tell if it is not there any more."""
+        structure; then `has_changed` will tell if it is not there any more. `asked`: whether that module has such an attribute
+        matters too."""
+        with self._lock:
+            return self._holder(path, value, asked)
+
+    def _holder(self, path: str, value: Any, asked: str | None) -> nn.Module | None:
         module = self.root()
         if module is None or not self.is_watched:
             return None
@@ -104,6 +123,9 @@ class Structure:
         last, own = _LAST.fullmatch(path), module.__dict__
         if not path:
             known = module is value
+            if asked is not None:
+                on_the_way.append((own, asked))
+                on_the_way += [(own[name], "") for name in ("_modules", "_parameters", "_buffers")]
         elif last is None:
             known = False
         elif last[1]:
@@ -112,12 +134,13 @@ class Structure:
         elif last[2]:
             on_the_way += [(own, "_parameters"), (module._parameters, last[2])]
             found = module._parameters.get(last[2], self)
-            known = found is value and (value is None or isinstance(value, nn.Parameter))
-            if known and value is not None and not isinstance(value, QTensor):
+            plain = type(value) is nn.Parameter and value.layout == torch.strided and not value.is_nested
+            known = found is value and (value is None or isinstance(value, QTensor) or plain)
+            if known and plain:
                 self._watch_layout(value)
         else:
             on_the_way.append((own, last[3]))
-            known = own.get(last[3], self) is value and isinstance(value, _CONSTANTS)
+            known = own.get(last[3], self) is value and isinstance(value, _CONSTANTS) and last[3] != EPOCH
         if known:
             self._watch_all(modules, on_the_way)
         return module if known else None
@@ -129,45 +152,58 @@ class Structure:
 
     def settle(self) -> None:
         """From now on changes of layouts are seen too."""
-        if self._tensors and self._bundle is None:
-            self._bundle = bundle(list(self._tensors.values()))
-            self._layouts = layouts_of(self._bundle)
+        with self._lock:
+            if self._tensors and self._bundle is None:
+                self._bundle = bundle(list(self._tensors.values()))
+                self._layouts = self._look()
+
+    def _look(self) -> tuple[Any, ...]:
+        if self._bundle is None:
+            return ()
+        return layouts_of(self._bundle), *map(_requires_grad, self._tensors.values())
 
     def _watch_all(self, modules: Sequence[nn.Module], items: Sequence[tuple[dict[str, Any], str]]) -> None:
         for module in modules:
-            self._watch(id(module) + _TYPE)
-            self._watch(id(module.__dict__) + _VERSION, module.__dict__)
-            for base in type(module).__mro__[:-1]:
-                kept = _dict_of(base)
-                self._watch(id(kept) + _VERSION, kept, kept)
+            if id(module) + _TYPE not in self._at:
+                self._watch(id(module) + _TYPE, module)
+                for base in type(module).__mro__[:-1]:
+                    kept = _dict_of(base)
+                    self._watch_dict(kept, kept, ordered=True)
         for kept, name in items:
-            self._watch(id(kept) + _VERSION, kept, [name] if name else [])
+            is_own = any(kept is module.__dict__ for module in modules)
+            self._watch_dict(kept, [name] if name else [], ordered=not is_own)
 
-    def _watch(self, place: int, kept: dict[Any, Any] | None = None, names: Iterable[str] = ()) -> None:
+    def _watch_dict(self, kept: dict[str, Any], names: Iterable[str], ordered: bool) -> None:
+        watched = self._watch(id(kept) + _VERSION, kept)
+        watched.marks |= {name: _mark(kept.get(name, _NOTHING)) for name in names if name not in watched.marks}
+        if ordered and watched.keys is None:
+            watched.keys = list(kept)
+
+    def _watch(self, place: int, of: Any) -> Any:
         if place not in self._at:
             self._at[place] = len(self._places)
-            self._places.append(place)
+            self._watched.append(_Kept(of) if isinstance(of, dict) else of)  # and so nothing that is read goes
             self._seen.append(_read(place))
-            self._dicts.append(None if kept is None else _Kept(kept))
-        watched = self._dicts[self._at[place]]
-        if kept is not None and watched is not None:
-            watched.marks |= {name: _mark(kept[name]) for name in names if name not in watched.marks}
+            self._places.append(place)
+        return self._watched[self._at[place]]
 
     def has_changed(self) -> bool:
         """Whether graphs that took it for granted do not hold any more. A QTensor may become another of its size and type."""
-        self.settle()
-        same = self._bundle is None or layouts_of(self._bundle) == self._layouts
-        start = 0
-        while same and (at := first_other(self._places, self._seen, start)) >= 0:
-            watched = self._dicts[at]
-            same = watched is not None and watched.is_same()
-            self.writes += 1
-            self._seen[at] = _read(self._places[at])
-            start = at + 1
-        if not same:
-            self.changes += 1
-            self._forget()
-        return not same
+        with self._lock:
+            self.settle()
+            same = self._look() == self._layouts
+            start = 0
+            while same and (at := first_other(self._places, self._seen, start)) >= 0:
+                watched = self._watched[at]
+                same = isinstance(watched, _Kept) and watched.is_same()
+                self.writes += 1
+                self._seen[at] = _read(self._places[at])
+                start = at + 1
+            root = self.root()
+            if not same and root is not None:
+                self.changes += 1
+                self._forget(root)
+            return not same
 
 
 def _read(place: int) -> int:
@@ -204,16 +240,13 @@ def _is_same(value: Any, mark: Any) -> bool:
     return isinstance(value, _CONSTANTS) and type(value) is type(mark) and bool(value == mark)
 
 
-def watched(
-    call: Callable[..., Any], structure: Structure, codes: Callable[[], Sequence[CodeType]]
-) -> Callable[..., Any]:
-    """A compiled call that is captured anew once the structure has changed. `codes`: what was captured of it."""
+def watched(call: Callable[..., Any], structure: Structure) -> Callable[..., Any]:
+    """A compiled call that is captured anew once the structure has changed."""
 
     @functools.wraps(call)
     def look_and_call(*args: Any, **kwargs: Any) -> Any:
-        if structure.has_changed():
-            for code in codes():
-                forget_code(code)
+        if not torch.compiler.is_compiling():  # nor traced by another compiler around it
+            structure.has_changed()
         return call(*args, **kwargs)
 
     return look_and_call
@@ -222,18 +255,20 @@ def watched(
 def needed_guards(structure: weakref.ref[Structure], guards: Sequence[Any]) -> list[bool]:
     """Which of Dynamo's guards are checked at each call: all but those inside of QTensors, and those on the structure."""
     keep, kept = guards_beside_the_lookup(guards), structure()
-    if kept is None or captured_code() not in kept.frames:
+    if kept is None or kept.frame is None or captured_code() is not kept.frame:
         return keep
+    kept.frame = None
     root = kept.root()
     names = {g.name for g in guards if g.value is root and re.fullmatch(r"\w+(\[\d+\])?", g.name)}
     for i, guard in enumerate(guards):
+        asked = getattr(guard.orig_guard.create_fn, "keywords", {}).get("attr")
+        if guard.guard_type == "DUPLICATE_INPUT" or (guard.guard_type in _ASKING and asked is None):
+            continue
         of_key = _KEY.fullmatch(guard.name)
         path = guard.name if of_key is None else of_key[1]
         name = next((n for n in names if path.startswith(f"{n}.")), None)
-        if (
-            name is not None
-            and kept.holder(path.removeprefix(name), guard.value if of_key is None else _DICT) is not None
-        ):
+        value = guard.value if of_key is None else _DICT
+        if name is not None and kept.holder(path.removeprefix(name), value, asked) is not None:
             keep[i] = False
     kept.settle()
     return keep

@@ -19,6 +19,8 @@ from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.external_utils import wrap_inline
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
@@ -54,7 +56,11 @@ def errors_through_dynamo() -> Iterator[None]:
 
 def _source_text(node: Node) -> str:
     """How Dynamo writes where an input of a captured graph comes from; "" for one that it did not make."""
-    name = getattr(getattr(node, "_dynamo_source", None), "name", None)
+    return _text_of(getattr(node, "_dynamo_source", None))
+
+
+def _text_of(source: Any) -> str:
+    name = getattr(source, "name", None)
     return str(name() if callable(name) else name or "")
 
 
@@ -161,6 +167,19 @@ def place_of(node: Node) -> tuple[Any, str] | None:
         return None
     local = frame.f_locals["locals"].get(found[1])
     return (local if found[2] is None else local[int(found[2])]), found[3]
+
+
+def guard_owner(node: Node, attribute: str) -> bool:
+    """Have Dynamo check at each call a constant attribute of the local, or item of one, from which an input is reached.
+
+    Gives whether it will."""
+    source = getattr(node, "_dynamo_source", None)
+    while source is not None and not re.fullmatch(r"L\['\w+'\](?:\[\d+\])?", _text_of(source)):
+        source = getattr(source, "base", None)
+    if source is None:
+        return False
+    install_guard(AttrSource(source, attribute).make_guard(GuardBuilder.EQUALS_MATCH))
+    return True
 
 
 def pass_no_more(gm: GraphModule, positions: Collection[int]) -> None:

@@ -25,7 +25,7 @@ def bundle(tensors: Sequence[Tensor]) -> Tensor:
     """One tensor in the place of these, which it keeps."""
     number = next(_numbers)
     _kept[number] = list(tensors)
-    made = torch.tensor(number)
+    made = torch.tensor(number, device="cpu")  # whatever device is the default
     weakref.finalize(made, _let_go, number)
     return made
 

@@ -52,7 +52,7 @@ class Like:
 
     def empty(self) -> Tensor:
         """Such a tensor, without values."""
-        return torch.empty(self.sizes, dtype=getattr(torch, self.dtype))
+        return torch.empty(self.sizes, dtype=getattr(torch, self.dtype), device="cpu")
 
     def __str__(self) -> str:
         return ",".join([self.dtype, *map(str, self.sizes)])

@@ -46,6 +46,7 @@ def c_functions() -> Any:
 
 #: The library of binding.cpp, once it is in use.
 _bound: list[ctypes.CDLL] = []
+_looking: list[ctypes.PyDLL] = []
 
 
 def bind() -> str | None:
@@ -65,12 +66,14 @@ def bind() -> str | None:
         ]  # fmt: skip
         found.qpass_remember_quantize.argtypes = [pointer, pointer, size, size, pointer, size, size, size, size, size]
         found.qpass_planned_rows.restype = size
-        found.qpass_first_other.argtypes, found.qpass_first_other.restype = [pointer, pointer, size, size], size
         found.qpass_let_go.argtypes = [size]
         found.qpass_layouts.argtypes, found.qpass_layouts.restype = [size], ctypes.c_uint64
         ON_CHANGE.append(found.qpass_forget)
         ON_GONE.append(found.qpass_let_go)
         _bound.append(found)
+        looking = ctypes.PyDLL(found._name)  # what it reads does not change meanwhile: it keeps Python's lock
+        looking.qpass_first_other.argtypes, looking.qpass_first_other.restype = [pointer, pointer, size, size], size
+        _looking.append(looking)
     return None
 
 
@@ -81,14 +84,14 @@ def planned_rows() -> int:
 
 def can_look() -> bool:
     """Whether `first_other` works: there is a library that calls without Python."""
-    return bool(_bound)
+    return bool(_looking)
 
 
 def first_other(places: array[int], seen: array[int], start: int) -> int:
     """The first of the 64-bit numbers at these places in memory, from number `start` on, that is not what was seen; -1: none."""
     if not places:
         return -1
-    return int(_bound[0].qpass_first_other(places.buffer_info()[0], seen.buffer_info()[0], start, len(places)))
+    return int(_looking[0].qpass_first_other(places.buffer_info()[0], seen.buffer_info()[0], start, len(places)))
 
 
 def layouts_of(bundle: Tensor) -> int:
