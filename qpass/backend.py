@@ -377,10 +377,9 @@ class QPass:
 
         `read`: arguments that the rewritten graph reads as they are: of these a QTensor is passed."""
         structure, code = None if self.structure is None else self.structure(), captured_code()
-        places = {}
         if structure is None:
             return Held(len(inputs))
-        structure.frame = None
+        places, structure.frame = {}, None
         if code is not None and not is_graph_fragment(gm):
             for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
                 fetched = isinstance(value, torch.nn.Parameter) and not (isinstance(value, QTensor) and i in read)

@@ -41,20 +41,19 @@ _IS_SO = (
 )
 #: After so many changes Dynamo's own guards are kept: they tell states apart, and it remembers the graphs of each.
 MOST_CHANGES = 1
-#: An attribute of the root. (Two threads may take numbers at once.)
+#: An attribute of the root, see Structure.
 EPOCH = "_qpass_epoch"
 _epochs = itertools.count(1)
 _CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _STEP = re.compile(r"\._modules\['([^']+)'\]")
 _LAST = re.compile(r"\._(modules|parameters|buffers)|\._parameters\['([^']+)'\]|\.(\w+)")
-
 #: A guard on one of the keys of a dict; and what stands for that dict then.
+_KEY, _DICT = re.compile(r"list\(dict\.keys\((.*)\)\)\[\d+\]"), object()
 #: Guards on whether a module has an attribute.
 _ASKING = ("NOT_PRESENT_IN_GENERIC_DICT", "HASATTR")
-_requires_grad = attrgetter("requires_grad")
 #: In the place of what a dict has not.
 _NOTHING = object()
-_KEY, _DICT = re.compile(r"list\(dict\.keys\((.*)\)\)\[\d+\]"), object()
+_requires_grad = attrgetter("requires_grad")
 
 
 class _Kept:
