@@ -254,13 +254,14 @@ def watched(call: Callable[..., Any], structure: Structure) -> Callable[..., Any
 def needed_guards(structure: weakref.ref[Structure], guards: Sequence[Any]) -> list[bool]:
     """Which of Dynamo's guards are checked at each call: all but those inside of QTensors, and those on the structure."""
     keep, kept = guards_beside_the_lookup(guards), structure()
-    if kept is None or kept.frame is None or captured_code() is not kept.frame:
+    if kept is None or captured_code() is not kept.frame:
         return keep
     kept.frame = None
     root = kept.root()
     names = {g.name for g in guards if g.value is root and re.fullmatch(r"\w+(\[\d+\])?", g.name)}
     for i, guard in enumerate(guards):
         asked = getattr(guard.orig_guard.create_fn, "keywords", {}).get("attr")
+        # Two names of one tensor: of a QTensor no more is watched than what it looks like.
         if guard.guard_type == "DUPLICATE_INPUT" or (guard.guard_type in _ASKING and asked is None):
             continue
         of_key = _KEY.fullmatch(guard.name)
