@@ -258,6 +258,7 @@ std::tuple<Tensor, Tensor> row(const Part& bundle, std::vector<Tensor> inputs, s
     for (const auto& each : row.plans)
       if (each->at_generation == generation && each->layout == layout) plan = each;
   }
+  int64_t before = bundled->size();  // registers that are not in the list
   size_t done = 0;
   if (plan) {
     done = run_plan(*plan, row, *bundled, registers);
@@ -269,9 +270,9 @@ std::tuple<Tensor, Tensor> row(const Part& bundle, std::vector<Tensor> inputs, s
     registers.insert(registers.begin(), bundled->begin(), bundled->end());
     registers.resize(row.given + results);
     run_calls(row, done, registers, layout);
-    bundled = unbundle(Part());
+    before = 0;
   }
-  auto given_back = [&](size_t i) { return *registers[row.gives[i] - bundled->size()]; };
+  auto given_back = [&](size_t i) { return *registers[row.gives[i] - before]; };
   Tensor first = given_back(0);
   return {first, row.gives.size() > 1 ? given_back(1) : empty({0}, type_of(first))};
 }
