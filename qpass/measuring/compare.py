@@ -89,13 +89,13 @@ def _beats(a: Measured, b: Measured) -> bool:
 #: Files beside the weights: tokenizer, templates, configs.
 _SMALL = 64 << 20
 _COLUMNS = (
-    "recipe", "MB", "cache B/token", "peak RSS MB", "KL", "+-", "perplexity", "top-1", "tokens/s", "generate", "prompt", "",
+    "recipe", "MB", "cache B/token", "peak RSS MB", "KL", "+-", "perplexity", "top-1", "tokens/s", "prompt", "",
 )  # fmt: skip
 
 
 def _cells(row: Measured) -> list[str]:
     found = row.evaluation
-    rates = (row.tokens_per_second, row.generate_per_second, row.prompt_per_second)
+    rates = (row.tokens_per_second, row.prompt_per_second)
     return [
         row.recipe,
         f"{row.bytes / 1e6:,.1f}",

@@ -22,7 +22,7 @@ from qpass.folders import load_float, load_quantized
 from qpass.graph.torch_private import compile_in_place
 from qpass.measuring.evaluate import Evaluation, evaluate
 from qpass.measuring.kept_logits import KeptLogits
-from qpass.measuring.speed import generate_rate, measure_speed, weight_bytes
+from qpass.measuring.speed import measure_speed, weight_bytes
 from qpass.pretrained import load_tokenizer, longest_input
 from qpass.recipe import resolve_recipe
 from qpass.store import guards_beside_the_lookup
@@ -65,7 +65,6 @@ class Measured:
     seconds: float
     cache_bytes: float | None = None
     tokens_per_second: float | None = None
-    generate_per_second: float | None = None
     prompt_per_second: float | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -104,11 +103,9 @@ def measure(job: Job) -> Measured:
         model = load_float(Path(job.model), job.dtype)
         if job.inner == "inductor":
             model.compile()
-            model.generation_config.disable_compile = True
     else:
         model = load_quantized(Path(job.model), job.recipe, calibration=calibration, dtype=job.dtype, inner=job.inner)
     speed = measure_speed(model, recipe, job.context, job.steps) if job.steps else None
-    rate = generate_rate(model, batches[0][:, : job.context], job.steps) if job.steps else None
     peak = peak_rss()
     if job.inner == "inductor":  # graphs of whole windows: their speed is not asked for
         model._compiled_call_impl = None
@@ -118,7 +115,7 @@ def measure(job: Job) -> Measured:
     timed: tuple[Any, ...] = ()
     if speed is not None:
         cache = speed.cache_bytes / speed.cache_tokens
-        timed = cache, speed.tokens_per_second, rate, speed.prompt_tokens_per_second
+        timed = cache, speed.tokens_per_second, speed.prompt_tokens_per_second
     return Measured(job.recipe, weight_bytes(model), peak, found, time.perf_counter() - start, *timed)
 
 

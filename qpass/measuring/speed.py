@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and writes tokens, one sequence at a time: the bare step, and transformers' generate."""
+"""How fast a model reads a prompt and writes tokens, one sequence at a time, by its bare step."""
 
 from __future__ import annotations
 
@@ -86,17 +86,6 @@ def _next(model: Any, ids: Tensor, cache: Any, name: str) -> Tensor:
     token: Tensor = model(ids, use_cache=True, logits_to_keep=1, **{name: cache}).logits[:, -1:].argmax(-1)
     token.sum().item()
     return token
-
-
-def generate_rate(model: Any, ids: Tensor, new_tokens: int) -> float:
-    """Tokens a second of transformers' greedy `generate` with the model's own settings, prompt included; the second run."""
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=new_tokens, max_new_tokens=new_tokens,
-                       do_sample=False, pad_token_id=0)  # fmt: skip
-        seconds = time.perf_counter() - start
-    return new_tokens / seconds
 
 
 def weight_bytes(model: Any) -> int:

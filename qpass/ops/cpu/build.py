@@ -1,8 +1,8 @@
 """Compiling the C++ kernels at first use, and finding out which instruction set the machine has.
 
-The kernels have a plain C interface and know nothing of torch, so any compiler will do, in ten seconds to a minute; binding.cpp
-uses torch's stable ABI, which is as small. A library is kept under a name made of everything that it depends on. It is
-written beside its place and moved there in one step; other processes that want it wait, where files can be locked.
+The kernels have a plain C interface and know nothing of torch, so any compiler will do, in ten seconds to half a minute;
+binding.cpp uses torch's stable ABI, which is as small. A library is kept under a name made of everything that it depends on. It
+is written beside its place and moved there in one step; other processes that want it wait, where files can be locked.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -57,6 +58,8 @@ ISAS = (
     ISA("portable", (), ()),
 )
 _FLAGS = ("-std=c++17", "-O2", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w")
+#: Of the kernels: compiled side by side, the longest first.
+_KERNELS = ("linear_int8.cpp", "linear_float.cpp", "kernels.cpp")
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     return digest.hexdigest()[:20]
 
 
-def _compile(command: list[str], path: Path) -> str | None:
+def _compile(compiler: str, sources: Sequence[str], flags: tuple[str, ...], path: Path) -> str | None:
     """What went wrong, or None. Other processes that want the same library wait for it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
@@ -144,21 +147,24 @@ def _compile(command: list[str], path: Path) -> str | None:
             held.enter_context(FileLock(path.with_suffix(".lock")))
         if path.exists():
             return None
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as unfinished:
-            pass
-        try:
-            error = _run([*command, "-o", unfinished.name])  # libraries come after what needs them
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as at_once:
+            objects = [f"{folder}/{source}.o" for source in sources]
+            commands = [
+                [compiler, str(_SOURCES / source), "-c", *flags, "-o", made]
+                for source, made in zip(sources, objects, strict=True)
+            ]
+            # Libraries come after what needs them.
+            linking = [compiler, *objects, *flags, "-o", f"{folder}/{path.name}"]
+            error = next(filter(None, at_once.map(_run, commands)), None) or _run(linking)
             if error is None:
-                os.replace(unfinished.name, path)
+                os.replace(f"{folder}/{path.name}", path)
             return error
-        finally:
-            Path(unfinished.name).unlink(missing_ok=True)
 
 
 def compiled(
-    name: str, source: str, compiler: str, choices: Sequence[tuple[str, ...]]
+    name: str, sources: Sequence[str], compiler: str, choices: Sequence[tuple[str, ...]]
 ) -> tuple[Path, int, ctypes.CDLL] | str:
-    """The library of one source file, from the cache or compiled now: its file, which of `choices` of flags it was compiled
+    """The library of some source files, from the cache or compiled now: its file, which of `choices` of flags it was compiled
     with (the first that works), and the library; or what went wrong."""
     problem = ""
     for folder in _folders():
@@ -166,7 +172,7 @@ def compiled(
         for chosen, flags in enumerate(choices):
             path = folder / f"{name}-{_key(compiler, flags)}.so"
             try:
-                error = None if path.exists() else _compile([compiler, str(_SOURCES / source), *flags], path)
+                error = None if path.exists() else _compile(compiler, sources, flags, path)
                 if error is None:
                     return path, chosen, ctypes.CDLL(str(path))
                 problem, refused = error, refused + 1
@@ -181,7 +187,7 @@ def build(isa: ISA, compiler: str) -> Kernels | Missing:
     """The kernels for `isa`; with OpenMP if the compiler has it."""
     start = time.perf_counter()
     plain = (*_FLAGS, *isa.flags, *(flag for feature, flag in isa.more if feature in cpu_features()))
-    found = compiled(f"kernels-{isa.name}", "kernels.cpp", compiler, [(*plain, "-fopenmp"), plain])
+    found = compiled(f"kernels-{isa.name}", _KERNELS, compiler, [(*plain, "-fopenmp"), plain])
     if isinstance(found, str):
         return Missing(found)
     path, chosen, library = found
@@ -197,7 +203,7 @@ def binding() -> ctypes.CDLL | Missing:
     include, libraries = (Path(torch.__file__).parent / name for name in ("include", "lib"))
     flags = (*_FLAGS, f"-I{include}", f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10")
     try:
-        found = compiled("binding", "binding.cpp", compiler, [flags])
+        found = compiled("binding", ["binding.cpp"], compiler, [flags])
     except (OSError, subprocess.SubprocessError) as error:
         return Missing(f"{compiler}: {error}")
     return Missing(found) if isinstance(found, str) else found[2]

@@ -2,7 +2,6 @@
 #include <atomic>
 
 #include "attention.h"
-#include "linear_int8.h"
 #include "quantize.h"
 
 // The arguments of a matrix: stored parts, n, k and how many rows the scales and the outer scales have.

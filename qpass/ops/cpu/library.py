@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from array import array
 from functools import cache
 from typing import Any
@@ -51,10 +50,7 @@ _looking: list[ctypes.PyDLL] = []
 
 def bind() -> str | None:
     """From now on calls on CPU tensors that are like an earlier one do without Python (binding.cpp). Gives what prevents it."""
-    beside = threading.Thread(target=binding)  # two compilers at once, the first time
-    beside.start()
     built = kernels()
-    beside.join()
     found = built if isinstance(built, Missing) else binding()
     if isinstance(found, Missing):
         return found.reason

@@ -10,6 +10,7 @@
 
 #define SIMD _Pragma("omp simd")
 #define INLINE static inline __attribute__((always_inline))
+#define HIDDEN __attribute__((visibility("hidden")))  // libraries for several instruction sets may be loaded at once
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else

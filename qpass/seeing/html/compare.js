@@ -1,7 +1,7 @@
 // The page of a comparison: bytes against KL, and a table of all that was measured.
 
 const PLOT = { width: 1000, height: 420, left: 74, right: 24, top: 16, bottom: 44 };
-const RATES = ["tokens_per_second", "generate_per_second", "prompt_per_second"];
+const RATES = ["tokens_per_second", "prompt_per_second"];
 const rate = (n) => (n === null ? "" : n.toLocaleString("en-US", { maximumFractionDigits: 1 }));
 const COLUMNS = [
   ["recipe", (r) => r.recipe], ["weights", (r) => bytes(r.bytes)],
@@ -9,7 +9,7 @@ const COLUMNS = [
   ["peak memory", (r) => bytes(r.peak_rss)], ["KL", (r) => kl(r.evaluation.kl)],
   ["95 %", (r) => (r.evaluation.window_kls.length > 1 ? `${kl(r.kl_low)} – ${kl(r.kl_high)}` : "")],
   ["perplexity", (r) => kl(r.evaluation.perplexity, 3)], ["top-1", (r) => kl(r.evaluation.top1, 4)],
-  ...["tokens/s", "generate", "prompt"].map((name, i) => [name, (r) => rate(r[RATES[i]])]),
+  ...["tokens/s", "prompt"].map((name, i) => [name, (r) => rate(r[RATES[i]])]),
 ];
 const kl = (x, digits = 5) => (x === null ? "none" : x.toFixed(digits));
 

@@ -1,5 +1,4 @@
 // The same product with activations quantized to int8, a scale for each 32: `compute="int8"`.
-#pragma once
 #include "factors.h"
 #include "linear.h"
 
@@ -296,7 +295,7 @@ static void linear_int8_inputs(const Matrix& w, const Input& x, int64_t count, c
 }
 
 // For integers and codebooks with one scale a row, or groups of a multiple of eight. Some inputs at a time: they are kept as int8.
-static void linear_int8(const Matrix& w, const Input& x, int64_t count, const Output& out, int threads) {
+void linear_int8(const Matrix& w, const Input& x, int64_t count, const Output& out, int threads) {
   constexpr int64_t some = 512;
   for (int64_t m = 0; m < count; m += some) linear_int8_inputs(w, x.from(m), least(some, count - m), out.from(m), threads);
 }
