@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -39,10 +39,8 @@ from qpass.graph.torch_private import (
     fake_static,
     forget_code,
     frame_key,
-    guard_owner,
     is_graph_fragment,
     pass_no_more,
-    place_of,
     source_name,
     uses_cuda_graphs,
 )
@@ -75,7 +73,7 @@ from qpass.sites.once import keep_readers_apart, share_masks
 from qpass.sites.row import join_calls
 from qpass.sites.written import write_out_products
 from qpass.store import Kept, WeightStore, anchor, quantize_group
-from qpass.structure import EPOCH, Structure
+from qpass.structure import Structure
 from qpass.weights import as_rows, check_weight
 
 #: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
@@ -350,7 +348,9 @@ class QPass:
             keep_readers_apart(result.graph_module)
         bundle_weights(result.graph_module, lambda group: lookups[group].entry(inputs).of_qtensors, fake_static)
         sources = input_sources(result.graph_module, list(order))
-        kept = self._held_by_module(gm, inputs, {source for source in sources if isinstance(source, int)})
+        structure = None if self.structure is None else self.structure()
+        read = {source for source in sources if isinstance(source, int)}
+        kept = Held(len(inputs), {} if structure is None else structure.keepers(gm, inputs, read), structure)
         pick = Arguments(sources, lookups, kept)
         fakes = {i: fake_parts_of(inputs[i], inputs[i].parts) for i in pick.states}
         examples = [
@@ -371,28 +371,6 @@ class QPass:
         if kept.places:
             pass_no_more(gm, kept.places)
         return partial(run_as_inference, compiled, pick, finish)
-
-    def _held_by_module(self, gm: GraphModule, inputs: Sequence[Any], read: Collection[int]) -> Held:
-        """The Parameters that need not be passed: of the module whose structure is watched, in a graph that is all of its call.
-
-        `read`: arguments that the rewritten graph reads as they are: of these a QTensor is passed."""
-        structure, code = None if self.structure is None else self.structure(), captured_code()
-        if structure is None:
-            return Held(len(inputs))
-        places, structure.frame = {}, None
-        if code is not None and not is_graph_fragment(gm):
-            for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
-                fetched = isinstance(value, torch.nn.Parameter) and not (isinstance(value, QTensor) and i in read)
-                root, path = (fetched and place_of(node)) or (None, "")
-                module = structure.holder(path, value) if root is not None and root is structure.root() else None
-                if module is not None:
-                    places[i] = module, path.split("'")[-2]
-                    first = node
-            if places and guard_owner(first, EPOCH):
-                structure.frame = code
-            else:
-                places = {}
-        return Held(len(inputs), places, structure)
 
     def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:
         unexpected = [s for s in plan.skipped if not s.expected]

@@ -16,15 +16,16 @@ import sys
 import threading
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import attrgetter
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from qpass.graph.torch_private import captured_code
+from qpass.graph.torch_private import captured_code, guard_owner, is_graph_fragment, place_of
 from qpass.ops.bundle import bundle
 from qpass.ops.cpu.library import can_look, first_other, layouts_of
 from qpass.qtensor import QTensor
@@ -100,14 +101,34 @@ class Structure:
         """Whether a change will be seen."""
         return _IS_SO and self.changes < MOST_CHANGES and can_look()
 
-    def holder(self, path: str, value: Any, asked: str | None = None) -> nn.Module | None:
-        """The module that keeps `value`, or is it, if it is at this path below the root (as Dynamo writes it) and a part of the
-        structure; then `has_changed` will tell if it is not there any more. `asked`: whether that module has such an attribute
-        matters too."""
-        with self._lock:
-            return self._holder(path, value, asked)
+    def keepers(
+        self, gm: GraphModule, inputs: Sequence[Any], read: Collection[int]
+    ) -> dict[int, tuple[nn.Module, str]]:
+        """The inputs of a graph being captured that need not be passed: Parameters -> the module that keeps each, and its name
+        there. None of a graph that is not all of its call. `read`: inputs that are read as they are; a QTensor is passed there.
+        """
+        code, found, self.frame = captured_code(), dict[int, tuple[nn.Module, str]](), None
+        if code is None or is_graph_fragment(gm):
+            return {}
+        for i, (node, value) in enumerate(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True)):
+            fetched = isinstance(value, nn.Parameter) and not (isinstance(value, QTensor) and i in read)
+            root, path = (fetched and place_of(node)) or (None, "")
+            keeper = self.keeper(path, value) if root is not None and root is self.root() else None
+            if keeper is not None:
+                found[i], last = keeper, node
+        if not found or not guard_owner(last, EPOCH):
+            return {}
+        self.frame = code
+        return found
 
-    def _holder(self, path: str, value: Any, asked: str | None) -> nn.Module | None:
+    def keeper(self, path: str, value: Any, asked: str | None = None) -> tuple[nn.Module, str] | None:
+        """The module that keeps `value`, or is it, and the last name of this path below the root (as Dynamo writes it), if it is
+        there and a part of the structure; then `has_changed` will tell if it is not there any more. `asked`: whether that module
+        has such an attribute matters too."""
+        with self._lock:
+            return self._keeper(path, value, asked)
+
+    def _keeper(self, path: str, value: Any, asked: str | None) -> tuple[nn.Module, str] | None:
         module = self.root()
         if module is None or not self.is_watched:
             return None
@@ -119,7 +140,7 @@ class Structure:
                 return None
             module, path = child, path[step.end() :]
             modules.append(module)
-        last, own = _LAST.fullmatch(path), module.__dict__
+        last, own, name = _LAST.fullmatch(path), module.__dict__, ""
         if not path:
             known = module is value
             if asked is not None:
@@ -128,21 +149,24 @@ class Structure:
         elif last is None:
             known = False
         elif last[1]:
-            on_the_way += [(own, f"_{last[1]}"), (own[f"_{last[1]}"], "")]
-            known = value is own[f"_{last[1]}"] or value is _DICT
+            name = f"_{last[1]}"
+            on_the_way += [(own, name), (own[name], "")]
+            known = value is own[name] or value is _DICT
         elif last[2]:
-            on_the_way += [(own, "_parameters"), (module._parameters, last[2])]
-            found = module._parameters.get(last[2], self)
+            name = last[2]
+            on_the_way += [(own, "_parameters"), (module._parameters, name)]
+            found = module._parameters.get(name, self)
             plain = type(value) is nn.Parameter and value.layout == torch.strided and not value.is_nested
             known = found is value and (value is None or isinstance(value, QTensor) or plain)
             if known and plain:
                 self._watch_layout(value)
         else:
-            on_the_way.append((own, last[3]))
-            known = own.get(last[3], self) is value and isinstance(value, _CONSTANTS) and last[3] != EPOCH
+            name = last[3]
+            on_the_way.append((own, name))
+            known = own.get(name, self) is value and isinstance(value, _CONSTANTS) and name != EPOCH
         if known:
             self._watch_all(modules, on_the_way)
-        return module if known else None
+        return (module, name) if known else None
 
     def _watch_layout(self, tensor: Tensor) -> None:
         if id(tensor) not in self._tensors:
@@ -268,7 +292,7 @@ def needed_guards(structure: weakref.ref[Structure], guards: Sequence[Any]) -> l
         path = guard.name if of_key is None else of_key[1]
         name = next((n for n in names if path.startswith(f"{n}.")), None)
         value = guard.value if of_key is None else _DICT
-        if name is not None and kept.holder(path.removeprefix(name), value, asked) is not None:
+        if name is not None and kept.keeper(path.removeprefix(name), value, asked) is not None:
             keep[i] = False
     kept.settle()
     return keep

@@ -382,9 +382,9 @@ def test_threads_look_while_another_writes() -> None:
     x = torch.randn(3, 16)
     model = qpass.quantize(Model(), "int8", inputs=x, inner="eager")
     kept = Structure(model)
-    assert kept.holder("._modules['blocks']._modules['0'].factor", 2.0) is None or structure._IS_SO
+    assert kept.keeper("._modules['blocks']._modules['0'].factor", 2.0) is None or structure._IS_SO
     block: Any = model.blocks[0]  # type: ignore[index]
-    kept.holder("._modules['blocks']._modules['0'].factor", block.factor)
+    kept.keeper("._modules['blocks']._modules['0'].factor", block.factor)
     stop = threading.Event()
 
     def look(_: Any) -> None:
@@ -395,7 +395,7 @@ def test_threads_look_while_another_writes() -> None:
         looking = [pool.submit(look, i) for i in range(3)]
         for i in range(2000):
             block.note = i
-            kept.holder(f"._modules['blocks']._modules['{i % 2}']", model.blocks[i % 2])  # type: ignore[index]
+            kept.keeper(f"._modules['blocks']._modules['{i % 2}']", model.blocks[i % 2])  # type: ignore[index]
         stop.set()
         for each in looking:
             each.result()
@@ -473,10 +473,10 @@ def test_a_path_must_lead_to_the_value() -> None:
         f"{here}._modules['norm']._parameters['weight']": block.norm.weight,
     }
     for path, value in found.items():
-        assert (watched.holder(path, value) is not None) == structure._IS_SO, path
-        assert watched.holder(path.replace("'0'", "'1'"), value) is None or path.endswith("factor")
+        assert (watched.keeper(path, value) is not None) == structure._IS_SO, path
+        assert watched.keeper(path.replace("'0'", "'1'"), value) is None or path.endswith("factor")
     for path, value in {
         f"{here}.forward": block.forward, f"{here}._forward_hooks": block._forward_hooks, f"{here}.factor[0]": 2.0,
         f"{here}._modules['norm']._parameters['weight']": block.norm.bias, f"{here}._modules['none']": None,
     }.items():  # fmt: skip
-        assert watched.holder(path, value) is None, path
+        assert watched.keeper(path, value) is None, path
