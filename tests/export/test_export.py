@@ -52,6 +52,22 @@ def test_each_node_of_a_site_says_which(llama: Path) -> None:
     assert next(p.value for p in model.metadata_props if p.key == "qpass.target") == "ort-cpu"
 
 
+@pytest.mark.parametrize(("spec", "bits"), [("int5:g32", 8), ("int6:g32:asym", 8), ("int3:g32", 4), ("int2:g32", 4)])
+def test_a_format_that_onnx_lacks_is_held_in_a_wider_type_and_says_so(spec: str, bits: int, tmp_path: Path) -> None:
+    exported = export_onnx(one_linear(), tmp_path, recipe=spec, inputs=torch.randn(2, 3, 96))
+    (site,) = exported.sites
+    own = int(spec[3])
+    assert site.wider == one_linear(96, 40).state_dict()[site.name].numel() * (bits - own) // 8
+    assert f"wider than its format: int{own} in {bits} bits, {site.wider:,} bytes more" in str(exported)
+
+
+@pytest.mark.parametrize("spec", ["int8", "int4:g32", "nf4", "fp8_e4m3"])
+def test_a_format_that_onnx_has_is_held_in_its_own_type(spec: str, tmp_path: Path) -> None:
+    exported = export_onnx(one_linear(), tmp_path, recipe=spec, inputs=torch.randn(2, 3, 96))
+    assert [site.wider for site in exported.sites] == [0]
+    assert "wider" not in str(exported)
+
+
 def test_a_file_name_or_a_folder(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 96)
     assert export_onnx(one_linear(), tmp_path / "a", recipe="int8", inputs=x).path == tmp_path / "a" / "model.onnx"

@@ -24,6 +24,11 @@ from qpass_export.lowering.codes import float8_type
 _NF4_ZERO = 7
 
 
+def container_of(spec: QuantSpec) -> int:
+    """Bits of the ONNX type that holds the codes: 4 or 8. Integers of fewer bits keep their values."""
+    return 4 if spec.format.bits <= 4 else 8
+
+
 @dataclass(frozen=True)
 class StoredWeight:
     """A weight [rows, columns] as its quantized parts. `name`: of the Parameter."""
@@ -36,8 +41,8 @@ class StoredWeight:
 
     @property
     def container(self) -> int:
-        """Bits of the ONNX type that holds the codes: 4 or 8. Integers of fewer bits keep their values."""
-        return 4 if self.spec.format.bits <= 4 else 8
+        """Bits of the ONNX type that holds the codes."""
+        return container_of(self.spec)
 
     @property
     def blocks(self) -> int:
