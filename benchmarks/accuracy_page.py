@@ -52,12 +52,15 @@ EIGHT = {
 
 #: Sizes of a real model: name -> recipe. AWQ and GPTQ with bits given out, beside what needs no data.
 FRONTIER = {
-    "bits 5.35 (preset int4 with data)": "int4:g32:asym:awq:gptq;bits=5.35", "bits 4.65": "int4:g32:asym:awq:gptq;bits=4.65",
-    "bits 6.1": "int4:g32:asym:awq:gptq;bits=6.1", "preset int8": "int8:g32:scale=fp16", "int8, a scale a row": "int8:channel",
-    "preset int4, no data": "int4", "int4 g32, tables int8 g32": "int4:g32:asym;embedding=int8:g32;vocab=int8:g32",
+    "preset int8": "int8:g32:scale=fp16", "int8 g64": "int8:g64:scale=fp16", "int8, a scale a row": "int8:channel",
+    "preset int5": "int4:g32:asym:awq:gptq;bits=6.1", "preset int4": "int4:g32:asym:awq:gptq;bits=5.35",
+    "preset int3": "int4:g32:asym:awq:gptq;bits=4.65", "preset int5, no data": "int5", "preset int4, no data": "int4",
+    "preset int3, no data": "int3", "int4 g32, tables int8 g32": "int4:g32:asym;embedding=int8:g32;vocab=int8:g32",
     "int4 g128": "int4:g128", "bits 5.4, GPTQ": "int4:g32:asym:gptq;bits=5.4",
     "bits 5.4, round to nearest": "int4:g32:asym;bits=5.4", "bits 4.1": "int4:g32:asym:awq:gptq;bits=4.1",
 }  # fmt: skip
+#: The model that is compared with llama.cpp, and drawn.
+DRAWN = "SmolLM2-135M-Instruct"
 #: llama.cpp (llama-cpp-python 0.3.36) on the same weights and windows: MB without the vocabulary, perplexity, top-1, KL. It
 #: rounds activations to 8 bits too, and takes larger types where 576 is no multiple of 256.
 LLAMA_CPP = {
@@ -66,8 +69,13 @@ LLAMA_CPP = {
     "Q4_1": (96.4, 29.491, 0.6975, 0.28253), "Q3_K_M": (91.5, 26.870, 0.7392, 0.19333),
     "IQ4_NL": (90.1, 27.509, 0.7366, 0.21264), "Q4_0": (89.7, 29.160, 0.6670, 0.32717), "Q2_K": (86.2, 32.364, 0.6072, 0.44921),
 }  # fmt: skip
+#: With inputs of products rounded to int8, as weights below eight bits are multiplied on a CPU unless told otherwise.
+IN_INT8 = {
+    name: f"{FRONTIER[name]};compute=int8"
+    for name in ("preset int8", "preset int4", "preset int4, no data", "int4 g128")
+}
 #: What is measured of a model of one's own, which takes minutes each, and not all of it.
-SMALL = (*FRONTIER.values(), "int8@int8", "int8:smooth@int8", "int8:g32@int8:g32", "int8@int8:static",
+SMALL = (*FRONTIER.values(), *IN_INT8.values(), "int8@int8", "int8:smooth@int8", "int8:g32@int8:g32", "int8@int8:static",
          "int8:smooth@int8:static", "fp8_e4m3", "fp8_e4m3:channel", "fp8_e4m3:channel@fp8_e4m3:channel", "int4:g128:asym",
          "int4:g128:asym:gptq", "int4:g128:asym:awq:gptq", "int3:g128:asym", "int3:g128:asym:awq:gptq")  # fmt: skip
 
@@ -164,7 +172,7 @@ def quantized(reference: Any, recipe: str, calibration: Sequence[Tensor]) -> tup
 
 @torch.no_grad()
 def measure(subject: Subject, recipes: Sequence[str], known: dict[str, Any], only: str, again: str | None) -> None:
-    """KL, perplexity, top-1 of each recipe, in float compute; what is known already stays."""
+    """KL, perplexity, top-1 of each recipe, in float compute unless it says `;compute=int8`; what is known already stays."""
     wanted = [r for r in recipes if f"{subject.name}|{r}" not in known or (again and re.search(again, r))]
     wanted = [r for r in wanted if re.search(only, r)]
     if not wanted:
@@ -174,9 +182,10 @@ def measure(subject: Subject, recipes: Sequence[str], known: dict[str, Any], onl
     logits = {batch.data_ptr(): reference(batch, use_cache=False).logits for batch in batches}
     for recipe in wanted:
         start = time.perf_counter()
-        model, size = quantized(reference, recipe, subject.calibration)
+        plain, _, compute = recipe.partition(";compute=")
+        model, size = quantized(reference, plain, subject.calibration)
         seconds = time.perf_counter() - start
-        with qpass.set_compute("float"):
+        with qpass.set_compute(compute or "float"):
             found, *later = (qpass.evaluate(model, lambda batch: logits[batch.data_ptr()], windows)
                              for windows in (subject.validation, subject.later) if windows)  # fmt: skip
         result = found.to_json() | {"bytes": size, "seconds": seconds}
@@ -227,10 +236,16 @@ def tables(subject: str, known: dict[str, Any]) -> list[str]:
     frontier = {name: known[f"{subject}|{r}"] for name, r in FRONTIER.items() if f"{subject}|{r}" in known}
     if len(frontier) > 3:
         sized = [(result["bytes"] / 1e6, row(name, result, None)) for name, result in frontier.items()]
-        if subject == "SmolLM2-135M-Instruct":  # of these very weights
+        if subject == DRAWN:  # of these very weights
             sized += [(mb, f"| *llama.cpp {name}* | {mb:.2f} | {ppl:.3f} | {top1:.4f} | {kl:.5f} | | |")
                       for name, (mb, ppl, top1, kl) in LLAMA_CPP.items()]  # fmt: skip
         lines += ["\nSizes, beside llama.cpp's\n", *head, *(line for _, line in sorted(sized, reverse=True))]
+        if subject == DRAWN:
+            lines += ["\n![KL against size: qpass and llama.cpp](frontier.svg)"]
+    rounded = {name: known[f"{subject}|{r}"] for name, r in IN_INT8.items() if f"{subject}|{r}" in known}
+    if rounded:
+        lines += ["\nProducts with inputs rounded to int8, as speed is measured\n", *head]
+        lines += [row(name, result, None) for name, result in rounded.items()]
     return lines
 
 
@@ -276,7 +291,8 @@ HEAD = """# What each algorithm keeps
 
 KL(float || quantized) per token in nats, in float compute, with 95 % bootstrap intervals over the windows; the share of the loss
 of round to nearest that an algorithm removes, paired by window. Sizes are those of all weights as stored. Calibration and
-measurement are on different documents. `make accuracy` measures it anew.
+measurement are on different documents. `make accuracy` measures it anew. Presets are with calibration data unless it says that
+there are none.
 
 AWQ by itself gains nothing on tinypy as it is. It has no outliers to protect, and on the vocabulary projection the squared error
 that AWQ lowers (of the logits of tinypy, from .040 to .024) is not what counts: weighted by the probabilities it grows (.0167 to
@@ -307,14 +323,14 @@ def page(subjects: Sequence[str], known: dict[str, Any]) -> str:
 
 def draw_frontier(known: dict[str, Any], path: Path) -> None:
     """KL against bytes of the real model, beside llama.cpp's files."""
-    there = {name: known.get(f"SmolLM2-135M-Instruct|{recipe}") for name, recipe in FRONTIER.items()}
+    there = {name: known.get(f"{DRAWN}|{recipe}") for name, recipe in FRONTIER.items()}
     points = [Point(f"llama.cpp {name}", mb, kl, ours=False) for name, (mb, _, _, kl) in LLAMA_CPP.items()]
     points += [
         Point(name, found["bytes"] / 1e6, found["kl"], ours=True, line="with data" if "awq" in FRONTIER[name] else "")
         for name, found in there.items()
         if found is not None
     ]
-    scatter(points, path, "SmolLM2-135M-Instruct: KL to the float model, by size", "MB (10^6 bytes; float: 538)", "KL")
+    scatter(points, path, f"{DRAWN}: KL to the float model, by size", "MB (10^6 bytes; float: 538)", "KL")
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ _READ = "reading memory"
 _STEPS = 3
 
 
-def engines(reference: Any, wanted: str, threads: int, long: bool, wrapper: str) -> tuple[list[Engine], dict[str, str]]:
+def engines(reference: Any, wanted: str, threads: int, wrapper: str) -> tuple[list[Engine], dict[str, str]]:
     """Those whose name matches, and why others are absent. `wrapper`: Inductor's, "python" or "cpp"."""
     count = sum(p.numel() for n, p in reference.named_parameters() if p.dim() > 1 and is_read(reference, n))
 
@@ -63,6 +63,7 @@ def engines(reference: Any, wanted: str, threads: int, long: bool, wrapper: str)
 
     known: dict[str, Callable[[str], Engine | str]] = {
         "transformers fp32": plain(torch.float32, False),
+        "transformers bf16": lambda n: plain(torch.bfloat16, False)(n),
         _FLOAT: plain(torch.float32, True),
         "torch.compile bf16": lambda n: plain(torch.bfloat16, True)(n),
         "torchao int8": lambda n: of_torchao(n, reference, 8),
@@ -79,11 +80,10 @@ def engines(reference: Any, wanted: str, threads: int, long: bool, wrapper: str)
         "qpass int4:g32:asym": lambda n: of_qpass(n, reference, "int4:g32:asym"),
         "qpass nf4": lambda n: of_qpass(n, reference, "nf4"),
         "qpass fp8": lambda n: of_qpass(n, reference, "fp8"),
+        "qpass int8, int8 cache": lambda n: of_qpass(n, reference, "int8", kv="int8"),
+        "qpass int4, int8 cache": lambda n: of_qpass(n, reference, "int4", kv="int8"),
+        "qpass int4:g128, int4 cache": lambda n: of_qpass(n, reference, "int4:g128", kv="int4:g32"),
     }
-    if long:
-        known["qpass int8, int8 cache"] = lambda n: of_qpass(n, reference, "int8", kv="int8")
-        known["qpass int4, int8 cache"] = lambda n: of_qpass(n, reference, "int4", kv="int8")
-        known["qpass int4:g128, int4 cache"] = lambda n: of_qpass(n, reference, "int4:g128", kv="int4:g32")
     found, absent = [], {}
     for name, make in known.items():
         if not re.search(wanted, name):
@@ -218,8 +218,7 @@ def main() -> None:
             reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         else:
             reference = random_llama(**{**SHAPE, "layers": args.layers})
-        long = max(args.contexts, default=0) > 1024
-        found, absent = engines(reference, args.engines, threads, long, args.wrapper)
+        found, absent = engines(reference, args.engines, threads, args.wrapper)
         results: list[dict[str, Any]] = []
         profiles: dict[str, dict[str, float]] = {}
 

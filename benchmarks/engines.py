@@ -144,7 +144,7 @@ def of_llama_cpp(name: str, reference: Any, kind: str, threads: int) -> Engine |
 
     folder = tempfile.mkdtemp()
     path = Path(folder) / f"{kind}.gguf"
-    size = _write_gguf(path, reference, kind)
+    size = write_gguf(path, reference, kind)
 
     def start(batch: int, context: int, room: int) -> Step:
         llama = llama_cpp.Llama(
@@ -164,7 +164,7 @@ def of_llama_cpp(name: str, reference: Any, kind: str, threads: int) -> Engine |
     return Engine(name, start, size, _key_bytes(reference.config, 16), largest=8192)
 
 
-def _write_gguf(path: Path, model: Any, kind: str) -> int:
+def write_gguf(path: Path, model: Any, kind: str) -> int:
     """The model as GGUF without a vocabulary; bytes of the weights that a step reads."""
     import gguf
 

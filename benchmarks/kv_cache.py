@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--calibration", help="text for static scales; --text unless given")
+    parser.add_argument("--calibration", help="text for static scales; other documents than --text")
     parser.add_argument("--formats", nargs="*", default=DEFAULT)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)
@@ -140,6 +140,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     if not args.chunk and (args.recall or any("static" in text for text in args.formats)):
         parser.error("--chunk 0 rounds tokens as they come: no static scales, no recall")
+    if not args.calibration and any("static" in text for text in args.formats):
+        parser.error("static scales come from data: give --calibration, other documents than --text")
     if args.outliers != 1:
         with_key_outliers(model, args.outliers)
 
@@ -149,7 +151,7 @@ def main() -> None:
         return torch.tensor([row for row in rows if len(row) == args.window][: args.windows])
 
     ids = windows(args.text)
-    calibration = (model, [windows(args.calibration or args.text)])
+    calibration = (model, [windows(args.calibration)] if args.calibration else [])
     words = tokenizer(Path(args.text).read_text()[:60000], add_special_tokens=False).input_ids
     formats = (None, *args.formats)
     measured: dict[str | None, list[tuple[Tensor, float, float]]] = {text: [] for text in formats}
