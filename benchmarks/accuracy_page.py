@@ -46,6 +46,8 @@ EIGHT = {
     "W8A8 in groups of 32": "int8:g32@int8:g32", "W8A8 static": "int8@int8:static",
     "W8A8 static, smooth": "int8:smooth@int8:static", "W8A8 static by mse": "int8@int8:static:mse",
     "fp8 weights and activations, a scale a token": "fp8_e4m3:channel@fp8_e4m3:channel",
+    "weights int8 g32, activations int8, a scale a token": "int8:g32@int8",
+    "weights int8 g32, activations fp8, a scale a token": "int8:g32@fp8_e4m3:channel",
     "fp8 static": "fp8_e4m3:channel@fp8_e4m3:static", "W4A8 (g32, activations g32)": "int4:g32:asym@int8:g32",
 }  # fmt: skip
 
@@ -76,7 +78,8 @@ IN_INT8 = {
 }
 #: What is measured of a model of one's own, which takes minutes each, and not all of it.
 SMALL = (*FRONTIER.values(), *IN_INT8.values(), "int8@int8", "int8:smooth@int8", "int8:g32@int8:g32", "int8@int8:static",
-         "int8:smooth@int8:static", "fp8_e4m3", "fp8_e4m3:channel", "fp8_e4m3:channel@fp8_e4m3:channel", "int4:g128:asym",
+         "int8:smooth@int8:static", "int8:g32@int8", "int8:g32@fp8_e4m3:channel", "fp8_e4m3", "fp8_e4m3:channel",
+         "fp8_e4m3:channel@fp8_e4m3:channel", "int4:g128:asym",
          "int4:g128:asym:gptq", "int4:g128:asym:awq:gptq", "int3:g128:asym", "int3:g128:asym:awq:gptq")  # fmt: skip
 
 

@@ -6,10 +6,10 @@
 Every round takes some steps of each file in turn, so that all see the same machine; medians and quartiles over all steps. A round
 in which other processes were busy is taken again.
 "onnxruntime intN" is MatMulNBitsQuantizer: symmetric, blocks of 32, int8 activations in the products (accuracy level 4, with
-which qpass's exports run too); its embedding and its cache stay float. "qpass int4" has zero points, and eight bits in the
-embedding and the vocabulary projection; "qpass int4:g32" has the format of "onnxruntime int4" everywhere. A table that the
-vocabulary projection is tied to is transposed in the float export, so that the quantizer passes over that product; for "intN"
-the transposed table is a weight of its own, which it quantizes, for "intN, tied as exported" it is not.
+which qpass's exports run too); its embedding and its cache stay float. "qpass int8" has a scale a row, "qpass int4" zero points,
+and eight bits in the embedding and the vocabulary projection; "qpass int4:g32" has the format of "onnxruntime int4" everywhere.
+A table that the vocabulary projection is tied to is transposed in the float export, so that the quantizer passes over that
+product; for "intN" the transposed table is a weight of its own, which it quantizes, for "intN, tied as exported" it is not.
 A prefill gives the logits of all its tokens. `error`: largest difference of these from the float export's, by the largest logit.
 """
 
@@ -45,16 +45,18 @@ from onnx_files import (
 from qpass_export import export_onnx, load
 from qpass_export.session import SESSION
 
-from qpass.recipe import Recipe, resolve_recipe
+from qpass.recipe import Recipe
 
 _FLOAT = "float"
+_EIGHT = Recipe.uniform("int8:channel")
+_FOUR = Recipe.uniform("int4:g32:asym", embedding="int8:g32", vocab="int8:g32")
 #: Name of a qpass export -> its recipe, and the bits of onnxruntime's quantizer that it is beside.
-_RECIPES: dict[str, tuple[str | Recipe, int]] = {
-    "qpass int8": ("int8", 8),
-    "qpass int4": ("int4", 4),
+_RECIPES: dict[str, tuple[Recipe, int]] = {
+    "qpass int8": (_EIGHT, 8),
+    "qpass int4": (_FOUR, 4),
     "qpass int4:g32": (Recipe.uniform("int4:g32"), 4),
-    "qpass int8, int8 cache": (replace(resolve_recipe("int8"), kv="int8"), 8),
-    "qpass int4, int8 cache": (replace(resolve_recipe("int4"), kv="int8"), 4),
+    "qpass int8, int8 cache": (replace(_EIGHT, kv="int8"), 8),
+    "qpass int4, int8 cache": (replace(_FOUR, kv="int8"), 4),
 }
 #: Timed steps of a file's turn; a prefill is long enough to be one.
 _STEPS = 5
