@@ -102,19 +102,20 @@ def test_onnxruntime_genai_chats_as_qpass_does(smollm2: Path, tmp_path: Path) ->
     assert found[: len(expected)] == expected[: len(found)]
 
 
-@pytest.mark.parametrize("recipe", ["int4:g32:asym", "int8"])
+@pytest.mark.parametrize("recipe", ["int8", "int4", "int4:g32:asym"])
 def test_transformers_reads_the_export_for_vllm(recipe: str, smollm2: Path, tmp_path: Path) -> None:
+    """The reader (compressed-tensors 0.20) has no place for packed zero points unless it dequantizes, and does so in the type of
+    the scales: in fp16 for the preset, where weights then differ by 2^-11."""
     pytest.importorskip("compressed_tensors")
     model = qpass.quantize(in_float(smollm2), recipe, inner="eager")
     qpass.export_compressed_tensors(model, tmp_path / "served")
-    config = CompressedTensorsConfig(dequantize=True)
-    served = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "served", dtype=torch.float32, quantization_config=config
-    ).eval()
+    options = {} if recipe == "int8" else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "served", dtype=torch.float32, **options).eval()
     ids = prompt(smollm2)
     with torch.no_grad(), qpass.set_compute("float"):
         ours, theirs = model(ids).logits, served(ids).logits
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-3 * float(ours.abs().max()))
+    error = float((theirs - ours).abs().max() / ours.abs().max())
+    assert error < (5e-3 if recipe == "int4" else 1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["int8", RECIPE, "nf4", "int4:g128"])
