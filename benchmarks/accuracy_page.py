@@ -70,6 +70,7 @@ LLAMA_CPP = {
     "Q5_K_M": (110.1, 23.548, 0.8661, 0.04765), "Q4_K_M": (103.5, 24.095, 0.8470, 0.06627),
     "Q4_1": (96.4, 29.491, 0.6975, 0.28253), "Q3_K_M": (91.5, 26.870, 0.7392, 0.19333),
     "IQ4_NL": (90.1, 27.509, 0.7366, 0.21264), "Q4_0": (89.7, 29.160, 0.6670, 0.32717), "Q2_K": (86.2, 32.364, 0.6072, 0.44921),
+    "Q4_0, the table too": (75.8, 31.464, 0.6123, 0.41449),
 }  # fmt: skip
 #: With inputs of products rounded to int8, as weights below eight bits are multiplied on a CPU unless told otherwise.
 IN_INT8 = {
