@@ -49,7 +49,11 @@ def test_kv_sets_both_halves_and_k_or_v_one() -> None:
 def test_the_command_prints_them() -> None:
     out = CliRunner().invoke(app, ["recipes", "--json"])
     assert json.loads(out.stdout)["int8"]["ffn"] == "int8:g32:scale=fp16"
-    assert "int4:g32:asym" in CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "200"}).stdout
+    rows = CliRunner().invoke(app, ["recipes"], env={"COLUMNS": "250"}).stdout.splitlines()
+    (without,) = (row for row in rows if row.split()[:2] == ["int4", "int2"])
+    assert without.count("int2 .. int8:g32") == len(WEIGHT_KINDS)
+    assert "5.35 on average" in without
+    assert any(row.split()[0] == "w4a8" and "int4:g32:asym@int8:g32" in row for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from qpass.cli.base import Dtype, Json, Page, RecipeOption, Source, app, check_d
 from qpass.cli.extensions import extension
 from qpass.errors import Breach, QpassError
 from qpass.recipe import WEIGHT_KINDS, Recipe
+from qpass.spec import QuantSpec, parse_spec
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,23 @@ class Recipes:
         for kind in (*WEIGHT_KINDS, "kv", "bits given out"):
             table.add_column(kind, overflow="fold")
         for name, recipe in self.rows.items():
-            specs = [getattr(recipe, kind) for kind in (*WEIGHT_KINDS, "k")]
-            cells = ("float" if s is None else f"{s} ({s.effective_bits(4096):.2f})" for s in specs)
+            cells = (
+                _held(getattr(recipe, kind), recipe.bits is not None and kind != "k") for kind in (*WEIGHT_KINDS, "k")
+            )
             table.add_row(name, *cells, "" if recipe.bits is None else f"{recipe.bits} on average")
         return table
+
+
+def _held(spec: QuantSpec | None, given_out: bool) -> str:
+    """A format with its bits; of a weight that bits are given out to, those that it may become."""
+    from qpass.bits import LADDER
+
+    if spec is None:
+        return "float"
+    if given_out and spec.format.kind == "uniform":
+        first, last = (parse_spec(LADDER[i]) for i in (0, -1))
+        return ":".join([f"{first.format.name} .. {last.format.name}:{last.granularity}", *spec.algorithms])
+    return f"{spec} ({spec.effective_bits(4096):.2f})"
 
 
 @app.command()
