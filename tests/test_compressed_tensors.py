@@ -17,6 +17,7 @@ from tests.models import build, logits_of, tokens
 pytest.importorskip("compressed_tensors")
 RECIPES = {
     "int8": "int8", "int4": "int4:g32", "int4 asym": "int4:g16:asym", "int4 gptq": "int4:g32:gptq", "int3": "int3:g32",
+    "int5 asym": "int5:g16:asym", "int6": "int6:g32",
     "int8 tensor": "int8:tensor", "fp8": "fp8_e4m3:channel", "int4 channel": "int4:channel",
     "mixed": {**dict.fromkeys(("qkv", "attn_out"), "int8"), "ffn": "int4:g32", "vocab": "int8", "embedding": "int8"},
 }  # fmt: skip

@@ -52,7 +52,8 @@ class Written:
 
 
 def export_compressed_tensors(model: nn.Module, folder: str | Path, cache: Any = None) -> Written:
-    """Write a quantized model as compressed-tensors, its integers and scales as they are.
+    """Write a quantized model as compressed-tensors, its integers and scales as they are; those of five and six bits in eight, of
+    two and three in four.
 
     `cache`: a KVCache with calibrated static scales ("fp8_e4m3:static", "int8:static"), for the engine's own cache: one scale
     for the keys of a layer and one for the values, the largest of the heads' and channels'.
@@ -144,7 +145,7 @@ def _why_not(weight: QTensor, is_linear: bool) -> str | None:
 def _stored(weight: QTensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The scheme of a linear, and its tensors by their names in compressed-tensors."""
     spec, q = weight.spec, weight.quantized
-    columns, bits = weight.shape[1], spec.format.bits
+    columns, bits = weight.shape[1], _container(spec)
     scheme = {"weights": _arguments(spec), "input_activations": None}
     rows = weight.shape[0]
     scale = torch.ones(rows, 1) if q.scale is None else q.scale
@@ -178,6 +179,11 @@ def _words(unsigned: Tensor, bits: int) -> Tensor:
     return stream.contiguous().view(torch.int32)[:, :width].contiguous()
 
 
+def _container(spec: QuantSpec) -> int:
+    """Bits that a weight's codes are written in: engines have products of four and of eight."""
+    return 4 if spec.format.bits <= 4 else 8
+
+
 def _arguments(spec: QuantSpec, of_inputs: bool = False) -> dict[str, Any]:
     """QuantizationArgs of compressed-tensors."""
     if isinstance(spec.granularity, PerGroup):
@@ -186,8 +192,9 @@ def _arguments(spec: QuantSpec, of_inputs: bool = False) -> dict[str, Any]:
         strategy = "tensor"
     else:
         strategy = "token" if of_inputs else "channel"
+    bits = spec.format.bits if of_inputs else _container(spec)
     return {
-        "num_bits": spec.format.bits, "type": "int" if spec.format.kind == "uniform" else "float", "strategy": strategy,
+        "num_bits": bits, "type": "int" if spec.format.kind == "uniform" else "float", "strategy": strategy,
         "symmetric": spec.symmetric, "group_size": spec.group_size or None, "dynamic": of_inputs and not spec.static,
     }  # fmt: skip
 
