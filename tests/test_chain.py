@@ -102,10 +102,10 @@ def test_onnxruntime_genai_chats_as_qpass_does(smollm2: Path, tmp_path: Path) ->
     assert found[: len(expected)] == expected[: len(found)]
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int4", "int4:g32:asym"])
+@pytest.mark.parametrize("recipe", ["int8", "int4:g32:asym"])
 def test_transformers_reads_the_export_for_vllm(recipe: str, smollm2: Path, tmp_path: Path) -> None:
-    """The reader (compressed-tensors 0.20) has no place for packed zero points unless it dequantizes, and does so in the type of
-    the scales: in fp16 for the preset, where weights then differ by 2^-11."""
+    """The reader (compressed-tensors 0.20) has no place for packed zero points unless it dequantizes. Then it takes all layers to
+    have the bits of one, so it does not read bits that were given out."""
     pytest.importorskip("compressed_tensors")
     model = qpass.quantize(in_float(smollm2), recipe, inner="eager")
     qpass.export_compressed_tensors(model, tmp_path / "served")
@@ -114,8 +114,7 @@ def test_transformers_reads_the_export_for_vllm(recipe: str, smollm2: Path, tmp_
     ids = prompt(smollm2)
     with torch.no_grad(), qpass.set_compute("float"):
         ours, theirs = model(ids).logits, served(ids).logits
-    error = float((theirs - ours).abs().max() / ours.abs().max())
-    assert error < (5e-3 if recipe == "int4" else 1e-4)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
 
 
 @pytest.mark.parametrize("recipe", ["int8", RECIPE, "nf4", "int4:g128"])
