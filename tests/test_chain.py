@@ -157,8 +157,8 @@ if rank == 0:
 
 
 def test_two_processes_calibrate_it_as_well_as_one_does(smollm2: Path, tmp_path: Path) -> None:
-    """Sums are rounded differently, as with another number of threads, and GPTQ passes each rounding on: codes differ, the loss does
-    not. That statistics are equal is tested on a small model (tests/test_ranks.py)."""
+    """Sums are rounded differently, as with another number of threads, and GPTQ passes each rounding on: codes differ, the loss
+    does not. That statistics are equal is tested on a small model (tests/test_ranks.py)."""
     text = (TEXTS / "validation.txt").read_text()[:4000]
     ids = AutoTokenizer.from_pretrained(smollm2)(text, return_tensors="pt").input_ids[:, :512]
     losses = []
