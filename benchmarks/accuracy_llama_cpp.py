@@ -8,11 +8,12 @@ The windows are those of benchmarks/accuracy_page.py. MB without the vocabulary,
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import torch
 from accuracy_page import documents
@@ -24,6 +25,8 @@ import qpass
 
 def logits_of(file: Path, threads: int, window: int) -> Any:
     """A function of token ids [1, S], S at most `window`: logits [1, S, V]."""
+    import llama_cpp
+
     llama = llama_cpp.Llama(str(file), n_ctx=window, n_batch=window, n_threads=threads, n_threads_batch=threads, logits_all=True,
                             verbose=False)  # fmt: skip
 
@@ -41,6 +44,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--kinds", nargs="*", default=["Q8_0", "Q4_0"])
     args = parser.parse_args()
+    if importlib.util.find_spec("llama_cpp") is None or importlib.util.find_spec("gguf") is None:
+        sys.exit("llama-cpp-python or gguf is not installed")
     reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     rows = documents(args.text, AutoTokenizer.from_pretrained(args.model))[:8]
     windows = [torch.tensor([row[:1024]]) for row in rows]

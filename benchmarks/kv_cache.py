@@ -1,11 +1,11 @@
 """What a quantized KV cache costs a model: KL by position, perplexity, top-1, recall over distance, and bytes a token.
 
-    python benchmarks/kv_cache.py MODEL_DIR --text FILE [--formats "int8" "k=int8,v=int4" ...] [--recall 2000 6000]
-                                  [--outliers F] [--json OUT]
+    python benchmarks/kv_cache.py MODEL_DIR --text FILE --calibration FILE [--formats "int8" "k=int8,v=int4" ...]
+                                  [--recall 2000 6000] [--outliers F] [--json OUT]
 
-Weights stay in float. The windows are those of benchmarks/accuracy.py (of the documents that are as long as `--window`), read
-`--chunk` tokens at a time: a chunk sees its own tokens as floats and all before it as they are stored. `--chunk 0`: a window at a
-time, which sees all tokens, its own too, as they would be stored.
+Weights stay in float. Only static scales need `--calibration`. The windows are those of benchmarks/accuracy.py (of the
+documents that are as long as `--window`), read `--chunk` tokens at a time: a chunk sees its own tokens as floats and all before
+it as they are stored. `--chunk 0`: a window at a time, which sees all tokens, its own too, as they would be stored.
 
 Recall: ten sentences stand at ten depths of so many tokens of text, and greedy decoding must give their last words; so many of
 those that the float model gives. --outliers F: in every head two of the keys' channels (a pair that rotary embedding turns) are
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--calibration", help="text for static scales; other documents than --text")
+    parser.add_argument("--calibration", help="text for static scales, other than --text")
     parser.add_argument("--formats", nargs="*", default=DEFAULT)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)

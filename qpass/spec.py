@@ -62,6 +62,12 @@ class QuantSpec:
         return self.format.kind == "identity"
 
     @property
+    def container_bits(self) -> int:
+        """Bits that files for other programs hold a code in: these have types and products of four and of eight, not of fewer or
+        of those between. The values are the same."""
+        return 4 if self.format.bits <= 4 else max(8, self.format.bits)
+
+    @property
     def in_blocks(self) -> bool:
         """Whether the format fixes blocks and the type of their scales, as new GPUs multiply them: MX and nvfp4."""
         return self.format.scale in ("e8m0", "e4m3")

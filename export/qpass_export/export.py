@@ -32,7 +32,6 @@ from qpass.spec import QuantSpec, parse_spec
 from qpass_export.capture import Captured, capture
 from qpass_export.genai import GENAI, why_not, write_genai
 from qpass_export.lowering.graph import lower
-from qpass_export.lowering.weights import container_of
 from qpass_export.provenance import keep_provenance
 from qpass_export.session import MODEL, write_session
 from qpass_export.simplify import simplify
@@ -96,7 +95,7 @@ class Exported:
         ]
         if extra := sum(s.wider for s in done):
             formats = {
-                s.format.partition(":")[0]: container_of(parse_spec(s.format)) for s in done if s.wider and s.format
+                s.format.partition(":")[0]: parse_spec(s.format).container_bits for s in done if s.wider and s.format
             }
             held = ", ".join(f"{name} in {bits} bits" for name, bits in sorted(formats.items()))
             lines.append(
@@ -282,7 +281,7 @@ def _sites(program: ExportedProgram, stored: list[tuple[str, str, QuantSpec]]) -
         if data is None or format is None:
             return 0
         spec = parse_spec(format)
-        return data.nbytes * (container_of(spec) - spec.format.bits) // spec.format.bits
+        return data.nbytes * (spec.container_bits - spec.format.bits) // spec.format.bits
 
     return tuple(
         ExportedSite(s.kind, s.name, s.format, s.skipped, wider(s.name, s.format)) for s in FINISHED[program][0].sites

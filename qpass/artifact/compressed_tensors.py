@@ -145,7 +145,7 @@ def _why_not(weight: QTensor, is_linear: bool) -> str | None:
 def _stored(weight: QTensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The scheme of a linear, and its tensors by their names in compressed-tensors."""
     spec, q = weight.spec, weight.quantized
-    columns, bits = weight.shape[1], _container(spec)
+    columns, bits = weight.shape[1], spec.container_bits
     scheme = {"weights": _arguments(spec), "input_activations": None}
     rows = weight.shape[0]
     scale = torch.ones(rows, 1) if q.scale is None else q.scale
@@ -179,11 +179,6 @@ def _words(unsigned: Tensor, bits: int) -> Tensor:
     return stream.contiguous().view(torch.int32)[:, :width].contiguous()
 
 
-def _container(spec: QuantSpec) -> int:
-    """Bits that a weight's codes are written in: engines have products of four and of eight."""
-    return 4 if spec.format.bits <= 4 else 8
-
-
 def _arguments(spec: QuantSpec, of_inputs: bool = False) -> dict[str, Any]:
     """QuantizationArgs of compressed-tensors."""
     if isinstance(spec.granularity, PerGroup):
@@ -192,7 +187,7 @@ def _arguments(spec: QuantSpec, of_inputs: bool = False) -> dict[str, Any]:
         strategy = "tensor"
     else:
         strategy = "token" if of_inputs else "channel"
-    bits = spec.format.bits if of_inputs else _container(spec)
+    bits = spec.format.bits if of_inputs else spec.container_bits
     return {
         "num_bits": bits, "type": "int" if spec.format.kind == "uniform" else "float", "strategy": strategy,
         "symmetric": spec.symmetric, "group_size": spec.group_size or None, "dynamic": of_inputs and not spec.static,

@@ -35,7 +35,7 @@ def embedding(b: Build, node: ir.Node, shared: bool) -> ir.Value:
         return _from_blocks(b, ids, w, rank)
     if fmt.kind == "float8":
         return _from_float8(b, ids, w, rank)
-    if w.container == 8:
+    if w.spec.container_bits == 8:
         data = lazy((w.rows, w.columns), ir.DataType.INT8, w.name, lambda: w.codes().numpy())
         codes = b("Gather", b.constant(f"{w.name}.rows", data), ids, axis=0)
     else:

@@ -24,11 +24,6 @@ from qpass_export.lowering.codes import float8_type
 _NF4_ZERO = 7
 
 
-def container_of(spec: QuantSpec) -> int:
-    """Bits of the ONNX type that holds the codes: 4 or 8. Integers of fewer bits keep their values."""
-    return 4 if spec.format.bits <= 4 else 8
-
-
 @dataclass(frozen=True)
 class StoredWeight:
     """A weight [rows, columns] as its quantized parts. `name`: of the Parameter."""
@@ -38,11 +33,6 @@ class StoredWeight:
     parts: Quantized
     rows: int
     columns: int
-
-    @property
-    def container(self) -> int:
-        """Bits of the ONNX type that holds the codes."""
-        return container_of(self.spec)
 
     @property
     def blocks(self) -> int:
@@ -142,7 +132,7 @@ def lazy(shape: tuple[int, ...], dtype: ir.DataType, name: str, make: Callable[[
 
 def dequantize_inputs(b: Build, w: StoredWeight) -> tuple[list[ir.Value | None], int | None, int | None]:
     """Data [K, N], scale and zero point of a DequantizeLinear, and its axis and block: what a MatMul multiplies by."""
-    fmt, wide = w.spec.format, w.container == 8
+    fmt, wide = w.spec.format, w.spec.container_bits == 8
     if fmt.kind == "float8":
         dtype = float8_type(w.spec)
         data = lazy((w.columns, w.rows), dtype, w.name, lambda: _bytes(w.parts.data.mT).view(dtype.numpy()))
@@ -193,7 +183,7 @@ class Blocks:
 
 def block_inputs(b: Build, w: StoredWeight) -> Blocks:
     """Initializers of MatMulNBits. A scale of a whole row is repeated for blocks of a size that the operator takes."""
-    bits, size = w.container, w.block_size if w.blocks > 1 else _block_of(w.columns)
+    bits, size = w.spec.container_bits, w.block_size if w.blocks > 1 else _block_of(w.columns)
     count = -(-w.columns // size)
     half = 1 << (bits - 1)
 

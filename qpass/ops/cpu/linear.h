@@ -2,7 +2,6 @@
 #pragma once
 #include "around.h"
 
-constexpr int64_t COLUMNS_AT_ONCE = 1024;   // of rows and inputs that stay in the first-level cache
 constexpr int INPUTS_AT_ONCE = W == 16 ? 4 : 2;  // inputs that share the reading of the weight, as registers allow
 #if defined(__AVX2__)
 constexpr int64_t SHORT_ROW = 1024;  // bytes

@@ -1,6 +1,7 @@
 // y[m, n] = sum_k x[m, k] * w[n, k] + bias[n] in float32: exact but for rounding. `compute="float"`.
 #include "linear.h"
 
+constexpr int64_t COLUMNS_AT_ONCE = 1024;  // of rows and inputs that stay in the first-level cache
 constexpr int64_t SHORT_GROUP = 32;  // elements of a group as most specs have it
 constexpr int64_t FEW_INPUTS = 8;  // so many at most that each weight is made a float anew for some of them, and not kept
 

@@ -3,7 +3,6 @@
 #include "linear.h"
 
 constexpr int64_t INPUT_GROUP = 32;
-
 constexpr int64_t INPUTS8 = 4;       // inputs that share the unpacking of a weight
 
 // Quantized inputs: codes [count, padded] in the order of a step; for each lane [count, padded / lane] its scale, and the sum of
