@@ -16,11 +16,12 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMixin
 
-from qpass.cache_layers import BLOCK, CrossLayer, Half, QuantizedLayer, ResidualLayer, SlidingLayer, Stored
+from qpass.cache_layers import CrossLayer, Half, QuantizedLayer, ResidualLayer, SlidingLayer, Stored
 from qpass.errors import QpassError
 from qpass.granularity import PerTokens
-from qpass.recipe import SpecLike, kv_specs
-from qpass.spec import QuantSpec
+from qpass.ops.residual import BLOCK
+from qpass.recipe import SpecLike, kv_specs, of_single_tokens
+from qpass.spec import QuantSpec, parse_spec
 
 #: Layer types of transformers configs whose cache is keys and values of every token, or of the last ones.
 _FULL, _SLIDING = (
@@ -35,8 +36,9 @@ _NOTHING = {"moe", "mlp", "dummy"}
 CACHE_ARGUMENT = (
     "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 )
-#: Tokens that stay in float, the last and the first, where keys are quantized in groups of tokens (KIVI).
-_WINDOW, _FIRSTS = 128, 1
+#: Tokens that stay in float where keys are quantized in groups of tokens: of the last KIVI's 128, with four bits and more 32, the
+#: least there can be, for these lose little (docs/kv-cache.md); and the first.
+_WINDOW, _SHORT_WINDOW, _FIRSTS = 128, BLOCK, 1
 
 #: Of each layer: scales of keys and of values, [1, H, 1, D] each; None where a layer has none.
 Scales = Sequence[tuple[Tensor, Tensor] | None]
@@ -48,8 +50,8 @@ class KVCache(Cache):
     `config`: of the transformers model. `max_cache_len`: tokens it can hold, prompt included; a layer with a sliding window
     holds that many at most. `format`: a spec for keys and values alike ("int8", "fp8_e4m3", "int4", ...), None for floats;
     `k`, `v`: one for each half. `layers`: layer number -> another format, or None for floats. `window`, `firsts`: how many of
-    the last and of the first tokens stay in float, in layers that hold all tokens; unless given none, but 128 and 1 where
-    keys are quantized in groups of tokens ("int2"). `scales`: of a calibrated cache, for static specs.
+    the last and of the first tokens stay in float, in layers that hold all tokens; unless given none, but where keys are
+    quantized in groups of tokens 32 ("int4") or 128 ("int3", "int2"), and 1. `scales`: of a calibrated cache, for static specs.
     Raises `QpassError` for a format without a scale for each token, and for layers that keep something else than K and V.
     """
 
@@ -107,20 +109,19 @@ class KVCache(Cache):
             )
         if k is None or v is None:
             return StaticLayer(length) if sliding is None else StaticSlidingWindowLayer(length, sliding)
+        slides = sliding is not None and sliding < length
+        if slides:
+            k = _of_single_tokens(k, f"KVCache: layer {i} keeps the last {sliding} tokens, which leave it one by one")
         grouped = isinstance(k.granularity, PerTokens)
-        window = (_WINDOW if grouped else 0) if window is None else window
+        if window is None:
+            window = 0 if not grouped else _WINDOW if k.format.bits < 4 else _SHORT_WINDOW
         firsts = (_FIRSTS if grouped else 0) if firsts is None else firsts
         if grouped and not window:
             raise QpassError(
                 f"KVCache: {k}: keys wait in float for the other tokens of their group; window is 32 or more"
             )
         layer: Any
-        if sliding is not None and sliding < length:
-            if grouped:
-                raise QpassError(
-                    f"KVCache: layer {i} keeps the last {sliding} tokens, which leave it one by one, but {k} quantizes them in "
-                    f'groups; give it another format: layers={{{i}: "int4"}}'
-                )
+        if slides:
             layer = SlidingLayer(length, sliding)
         else:
             layer = ResidualLayer(length, window, firsts) if window or firsts else QuantizedLayer(length)
@@ -136,8 +137,10 @@ class KVCache(Cache):
         own, cross = cls(decoder, max_cache_len, format, **options), cls(decoder, 1, format, **options)
         for i, layer in enumerate(cross.layers):
             if isinstance(layer, Stored):
+                where = f"KVCache: layer {i} keeps the encoder's output, of any number of tokens"
+                k = Half(_of_single_tokens(parse_spec(layer.k.text), where), layer.k.static_scale)
                 cross.layers[i] = CrossLayer(1)
-                cross.layers[i].hold(layer.k, layer.v)
+                cross.layers[i].hold(k, layer.v)
             else:
                 raise QpassError(
                     "KVCache: the cache of an encoder's output is quantized in every layer, or use the model's own"
@@ -246,6 +249,15 @@ def _nbytes(layer: Any) -> int:
     return sum(t.nbytes for t in floats if t is not None)
 
 
+def _of_single_tokens(k: QuantSpec, where: str) -> QuantSpec:
+    k = of_single_tokens(k)
+    if isinstance(k.granularity, PerTokens):
+        raise QpassError(
+            f'{where}, but {k} quantizes them in groups; give it another format, say "int4", by layers= or k='
+        )
+    return k
+
+
 class _DecoderConfig:
     """The decoder of an encoder-decoder config, read as that of a decoder alone."""
 
@@ -277,7 +289,8 @@ def _layer_of_transformers(
         return cache_utils.LinearAttentionLayer(number_of_states=states)
     if specs[0] is None or specs[1] is None:
         return cache_utils.LinearAttentionAndStaticFullAttentionLayer(length, number_of_states=states)
-    return _hybrid_layer()(length, states, Half(specs[0]), Half(specs[1]))
+    k = _of_single_tokens(specs[0], f"KVCache: layer {i} is {kind}, whose tokens are written one by one")
+    return _hybrid_layer()(length, states, Half(k), Half(specs[1]))
 
 
 @cache

@@ -17,11 +17,9 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.errors import QpassError, errors_through_cpp
 from qpass.granularity import PerGroup, PerTokens
+from qpass.ops.residual import BLOCK, quantized_before
 from qpass.packing import as_bytes
 from qpass.spec import QuantSpec, parse_spec
-
-#: Tokens that are quantized together in a layer with a residual window, whatever its formats.
-BLOCK = 32
 
 
 class Half:
@@ -116,13 +114,17 @@ class Stored(StaticLayer):
 
     def append(self, key_states: Tensor, value_states: Tensor) -> Tensor:
         """Store the new tokens [B, H, S, D] behind those that are there; gives how many these were, []."""
+        return self._run(torch.ops.qpass.append, key_states, value_states)
+
+    def _run(self, operator: Any, key_states: Tensor, value_states: Tensor, *floats: list[Tensor]) -> Tensor:
+        """One that appends to both halves. `floats`: those that it keeps beside them."""
         k, v = self.k, self.v
         specs, scales = (k.text, v.text), (k.static_scale, v.static_scale)
-        arguments = (k.parts, v.parts, self.cumulative_length, key_states, value_states, *specs, *scales)
+        arguments = (k.parts, v.parts, *floats, self.cumulative_length, key_states, value_states, *specs, *scales)
         if torch.compiler.is_compiling():
-            return torch.ops.qpass.append(*arguments)
+            return operator(*arguments)
         with errors_through_cpp():
-            return torch.ops.qpass.append(*arguments)
+            return operator(*arguments)
 
     def mark_static(self) -> None:
         """CUDA graphs need not copy these tensors: their addresses stay."""
@@ -256,9 +258,8 @@ class SlidingLayer(Stored, StaticSlidingWindowLayer):
 class ResidualLayer(Stored):
     """Every token, but the last `window` and the first `firsts` are floats (KIVI, section 3.3).
 
-    Tokens leave the window in blocks of 32: of length L, those before (L - window) rounded down to a block are read as
-    quantized. `k_ring`, `v_ring` [B, H, window + 32, D] hold token t at t modulo their length, `k_first`, `v_first`
-    [B, H, firsts, D] the first tokens.
+    Tokens leave the window in blocks of 32. `k_last`, `v_last` [B, H, window + 32, D] hold those that are not quantized yet, in
+    order, `k_first`, `v_first` [B, H, firsts, D] the first tokens.
     """
 
     def __init__(self, max_cache_len: int, window: int, firsts: int) -> None:
@@ -270,19 +271,15 @@ class ResidualLayer(Stored):
         lengths = (self.window + BLOCK, self.firsts)
         self.floats = [
             s.new_zeros((*s.shape[:2], n, s.shape[-1])) for n in lengths for s in (key_states, value_states)
-        ]  # k_ring, v_ring, k_first, v_first
+        ]  # k_last, v_last, k_first, v_first
         super().lazy_initialization(key_states, value_states)
 
     def tensors(self) -> dict[str, Tensor]:
-        return super().tensors() | dict(zip(("k_ring", "v_ring", "k_first", "v_first"), self.floats, strict=False))
+        return super().tensors() | dict(zip(("k_last", "v_last", "k_first", "v_first"), self.floats, strict=False))
 
     def replace(self, change: Callable[[Tensor], Tensor]) -> None:
         super().replace(change)
         self.floats = [change(t) for t in self.floats]
-
-    def quantized_before(self, length: Tensor) -> Tensor:
-        """[] int64 -> []: tokens before this one are read as quantized."""
-        return (length - self.window).clamp(min=0) // BLOCK * BLOCK
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the new tokens [B, H, S, D]; returns all keys and values as floats.
@@ -291,49 +288,57 @@ class ResidualLayer(Stored):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        new, ring = key_states.shape[-2], self.window + BLOCK
-        positions = torch.ops.qpass.cache_positions(self.cumulative_length, new, self.max_cache_len)
+        if key_states.shape[-2] == 1 and key_states.device.type == "cpu":
+            start = self._run(torch.ops.qpass.append_residual, key_states, value_states, self.floats)
+            return self._read(0, start), self._read(1, start)
+        return self._update(key_states, value_states)
+
+    def _update(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """In operations of torch, which a compiler joins: what many tokens at once do, and one on a GPU."""
+        new, room = key_states.shape[-2], self.window + BLOCK
+        begin = torch.ops.qpass.cache_positions(self.cumulative_length, new, self.max_cache_len)[0]
         self.cumulative_length.add_(new)
-        begin = positions[0]
-        start = self.quantized_before(begin)
-        # Every float token from `start` on: older ones from the ring, new ones as they come.
-        token = start + torch.arange(ring - 1 + new, device=self.device)
-        source = torch.where(token < begin, token % ring, ring + (token - begin).clamp(max=new - 1))
-        whole = -(-new // BLOCK) * BLOCK  # as many as can leave the window now
-        blocks = start + torch.arange(whole, device=self.device)
+        held_from, start, kept_from = (quantized_before(begin + n, self.window) for n in (0, 1, new))
+        leaving = -(-new // BLOCK) * BLOCK  # as many as can be now
+        wanted = [
+            first + torch.arange(n, device=self.device)
+            for first, n in ((held_from, leaving), (start, room - 1 + new), (kept_from, room))
+        ]
+        places = [
+            torch.where(tokens < begin, tokens - held_from, room + (tokens - begin).clamp(max=new - 1))
+            for tokens in wanted
+        ]
         seen = []
-        for half, states, held, first in zip(
-            (self.k, self.v), (key_states, value_states), self.floats[:2], self.floats[2:], strict=True
-        ):
-            recent = torch.cat([held, states], 2).index_select(2, source)
-            half.write(blocks, recent[:, :, :whole])
-            held.index_copy_(2, positions[-ring:] % ring, states[:, :, -ring:])
+        for i, (half, states) in enumerate(((self.k, key_states), (self.v, value_states))):
+            last, first = self.floats[i], self.floats[2 + i]
+            both = torch.cat([last, states], 2)
+            leave, read, kept = (both.index_select(2, place) for place in places)
+            half.write(wanted[0], leave)
             if self.firsts:
                 place = torch.arange(self.firsts, device=self.device) - begin
                 mine = states.index_select(2, place.clamp(0, new - 1))
                 first.copy_(torch.where(((place >= 0) & (place < new))[:, None], mine, first))
-            seen.append(half.read(first if self.firsts else None, recent, start))
+            seen.append(half.read(first if self.firsts else None, read, start))
+            last.copy_(kept)
         return seen[0], seen[1]
 
-    def _read_half(self, half: Half, i: int) -> Tensor | None:
-        if not self.floats:
-            return None
-        start, ring = self.quantized_before(self.cumulative_length), self.window + BLOCK
-        token = start + torch.arange(ring, device=self.device)
-        recent = self.floats[i].index_select(2, token % ring)
-        return half.read(self.floats[2 + i] if self.firsts else None, recent, start)
+    def _read(self, i: int, start: Tensor) -> Tensor:
+        """Keys (0) or values (1) as floats, those from `start` on as they came."""
+        return (self.k, self.v)[i].read(self.floats[2 + i] if self.firsts else None, self.floats[i], start)
 
-    keys = property(lambda self: self._read_half(self.k, 0), lambda self, _: None)
-    values = property(lambda self: self._read_half(self.v, 1), lambda self, _: None)
+    def _read_all(self, i: int) -> Tensor | None:
+        return self._read(i, quantized_before(self.cumulative_length, self.window)) if self.floats else None
+
+    keys = property(lambda self: self._read_all(0), lambda self, _: None)
+    values = property(lambda self: self._read_all(1), lambda self, _: None)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens (a negative number, as in transformers). What then lies in the window again and was quantized
         comes back as it was read."""
         if not self.is_initialized:
             return
-        keys, values, ring = self.keys, self.values, self.window + BLOCK
+        keys, values, room = self.keys, self.values, self.window + BLOCK
         super().crop(tokens_to_remove)
-        token = torch.arange(ring, device=self.device) + (self.cumulative_length - ring).clamp(min=0)
-        token = token.clamp(max=self.max_cache_len - 1)
-        for held, states in zip(self.floats[:2], (keys, values), strict=True):
-            held[:, :, token % ring] = states[:, :, token]
+        token = quantized_before(self.cumulative_length, self.window) + torch.arange(room, device=self.device)
+        for last, states in zip(self.floats[:2], (keys, values), strict=True):
+            last.copy_(states[:, :, token.clamp(max=self.max_cache_len - 1)])

@@ -19,7 +19,14 @@ _FACTORIES = {
     "zeros", "ones", "full", "empty", "zeros_like", "full_like", "empty_like", "new_zeros", "new_full", "new_empty",
 }  # fmt: skip
 #: How rows are put into a cache; what else is made and changed, as the sums of experts, is made anew by the next call.
-_WRITERS = {"index_copy_", "setitem", "qpass::append", "qpass::append_rotated", "qpass::write_rotated"}
+_WRITERS = {
+    "index_copy_",
+    "setitem",
+    "qpass::append",
+    "qpass::append_residual",
+    "qpass::append_rotated",
+    "qpass::write_rotated",
+}
 
 
 def made_and_changed(graph: Graph) -> list[int]:

@@ -104,12 +104,18 @@ class Recipe:
 
 
 #: What a bare format name means for keys and for values: a head is one row of few elements, keys differ by channel, and a code
-#: of four bits or fewer a head is too coarse. docs/kv-cache.md has the measurements; two and three bits are KIVI's layout.
+#: of four bits or fewer a head is too coarse. It is KIVI's layout (Liu et al. 2024); docs/kv-cache.md has the measurements.
 KV_FORMATS: dict[str, tuple[str, str]] = {
-    "int4": ("int4:g32:asym:rotated", "int4:g32:asym:rotated"),
-    "int3": ("int3:t32:zero=float:scale=fp16", "int3:g32:zero=float:scale=fp16"),
-    "int2": ("int2:t32:zero=float:scale=fp16", "int2:g32:zero=float:scale=fp16"),
+    name: (f"{name}:t32:zero=float:scale=fp16", f"{name}:g32:zero=float:scale=fp16")
+    for name in ("int4", "int3", "int2")
 }
+#: What keys of "int4" are where there are no groups of tokens.
+_SINGLY = "int4:g32:asym:rotated"
+
+
+def of_single_tokens(k: QuantSpec) -> QuantSpec:
+    """K's spec where tokens are written, or leave, one by one: in a sliding window, or in a cache that a module keeps itself."""
+    return parse_spec(_SINGLY) if str(k) == KV_FORMATS["int4"][0] else k
 
 
 def kv_specs(k: SpecLike, v: SpecLike, both: SpecLike, where: str) -> tuple[QuantSpec | None, QuantSpec | None]:

@@ -259,6 +259,45 @@ def test_tokens_behind_those_of_a_cache(text: str, dtype: torch.dtype) -> None:
             assert (part[:, :, 7:].float() == 77).all()
 
 
+@pytest.mark.parametrize("spec", ["int2:t32:zero=float:scale=fp16", "int4:t32:asym", "int8", "int8:static"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_order", [True, False], ids=["in order", "strided"])
+def test_one_token_behind_those_of_a_window(spec: str, dtype: torch.dtype, in_order: bool) -> None:
+    """The last tokens as they came, the first, and codes of what left the window; through Python only where a block does."""
+    window, capacity, firsts, v_spec = 32, 128, 2, "int4:g32:zero=float:scale=fp16"
+    keys, values = random(2, 3, capacity, 32).to(dtype), random(2, 3, capacity, 64, seed=1).to(dtype)
+    scale = (random(1, 3, 1, 32, seed=2).abs() + 1) / 100 if "static" in spec else None
+    expected = [[as_bytes(p) for p in reference.quantize(x, s, t)]
+                for x, s, t in ((keys, spec, scale), (values, v_spec, None))]  # fmt: skip
+    k, v = ([torch.zeros_like(p) for p in parts] for parts in expected)
+    floats = [x.new_zeros((2, 3, n, x.shape[3])) for n in (window + 32, firsts) for x in (keys, values)]
+    length = torch.tensor(0)
+    for t in range(capacity):
+        token = [x[:, :, t : t + 1].contiguous() if in_order else x[:, :, t : t + 1] for x in (keys, values)]
+
+        def append(token: list[Tensor] = token) -> Tensor:
+            return torch.ops.qpass.append_residual(k, v, floats, length, *token, spec, v_spec, scale)
+
+        start = max(t + 1 - window, 0) // 32 * 32
+        leaves = start > max(t - window, 0) // 32 * 32
+        if t % 7 == 0 and t >= firsts:
+            assert goes_to_python(append) == leaves
+        else:
+            assert int(append()) == start
+        assert int(length) == t + 1
+        for last, x in zip(floats, (keys, values), strict=False):
+            assert torch.equal(last[:, :, : t + 1 - start], x[:, :, start : t + 1])
+    for first, x in zip(floats[2:], (keys, values), strict=True):
+        assert torch.equal(first, x[:, :, :firsts])
+    for parts, wanted in ((k, expected[0]), (v, expected[1])):
+        for part, codes in zip(parts, wanted, strict=True):
+            n = start * codes.shape[2] // capacity
+            assert torch.equal(part[:, :, :n].float(), codes[:, :, :n].float())
+            assert not part[:, :, n:].any()
+    with pytest.raises(RuntimeError, match="KV cache of 128 tokens is too short: it holds 128 and 1 more arrive"):
+        append()
+
+
 def test_a_full_cache_is_left_as_it_is() -> None:
     k, v = ([torch.zeros(1, 1, 4, 8, dtype=torch.int8), torch.zeros(1, 1, 4, 1)] for _ in range(2))
     length = torch.tensor(3)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
@@ -66,7 +68,8 @@ def test_compiled_is_one_operator_a_layer(k: str, v: str) -> None:
 
 
 class Residual(DynamicCache):
-    """The reference for KIVI: tokens before (length - window) rounded down to 32 are rounded, but the first."""
+    """The reference for KIVI: of as many tokens as the first new one sees, those before (length - window) rounded down to 32 are
+    rounded, but the first."""
 
     def __init__(self, config: Any, window: int) -> None:
         super().__init__(config=config)
@@ -74,8 +77,8 @@ class Residual(DynamicCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         stored = super().update(key_states, value_states, *args, **kwargs)
-        old = stored[0].shape[2] - key_states.shape[2]
-        end = max(old - self.window, 0) // 32 * 32
+        seen = stored[0].shape[2] - key_states.shape[2] + 1
+        end = max(seen - self.window, 0) // 32 * 32
         out = []
         for x, text in zip(stored, KIVI, strict=True):
             x = x.clone()
@@ -128,10 +131,34 @@ def test_the_rotation_is_its_own_inverse_and_spreads(columns: int) -> None:
 
 
 def test_formats_of_four_bits_and_fewer_have_a_layout_of_their_own() -> None:
-    recipe = qpass.Recipe(kv="int4")
-    assert str(recipe.k) == str(recipe.v) == "int4:g32:asym:rotated"
-    assert str(qpass.Recipe(kv="int2").k) == "int2:t32:zero=float:scale=fp16"
-    assert str(qpass.Recipe(k="int8", v="int4").v) == "int4:g32:asym:rotated"
+    for name in ("int4", "int3", "int2"):
+        recipe = qpass.Recipe(kv=name)
+        assert str(recipe.k) == f"{name}:t32:zero=float:scale=fp16"
+        assert str(recipe.v) == str(qpass.Recipe(k="int8", v=name).v) == f"{name}:g32:zero=float:scale=fp16"
+
+
+T5 = transformers.T5Config(vocab_size=97, d_model=64, d_kv=32, d_ff=64, num_layers=2, num_heads=4)
+#: A model -> its cache's layers in "int4", where tokens come or leave one by one.
+SINGLY: dict[str, Callable[[], Any]] = {
+    "sliding window": lambda: qpass.KVCache(hf("MistralForCausalLM", sliding_window=8).config, 64, "int4").layers,
+    "encoder's output": lambda: qpass.KVCache.for_encoder_decoder(T5, 64, "int4").cross_attention_cache.layers,
+}
+
+
+@pytest.mark.parametrize("where", SINGLY)
+def test_where_there_are_no_groups_of_tokens_int4_means_rotated_groups(where: str) -> None:
+    assert {la.k.text for la in SINGLY[where]()} == {"int4:g32:asym:rotated"}
+    assert {la.v.text for la in SINGLY[where]()} == {"int4:g32:zero=float:scale=fp16"}
+
+
+@pytest.mark.parametrize("spec", ["int2", "int3"])
+def test_fewer_bits_need_groups_of_tokens(spec: str) -> None:
+    config = hf("MistralForCausalLM", sliding_window=8).config
+    with pytest.raises(qpass.QpassError, match=r"layer 0 keeps the last 8 tokens.* quantizes them in groups"):
+        qpass.KVCache(config, 64, spec)
+    qpass.KVCache(config, 8, spec)
+    with pytest.raises(qpass.QpassError, match=r"layer 0 keeps the encoder's output.* quantizes them in groups"):
+        qpass.KVCache.for_encoder_decoder(T5, 64, spec)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from qpass.graph.calls import LinearCall
 from qpass.graph.vocabulary import value_of
 from qpass.measuring.evaluate import CHUNK
 from qpass.numerics import fake_quantize
+from qpass.ops.residual import quantized_before
 from qpass.qtensor import QTensor
 from qpass.replay import Program, Run
 from qpass.sites.core import Match
@@ -22,8 +23,6 @@ from qpass.spec import QuantSpec
 
 #: Position of an argument of qpass::read_cache: the first tokens as floats (before it: all as stored).
 _FIRST = 7
-#: Tokens that leave a cache's float window together.
-BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ class Walk(Run):
         else:
             seen, window = fake_quantize(floats, form.specs[is_value]), 0
         if begin is not None:
-            start = max(0, begin - window) // BLOCK * BLOCK if window else begin
+            start = int(quantized_before(torch.tensor(begin + 1), window)) if window else begin
             seen[:, :, start:] = floats[:, :, start:]
             if args[_FIRST] is not None and window:
                 firsts = args[_FIRST].shape[2]

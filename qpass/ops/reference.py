@@ -16,6 +16,7 @@ from qpass.numerics import Quantized
 from qpass.numerics import dequantize as _dequantize
 from qpass.numerics import quantize as _quantize
 from qpass.ops.around import Around
+from qpass.ops.residual import append_residual, append_residual_fake
 from qpass.ops.schemas import BOUND, LIBRARY
 from qpass.packing import as_bytes, packed_length
 from qpass.spec import parse_spec
@@ -370,6 +371,7 @@ for _name, _implementation, _fake in (
     ("read_cache", read_cache, _read_cache_fake),
     ("attention", attention, _attention_fake),
     ("append", append, _append_fake),
+    ("append_residual", append_residual, append_residual_fake),
     ("append_rotated", append_rotated, _append_rotated_fake),
     ("write_rotated", write_rotated, _write_rotated_fake),
     ("once", Tensor.clone, torch.empty_like),

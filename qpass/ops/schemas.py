@@ -63,7 +63,14 @@ SCHEMAS = {
         "(Tensor(a!)[] k, Tensor(b!)[] v, Tensor(c!) length, Tensor keys, Tensor values, str k_spec, str v_spec, "
         "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor"
     ),
-    # The same after rotary embedding of keys and queries: x * cos + (the halves of x exchanged, the first negative) * sin, where
+    # One token of a cache whose last tokens are floats. `floats`: the last of keys and of values [B, H, window + 32, *], then the
+    # first of both [B, H, firsts, *]. 32 tokens at a time leave the window, and only then become codes. Gives the first token
+    # that is read from the last ones, [].
+    "append_residual": (
+        "(Tensor(a!)[] k, Tensor(b!)[] v, Tensor(c!)[] floats, Tensor(d!) length, Tensor keys, Tensor values, str k_spec, "
+        "str v_spec, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor"
+    ),
+    # `append` after rotary embedding of keys and queries: x * cos + (the halves of x exchanged, the first negative) * sin, where
     # cos and sin [B or 1, 1, S, D]. Gives the length before, and queries and keys as they were rotated.
     "append_rotated": (
         "(Tensor(a!)[] k, Tensor(b!)[] v, Tensor(c!) length, Tensor queries, Tensor keys, Tensor values, Tensor cos, Tensor sin, "
@@ -81,7 +88,7 @@ SCHEMAS = {
 }
 
 #: What ops/cpu/binding.cpp serves; it hands to Python what it does not: calls unlike any that it has seen.
-BOUND = ("linear", "attention", "quantize", "append", "append_rotated", "write_rotated")
+BOUND = ("linear", "attention", "quantize", "append", "append_residual", "append_rotated", "write_rotated")
 SCHEMAS |= {f"{name}_checked": SCHEMAS[name] for name in BOUND}
 
 LIBRARY = torch.library.Library("qpass", "DEF")

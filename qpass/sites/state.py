@@ -23,6 +23,7 @@ from qpass.graph.flow import Flow
 from qpass.graph.provenance import stand_for
 from qpass.graph.rows import ALONG, WHOLE, WRITES, keeps_rows
 from qpass.graph.vocabulary import CASTS, CATS, SHAPES, argument, op_name, shape_of, source_of, value_of, writes_to
+from qpass.recipe import of_single_tokens
 from qpass.sites.core import Edit, Site, Skip
 from qpass.spec import QuantSpec
 
@@ -60,7 +61,7 @@ def find(
         producers = flow.linears_behind(k)
         weight = flow.linears[producers[0]].weight if producers else node
         name = names.get(weight, f"cache of {node.name}")
-        for role, operand, spec in (("k", k, specs[0]), ("v", v, specs[1])):
+        for role, operand, spec in (("k", k, of_single_tokens(specs[0])), ("v", v, specs[1])):
             held = _held_behind(operand, set())
             if held is None or held not in candidates or held in found:
                 continue

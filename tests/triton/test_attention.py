@@ -82,6 +82,57 @@ def test_attention(
     assert len(served) == 4
 
 
+#: Formats of keys and values with scales of channels and 32 tokens.
+SHARED = [
+    ("int4:t32:zero=float:scale=fp16", "int4:g32:zero=float:scale=fp16"), ("int4:t32:zero=float", "int8"),
+    ("int8:t32", "int4:channel:zero=float:scale=bf16"), ("int8:t32:zero=float:scale=bf16", "nf4:g32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("k_text", "v_text"), SHARED, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("columns", [(64, 64), (40, 96)], ids=str)
+def test_scales_of_channels_over_tokens(
+    k_text: str,
+    v_text: str,
+    dtype: torch.dtype,
+    columns: tuple[int, int],
+    device: str,
+    served: list[int],
+    poisoned: None,
+) -> None:
+    """Keys far from zero, in some channels only; masks that begin in the middle of a group; with a window and the first tokens
+    as floats."""
+    tokens = 160
+    far = random(1, 2, 1, columns[0], seed=7) * 2
+    k = quantize(random(2, 2, tokens, columns[0]) + far, parse_spec(k_text))
+    v = cache((2, 2, tokens, columns[1]), v_text, 1)
+    q = random(2, 6, 1, columns[0], seed=2).to(dtype)
+    place = torch.arange(tokens)
+    masks = [
+        None,
+        ((place >= 45) & (place < 117))[None, None, None],
+        torch.where(place < 70, 0.0, -torch.inf)[None, None, None],
+    ]
+    new = tuple(random(2, 2, n, c, seed=5).to(dtype) for n in (1, 64) for c in columns)
+    for mask in masks:
+        for floats in ((), (*new, torch.tensor(64))):
+            arguments = (*k.parts, k_text, *v.parts, columns[1], v_text, mask, False, None, *floats)
+            found = operators.attention(q.to(device), *on(device, arguments))
+            expected = reference.attention(q.float(), *arguments)
+            assert float((found.cpu().float() - expected).abs().max() / expected.abs().max()) <= TOLERANCE[dtype]
+    assert len(served) == 6
+
+
+def test_integer_zero_points_of_tokens_together_are_left_to_the_reference(device: str, served: list[int]) -> None:
+    text = "int4:t32:asym"
+    k, v = cache((1, 2, 64, 64), text), cache((1, 2, 64, 64), "int8", 1)
+    q = random(1, 2, 1, 64, seed=2).bfloat16()
+    arguments = (*k.parts, text, *v.parts, 64, "int8", None, False, None)
+    assert operators.attention(q.to(device), *on(device, arguments)).shape == q.shape
+    assert not served
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_causal_capped_and_with_sinks(dtype: torch.dtype, device: str, served: list[int]) -> None:
     k, v = cache((1, 2, 40, 64), "int8"), cache((1, 2, 40, 64), "int8", 1)

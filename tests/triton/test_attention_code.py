@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qpass.numerics import quantize
 from qpass.ops.triton import operators
+from qpass.recipe import KV_FORMATS
 from qpass.spec import parse_spec
 from tests.triton.compiling import PRODUCTS, Launch, launches  # noqa: F401  a fixture
 from tests.triton.test_compile import capabilities, pytestmark  # noqa: F401
@@ -50,6 +51,22 @@ def test_attention(text: str, queries: int, capability: int, launches: list[Laun
     assert code.count("LDGSTS.E.BYPASS.128") > 0
     assert code.count(*PRODUCTS) > 0
     # On sm_100 operands and sums go through registers on their way to tensor memory: a few of thousands of instructions spill.
+    assert code.spills <= (code.loop_length / 1000 if capability == 100 else 0)
+
+
+@capabilities
+def test_scales_of_channels_over_tokens(capability: int, launches: list[Launch]) -> None:  # noqa: F811
+    """Keys of the cache format int4."""
+    k_text, v_text = KV_FORMATS["int4"]
+    k, v = (quantize(torch.zeros(1, 8, 2048, 128), parse_spec(text)) for text in (k_text, v_text))
+    q = torch.zeros(1, 32, 1, 128, dtype=torch.bfloat16)
+    floats = [torch.zeros(1, 8, n, 128, dtype=torch.bfloat16) for n in (1, 1, 64, 64)]
+    mask = torch.ones(1, 1, 1, 2048, dtype=torch.bool)
+    operators.attention(q, *k.parts, k_text, *v.parts, 128, v_text, mask, False, None, *floats, torch.tensor(100))
+    (found,) = launches
+    code = found.compiled(capability)
+    assert code.count("LDGSTS.E.BYPASS.128") > 0
+    assert code.count(*PRODUCTS) > 0
     assert code.spills <= (code.loop_length / 1000 if capability == 100 else 0)
 
 

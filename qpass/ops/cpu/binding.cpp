@@ -218,6 +218,7 @@ STABLE_TORCH_LIBRARY_IMPL(qpass, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("quantize", TORCH_BOX(&quantize));
   m.impl("append", TORCH_BOX(&append));
+  m.impl("append_residual", TORCH_BOX(&append_residual));
   m.impl("append_rotated", TORCH_BOX(&append_rotated));
   m.impl("write_rotated", TORCH_BOX(&write_rotated));
 }

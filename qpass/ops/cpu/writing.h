@@ -1,4 +1,4 @@
-// torch.ops.qpass.append, append_rotated and write_rotated: the next tokens of a cache. Of binding.cpp.
+// torch.ops.qpass.append, append_residual, append_rotated and write_rotated: the next tokens of a cache. Of binding.cpp.
 
 // Rows of keys, or of values, as codes behind the tokens of a cache that are there.
 struct Half {
@@ -106,6 +106,50 @@ Tensor append(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length, const
     if (run(flat(k, v, {own(length), data(keys), data(values), data(k_scale), data(v_scale)}).data(), &made)) return before;
   }
   return in_python("qpass::append_checked", k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale);
+}
+
+// One token behind those of a cache whose last ones are floats (residual.py), where none leaves them. `floats`: of keys or values.
+struct Window {
+  int64_t heads_of_all, heads, tokens, bytes, strides[2];  // of a row, and from one head to the next
+
+  static constexpr int64_t BLOCK = 32;
+  static int64_t quantized_before(int64_t length, int64_t window) { return std::max<int64_t>(length - window, 0) / BLOCK * BLOCK; }
+
+  Window(const Tensor& floats, const Tensor& x)
+      : heads_of_all(x.size(0) * x.size(1)), heads(x.size(1)), tokens(floats.size(2)), bytes(x.size(3) * x.element_size()) {
+    for (int i = 0; i < 2; i++) strides[i] = x.stride(i) * x.element_size();
+  }
+  static bool serves(const Tensor& floats, const Tensor& x) {
+    bool rows = x.dim() == 4 && x.size(2) == 1 && x.stride(3) == 1 && floats.dim() == 4 && floats.is_contiguous();
+    for (int i : {0, 1, 3}) rows = rows && floats.size(i) == x.size(i);
+    return rows && floats.scalar_type() == x.scalar_type() && floats.size(2) > BLOCK;
+  }
+  void write(void* floats, const void* x, int64_t place) const {
+    for (int64_t head = 0; head < heads_of_all; head++)
+      std::memcpy((char*)floats + (head * tokens + place) * bytes, (const char*)x + head / heads * strides[0] + head % heads * strides[1], bytes);
+  }
+};
+
+Tensor append_residual(std::vector<Tensor> k, std::vector<Tensor> v, std::vector<Tensor> floats, Tensor length, const Tensor& keys,
+                       const Tensor& values, std::string k_spec, std::string v_spec, const Part& k_scale, const Part& v_scale) {
+  bool usual = floats.size() == 4 && length.scalar_type() == torch::headeronly::ScalarType::Long && length.numel() == 1 &&
+               Window::serves(floats[0], keys) && Window::serves(floats[1], values) && floats[0].size(2) == floats[1].size(2);
+  if (usual) {
+    Tensor start = empty({}, type_of(length));
+    auto run = [of_k = Window(floats[0], keys), of_v = Window(floats[1], values), firsts = floats[2].size(2), capacity = k[0].size(2)](
+                   void* const* a, void* const* made) {
+      int64_t &now = *(int64_t*)a[2], window = of_k.tokens - Window::BLOCK, from = Window::quantized_before(now, window);
+      if (now < firsts || now >= capacity || Window::quantized_before(now + 1, window) > from) return false;
+      of_k.write(a[0], a[3], now - from), of_v.write(a[1], a[4], now - from);
+      now++;
+      *(int64_t*)made[0] = from;
+      return true;
+    };
+    void* given[] = {own(floats[0]), own(floats[1]), own(length), data(keys), data(values)};
+    void* made = start.mutable_data_ptr();
+    if (run(given, &made)) return start;
+  }
+  return in_python("qpass::append_residual_checked", k, v, floats, length, keys, values, k_spec, v_spec, k_scale, v_scale);
 }
 
 // Rotary embedding of x [B, H, S, D], whose rows are numbers side by side, by cos and sin [B or 1, 1, S, D].

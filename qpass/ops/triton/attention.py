@@ -41,14 +41,18 @@ def _block_scales(scale, token, width, NG: tl.constexpr, GROUP: tl.constexpr, PL
 
 @triton.jit
 def _zeros_of(zero, token, blocks, zero_width, NG: tl.constexpr, KIND: tl.constexpr, PLANES: tl.constexpr, GROUP: tl.constexpr,
-              UNIT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Zero points as plane_values takes them: [S, 1], or for each word."""
+              UNIT: tl.constexpr, DTYPE: tl.constexpr, FLOAT: tl.constexpr):  # fmt: skip
+    """Zero points as plane_values takes them: [S, 1], or for each word. FLOAT: they are stored as such."""
+    block = token[:, None] * 0
     if GROUP > 0:
         block = tl.minimum(tl.arange(0, NG)[None, :], blocks - 1)
-        zeros = zero_codes(zero, token[:, None], block, zero_width, KIND) / UNIT
-        zeros = for_words(zeros.to(DTYPE), GROUP // (2 * PLANES))
+    if FLOAT:
+        zeros = tl.load(zero + token[:, None] * zero_width + block).to(tl.float32)
     else:
-        zeros = (zero_codes(zero, token, token * 0, zero_width, KIND) / UNIT).to(DTYPE)[:, None]
+        zeros = zero_codes(zero, token[:, None], block, zero_width, KIND)
+    zeros = (zeros / UNIT).to(DTYPE)
+    if GROUP > 0:
+        zeros = for_words(zeros, GROUP // (2 * PLANES))
     return zeros
 
 
@@ -179,14 +183,15 @@ def attention_kernel(
     PRMT: tl.constexpr, K_CAST: tl.constexpr, V_CAST: tl.constexpr, MASK: tl.constexpr, ONE_ROW: tl.constexpr,
     CAUSAL: tl.constexpr, SOFT_CAP: tl.constexpr, FLOATS: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
     GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    SCAN: tl.constexpr, JOIN: tl.constexpr, K_FOURS: tl.constexpr, V_FOURS: tl.constexpr,
+    SCAN: tl.constexpr, JOIN: tl.constexpr, K_FOURS: tl.constexpr, V_FOURS: tl.constexpr, K_TOKENS: tl.constexpr,
+    K_FLOAT_ZERO: tl.constexpr, V_FLOAT_ZERO: tl.constexpr,
 ):  # fmt: skip
     """q [B, heads * GROUPS, QUERIES, D], caches [B, heads, tokens, *] with strides of batches and heads, data as 32-bit words.
 
     PARTS programs share the tokens, `chunk` each; with FLOATS, the last of them has the float tokens instead: k_first
     [B, heads, firsts, D], k_last [B, heads, lasts, D] from token `start` on, sequences `k_last_batch` apart. R: rows of a
-    program, padded; S: tokens at a time. K_FOURS, V_FOURS: words, and strides of data, are
-    counted in fours, as in linear.py.
+    program, padded; S: tokens at a time. K_FOURS, V_FOURS: words, and strides of data, are counted in fours, as in linear.py.
+    K_TOKENS: so many tokens have scales [D] together, and zero points if there are any; as many as S, or 0.
     """
     if K_FOURS:
         k_words, k_head, k_batch = k_words * 4, k_head * 4, k_batch * 4
@@ -228,6 +233,8 @@ def attention_kernel(
         last = tl.minimum(first + chunk, tokens)
         if MASK != NO_MASK:
             first, last = _visible(mask, mask_row, mask_token, first, last, real, MASK, ONE_ROW, SCAN)
+            if K_TOKENS > 0:
+                first = first // K_TOKENS * K_TOKENS
         k_data += b * k_batch + h * k_head
         v_data += b * v_batch + h * v_head
         q0, q1, q2, q3 = planes_of(qs, K_PLANES)
@@ -249,15 +256,28 @@ def attention_kernel(
                 there = there & (token >= firsts) & ((token < begin) | (token >= end))
             kp = tl.load(k_data + token[:, None] * k_words + wk[None, :], mask=(wk < k_words)[None, :], other=0)
             vp = tl.load(v_data + token[:, None] * v_words + wv[None, :], mask=(wv < v_words)[None, :], other=0)
-            if k_zero is None:
+            scores = tl.zeros((R, S), tl.float32)
+            if K_TOKENS > 0:  # q k = (q scale) (code - zero)
+                of_group = at // K_TOKENS * D + d
+                group_scale = tl.load(k_scale + b * ks_batch + h * ks_head + of_group, mask=d < D, other=0).to(
+                    tl.float32
+                )
+                scaled = (qs * group_scale[None, :]).to(DTYPE)
+                q0, q1, q2, q3 = planes_of(scaled, K_PLANES)
+                planes = (q0, q1, q2, q3)
+                if k_zero is not None:
+                    group_zero = tl.load(k_zero + b * kz_batch + h * kz_head + of_group, mask=d < D, other=0).to(
+                        tl.float32
+                    )
+                    scores -= tl.sum(scaled.to(tl.float32) * group_zero[None, :], 1)[:, None] / K_UNIT
+            if k_zero is None or K_TOKENS > 0:
                 kz = 0.0
             else:
                 kz = _zeros_of(k_zero + b * kz_batch + h * kz_head, token, k_blocks, k_zero_width, K_NG, K_KIND,
-                               K_PLANES, K_GROUP, K_UNIT, DTYPE)  # fmt: skip
-            scores = tl.zeros((R, S), tl.float32)
+                               K_PLANES, K_GROUP, K_UNIT, DTYPE, K_FLOAT_ZERO)  # fmt: skip
             kp = looked_up(kp, table, K_KIND, DTYPE, PRMT)
             k_scales = 1.0
-            if k_scale is not None:
+            if k_scale is not None and K_TOKENS == 0:
                 k_scales = _block_scales(
                     k_scale + b * ks_batch + h * ks_head, token, k_blocks, K_NG, K_GROUP, K_PLANES, K_SCALE, DTYPE
                 )
@@ -266,7 +286,7 @@ def attention_kernel(
                 values = _numbers(values, K_KIND, K_CAST)
                 scores = tl.dot(planes[plane], tl.trans(values), scores)
             scores *= factor * K_UNIT
-            if K_GROUP == 0 and k_scale is not None:
+            if K_GROUP == 0 and K_TOKENS == 0 and k_scale is not None:
                 scores *= k_scales[None, :]
             scores = _masked(
                 scores, token, there, mask, mask_row, mask_token, query, soft_cap, SOFT_CAP, MASK, ONE_ROW, CAUSAL
@@ -288,7 +308,7 @@ def attention_kernel(
                 vz = 0.0
             else:
                 vz = _zeros_of(v_zero + b * vz_batch + h * vz_head, token, v_blocks, v_zero_width, V_NG, V_KIND,
-                               V_PLANES, V_GROUP, V_UNIT, DTYPE)  # fmt: skip
+                               V_PLANES, V_GROUP, V_UNIT, DTYPE, V_FLOAT_ZERO)  # fmt: skip
             vp = looked_up(vp, table, V_KIND, DTYPE, PRMT)
             for plane in tl.static_range(V_PLANES):
                 values = plane_values(vp[plane], vz, v_scales, plane, V_KIND, DTYPE, V_GROUP > 0)

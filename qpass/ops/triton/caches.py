@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qpass.granularity import PerTokens
 from qpass.ops import reference
 from qpass.ops.triton.launching import HALVES, attempt, kernels_of, nf4_table, permutes_bytes, serves
 from qpass.ops.triton.stored import as_bytes, layout_of
@@ -39,6 +40,11 @@ class Half:
         return self.spec.group_size if self.blocks > 1 else 0
 
     @property
+    def tokens(self) -> int:
+        """Tokens that share scales of their channels; 0: a token has its own."""
+        return self.spec.granularity.tokens if isinstance(self.spec.granularity, PerTokens) else 0
+
+    @property
     def fours(self) -> bool:
         """Whether the words of a token are a multiple of four; then strides of heads are."""
         return self.data.shape[-1] % 4 == 0
@@ -58,20 +64,22 @@ class Half:
         values = {
             "KIND": number, "PLANES": 16 // self.spec.format.bits, "UNIT": unpacking.unit_of(number, dtype), "GROUP": self.group,
             "SCALE": self.scale_kind, "CAST": self.scale is None and self.spec.format.kind == "float8",
-            "FOURS": self.fours,
+            "FOURS": self.fours, "FLOAT_ZERO": self.spec.float_zero,
         }  # fmt: skip
         return {f"{name}_{key}": value for key, value in values.items()}
 
 
 def half_of(parts: tuple[Tensor | None, ...], columns: int, text: str) -> Half | None:
-    """Keys or values, if the kernel reads them: whole words, one scale a token or one for each of equal groups."""
+    """Keys or values, if the kernel reads them: whole words, one scale a token or one for each of equal groups; or scales of the
+    channels of some tokens, with zero points in float."""
     spec = parse_spec(text)
     data, scale, zero, outer = parts
-    if spec.format.name not in FUSED or spec.float_zero or outer is not None or data is None or data.dim() != 4:
+    if spec.format.name not in FUSED or outer is not None or data is None or data.dim() != 4:
         return None
     if spec.static:
         scale = None
-    elif spec.of_caches_only not in (None, "rotated"):
+    shared = spec.granularity.tokens if isinstance(spec.granularity, PerTokens) else 0
+    if shared and (spec.rotated or not (spec.float_zero or spec.symmetric)):
         return None
     width, blocks, scale_types, kind = layout_of(text, columns)
     codes, group = 32 // spec.format.bits, spec.group_size if blocks > 1 else 0
@@ -79,15 +87,16 @@ def half_of(parts: tuple[Tensor | None, ...], columns: int, text: str) -> Half |
         return None
     if data.shape[-1] != width or data.dtype not in (spec.format.storage, torch.uint8):
         return None
-    zero_width = -(-blocks * spec.format.bits // 8)
+    rows, scales = (data.shape[2] // shared, columns) if shared else (data.shape[2], blocks)
+    zero_width = scales if spec.float_zero else -(-blocks * spec.format.bits // 8)
     expected = (
-        (scale, bool(scale_types), blocks, scale_types),
-        (zero, spec.has_zero_point, zero_width, (spec.format.storage,)),
+        (scale, bool(scale_types), scales, scale_types),
+        (zero, spec.has_zero_point, zero_width, (spec.scale_dtype if spec.float_zero else spec.format.storage,)),
     )
     for part, wanted, last, types in expected:
         if (part is not None) != wanted:
             return None
-        if part is not None and (part.shape != (*data.shape[:3], last) or part.dtype not in types):
+        if part is not None and (part.shape != (*data.shape[:2], rows, last) or part.dtype not in types):
             return None
     data, scale, zero = (None if p is None else _tokens_in_a_row(as_bytes(p)) for p in (data, scale, zero))
     assert data is not None
@@ -166,7 +175,7 @@ def _halves(
 ) -> tuple[Half, Half] | None:  # fmt: skip
     """Keys and values, if the kernel takes them."""
     k, v = half_of(keys, q.shape[-1], k_spec), half_of(values, v_columns, v_spec)
-    if k is None or v is None or k.data.shape[:3] != v.data.shape[:3] or not k.data.numel():
+    if k is None or v is None or v.tokens or k.data.shape[:3] != v.data.shape[:3] or not k.data.numel():
         return None
     batch, heads, _, _ = k.data.shape
     if batch != q.shape[0] or q.shape[1] % heads or max(q.shape[-1], v_columns) > 256:
@@ -205,6 +214,8 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
     device, rows = device_of(q.device), groups * queries
     tiles = attention_tiles(rows, queries)
     assert tiles is not None
+    if k.tokens:
+        tiles = replace(tiles, tokens=k.tokens)
     k_first, k_last, v_first, v_last = floats
     k_first, v_first = (None if f is None else f.contiguous() for f in (k_first, v_first))
     k_last, v_last = (None if f is None else _heads_in_a_row(f) for f in (k_last, v_last))
@@ -240,7 +251,7 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
         **k_constants, **v_constants, PRMT=permutes_bytes(q.device), MASK=kind, ONE_ROW=one_row, CAUSAL=is_causal,
         SOFT_CAP=soft_cap != 0, FLOATS=k_last is not None, PARTS=parts, QUERIES=queries, GROUPS=groups, D=columns,
         DV=v_columns, R=padded, S=tiles.tokens, BD=wide_k, BV=wide_v, SCAN=4096 if one_row else max(64, 16384 // padded),
-        JOIN=max(1, 8192 // (padded * wide_v)),
+        JOIN=max(1, 8192 // (padded * wide_v)), K_TOKENS=k.tokens,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
