@@ -1,10 +1,11 @@
 """A decode step on the CPU: qpass beside transformers, torchao, llama.cpp and onnxruntime, on the same Llama.
 
-    python benchmarks/decode_cpu.py [--model FOLDER] [--contexts 128 2048] [--batches 1 4] [--prefill 512]
+    python benchmarks/decode_cpu.py [--model FOLDER] [--artifact FOLDER] [--contexts 128 2048] [--batches 1 4] [--prefill 512]
                                     [--engines REGEX] [--isa avx2] [--rounds 7] [--json build/decode_cpu.json]
                                     [--chart docs/decode_cpu.svg] [--profile] [--wrapper cpp]
 
-`--model`: a Llama of transformers; without it, one of 418 M random weights.
+`--model`: a Llama of transformers; without it, one of 418 M random weights. `--artifact`: the same model as `qpass quantize` made
+it, say with calibration data, is one more engine.
 
 Every round takes some steps of each engine in turn, so that all see the same machine; medians and quartiles over all steps.
 `bandwidth`: bytes of weights and cache that a step must read, by its time, as a share of the measured read bandwidth.
@@ -36,6 +37,7 @@ from engines import (
     of_llama_cpp,
     of_onnxruntime,
     of_qpass,
+    of_quantized,
     of_torchao,
     of_transformers,
     random_llama,
@@ -53,7 +55,9 @@ _READ = "reading memory"
 _STEPS = 3
 
 
-def engines(reference: Any, wanted: str, threads: int, wrapper: str) -> tuple[list[Engine], dict[str, str]]:
+def engines(
+    reference: Any, wanted: str, threads: int, wrapper: str, artifact: Path | None
+) -> tuple[list[Engine], dict[str, str]]:
     """Those whose name matches, and why others are absent. `wrapper`: Inductor's, "python" or "cpp"."""
     count = sum(p.numel() for n, p in reference.named_parameters() if p.dim() > 1 and is_read(reference, n))
 
@@ -82,8 +86,12 @@ def engines(reference: Any, wanted: str, threads: int, wrapper: str) -> tuple[li
         "qpass fp8": lambda n: of_qpass(n, reference, "fp8"),
         "qpass int8, int8 cache": lambda n: of_qpass(n, reference, "int8", kv="int8"),
         "qpass int4, int8 cache": lambda n: of_qpass(n, reference, "int4", kv="int8"),
-        "qpass int4:g128, int4 cache": lambda n: of_qpass(n, reference, "int4:g128", kv="int4:g32"),
+        "qpass int4:g128, int4 cache": lambda n: of_qpass(n, reference, "int4:g128", kv="int4"),
     }
+    if artifact is not None and f"qpass {artifact.name}" in known:
+        raise SystemExit(f"{artifact}: there is an engine of this name; rename the folder")
+    if artifact is not None:
+        known[f"qpass {artifact.name}"] = lambda n: of_quantized(n, qpass.load(artifact).float())
     found, absent = [], {}
     for name, make in known.items():
         if not re.search(wanted, name):
@@ -194,6 +202,7 @@ def profile(engine: Engine, context: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--artifact", type=Path)
     parser.add_argument("--contexts", type=int, nargs="*", default=[128, 2048])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512])
@@ -218,7 +227,7 @@ def main() -> None:
             reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         else:
             reference = random_llama(**{**SHAPE, "layers": args.layers})
-        found, absent = engines(reference, args.engines, threads, args.wrapper)
+        found, absent = engines(reference, args.engines, threads, args.wrapper, args.artifact)
         results: list[dict[str, Any]] = []
         profiles: dict[str, dict[str, float]] = {}
 

@@ -99,7 +99,7 @@ def of_transformers(
 
         return step
 
-    bits = {"int8": 8.5, "int4:g32": 5.0}.get(kv or "", 8 * dtype.itemsize)
+    bits = {"int8": 8.5, "int4": 5.0}.get(kv or "", 8 * dtype.itemsize)
     return Engine(name, start, bytes_read, _key_bytes(model.config, bits))
 
 
@@ -107,7 +107,13 @@ def of_qpass(
     name: str, reference: Any, recipe: str, kv: str | None = None, compute: Literal["float", "int8"] | None = None
 ) -> Engine:
     """qpass.quantize."""
-    model = qpass.quantize(copy.deepcopy(reference), recipe)
+    return of_quantized(name, qpass.quantize(copy.deepcopy(reference), recipe), kv, compute)
+
+
+def of_quantized(
+    name: str, model: Any, kv: str | None = None, compute: Literal["float", "int8"] | None = None
+) -> Engine:
+    """A model that is quantized already."""
     read = sum(getattr(p, "stored_nbytes", p.nbytes) for n, p in model.named_parameters() if is_read(model, n))
     found = of_transformers(name, model, torch.float32, compiled=False, bytes_read=read, kv=kv)
     return replace(found, compute=compute)

@@ -28,12 +28,11 @@ from transformers.cache_utils import DynamicCache
 import qpass
 from qpass.cache import CACHE_ARGUMENT
 from qpass.numerics import fake_quantize
-from qpass.spec import parse_spec
+from qpass.recipe import kv_specs
 
 DEFAULT = (
     "int8", "fp8_e4m3", "int8:static", "k=int8,v=int4:channel:asym", "int4:channel:asym", "int4:channel:asym:rotated",
-    "int4:g32:asym", "int4:g32:asym:rotated", "k=int4:t32:zero=float:scale=fp16,v=int4:g32:zero=float:scale=fp16",
-    "int3", "int2", "int2:g32:asym",
+    "int4:g32:asym", "int4:g32:asym:rotated", "int4", "int3", "int2", "int2:g32:asym",
 )  # fmt: skip
 #: What is said, and how it ends: the question is all before the end.
 FACTS = (
@@ -48,9 +47,9 @@ FACTS = (
 class Rounded(DynamicCache):
     """Keys and values of one pass, each token as it would be stored."""
 
-    def __init__(self, config: Any, k: str, v: str) -> None:
+    def __init__(self, config: Any, k: str | None, v: str | None, both: str | None) -> None:
         super().__init__(config=config)
-        self.specs = parse_spec(k), parse_spec(v)
+        self.specs = kv_specs(k, v, both, "kv_cache.py")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         k, v = (fake_quantize(x, spec) for x, spec in zip((key_states, value_states), self.specs, strict=True))
@@ -62,7 +61,7 @@ def new_cache(config: Any, length: int, text: str | None, calibration: Any, chun
         return DynamicCache(config=config)
     halves = dict(part.split("=", 1) for part in text.split(",")) if text.startswith("k=") else {"format": text}
     if not chunk:
-        return Rounded(config, halves.get("k", text), halves.get("v", text))
+        return Rounded(config, halves.get("k"), halves.get("v"), halves.get("format"))
     cache = qpass.KVCache(config, length, **halves)
     return cache.calibrate(*calibration) if "static" in text else cache
 

@@ -88,6 +88,9 @@ class KVCache(Cache):
         self.k_spec, self.v_spec = kv_specs(k, v, format, "KVCache")
         self.max_cache_len = max_cache_len
         specs = {i: kv_specs(None, None, spec, "KVCache") for i, spec in other.items()}
+        halves = [self.k_spec, *(k for k, _ in specs.values())]
+        blocks = window or firsts or any(k is not None and isinstance(k.granularity, PerTokens) for k in halves)
+        self._room = -(-max_cache_len // BLOCK) * BLOCK if blocks else max_cache_len  # all layers have one mask
         made = [
             self._layer(
                 i, kind, text, specs.get(i, (self.k_spec, self.v_spec)), window, firsts, scales[i] if scales else None
@@ -99,7 +102,7 @@ class KVCache(Cache):
     def _layer(self, i: int, kind: str, config: Any, specs: tuple[QuantSpec | None, QuantSpec | None], window: int | None,
                firsts: int | None, scales: tuple[Tensor, Tensor] | None) -> Any:  # fmt: skip
         k, v = specs
-        length = self.max_cache_len
+        length = self._room
         sliding = getattr(config, _SLIDING[kind], None) if kind in _SLIDING else None
         if kind in _STATES | _NOTHING | _HYBRID:
             return _layer_of_transformers(i, kind, config, length, specs)
@@ -109,17 +112,18 @@ class KVCache(Cache):
             )
         if k is None or v is None:
             return StaticLayer(length) if sliding is None else StaticSlidingWindowLayer(length, sliding)
-        slides = sliding is not None and sliding < length
+        slides = sliding is not None and sliding < self.max_cache_len
         if slides:
-            k = _of_single_tokens(k, f"KVCache: layer {i} keeps the last {sliding} tokens, which leave it one by one")
+            k, v = _singly(k, v, f"KVCache: layer {i} keeps the last {sliding} tokens, which leave it one by one")
         grouped = isinstance(k.granularity, PerTokens)
-        if window is None:
-            window = 0 if not grouped else _WINDOW if k.format.bits < 4 else _SHORT_WINDOW
         firsts = (_FIRSTS if grouped else 0) if firsts is None else firsts
-        if grouped and not window:
-            raise QpassError(
-                f"KVCache: {k}: keys wait in float for the other tokens of their group; window is 32 or more"
+        if window is None:
+            window = _WINDOW if grouped and k.format.bits < 4 else _SHORT_WINDOW if grouped or firsts else 0
+        if (grouped or firsts) and not window:
+            why = (
+                f"keys in {k} wait in float for the others of their group" if grouped else f"so are they with {firsts=}"
             )
+            raise QpassError(f"KVCache: window=0, but {why}; make it {BLOCK} or more")
         layer: Any
         if slides:
             layer = SlidingLayer(length, sliding)
@@ -138,9 +142,9 @@ class KVCache(Cache):
         for i, layer in enumerate(cross.layers):
             if isinstance(layer, Stored):
                 where = f"KVCache: layer {i} keeps the encoder's output, of any number of tokens"
-                k = Half(_of_single_tokens(parse_spec(layer.k.text), where), layer.k.static_scale)
+                specs = _singly(parse_spec(layer.k.text), parse_spec(layer.v.text), where)
                 cross.layers[i] = CrossLayer(1)
-                cross.layers[i].hold(k, layer.v)
+                cross.layers[i].hold(*(Half(s, h.static_scale) for s, h in zip(specs, (layer.k, layer.v), strict=True)))
             else:
                 raise QpassError(
                     "KVCache: the cache of an encoder's output is quantized in every layer, or use the model's own"
@@ -208,8 +212,14 @@ class KVCache(Cache):
         return self
 
     def _form(self) -> dict[str, Any]:
-        halves = [[la.k.text, la.v.text] if isinstance(la, Stored) else None for la in self.layers]
-        return {"max_cache_len": self.max_cache_len, "layers": halves}
+        layers = [
+            {"k": la.k.text, "v": la.v.text}
+            | ({"window": la.window, "firsts": la.firsts} if isinstance(la, ResidualLayer) else {})
+            if isinstance(la, Stored)
+            else None
+            for la in self.layers
+        ]
+        return {"max_cache_len": self.max_cache_len, "layers": layers}
 
     def _state(self, i: int, layer: Any) -> dict[str, Tensor]:
         if not isinstance(layer, Stored):
@@ -233,7 +243,8 @@ class KVCache(Cache):
     def __repr__(self) -> str:
         first = next((la for la in self.layers if isinstance(la, StaticLayer)), None)
         length = int(first.get_seq_length()) if first is not None and first.is_initialized else 0
-        spec = "float" if self.k_spec is None else f"k={self.k_spec}, v={self.v_spec}"
+        formats = [f"k={la.k.text}, v={la.v.text}" if isinstance(la, Stored) else "float" for la in self.layers]
+        spec = " / ".join(dict.fromkeys(formats))
         return f"KVCache({length}/{self.max_cache_len} tokens, {len(self.layers)} layers, {spec}, {self.nbytes / 1e6:.2f} MB)"
 
 
@@ -249,13 +260,14 @@ def _nbytes(layer: Any) -> int:
     return sum(t.nbytes for t in floats if t is not None)
 
 
-def _of_single_tokens(k: QuantSpec, where: str) -> QuantSpec:
-    k = of_single_tokens(k)
+def _singly(k: QuantSpec, v: QuantSpec, where: str) -> tuple[QuantSpec, QuantSpec]:
+    """Formats of a layer without groups of tokens."""
+    k, v = of_single_tokens(k), of_single_tokens(v)
     if isinstance(k.granularity, PerTokens):
         raise QpassError(
             f'{where}, but {k} quantizes them in groups; give it another format, say "int4", by layers= or k='
         )
-    return k
+    return k, v
 
 
 class _DecoderConfig:
@@ -289,8 +301,8 @@ def _layer_of_transformers(
         return cache_utils.LinearAttentionLayer(number_of_states=states)
     if specs[0] is None or specs[1] is None:
         return cache_utils.LinearAttentionAndStaticFullAttentionLayer(length, number_of_states=states)
-    k = _of_single_tokens(specs[0], f"KVCache: layer {i} is {kind}, whose tokens are written one by one")
-    return _hybrid_layer()(length, states, Half(k), Half(specs[1]))
+    k, v = _singly(specs[0], specs[1], f"KVCache: layer {i} is {kind}, whose tokens are written one by one")
+    return _hybrid_layer()(length, states, Half(k), Half(v))
 
 
 @cache

@@ -258,12 +258,12 @@ class SlidingLayer(Stored, StaticSlidingWindowLayer):
 class ResidualLayer(Stored):
     """Every token, but the last `window` and the first `firsts` are floats (KIVI, section 3.3).
 
-    Tokens leave the window in blocks of 32. `k_last`, `v_last` [B, H, window + 32, D] hold those that are not quantized yet, in
-    order, `k_first`, `v_first` [B, H, firsts, D] the first tokens.
+    Tokens leave the window in blocks of 32, of which `max_cache_len` is a multiple. `k_last`, `v_last` [B, H, window + 32, D]
+    hold those that are not quantized yet, in order, `k_first`, `v_first` [B, H, firsts, D] the first tokens.
     """
 
     def __init__(self, max_cache_len: int, window: int, firsts: int) -> None:
-        super().__init__(-(-max_cache_len // BLOCK) * BLOCK)  # whole blocks
+        super().__init__(max_cache_len)
         self.window, self.firsts = window, firsts
         self.floats: list[Tensor] = []
 
@@ -317,9 +317,10 @@ class ResidualLayer(Stored):
             if self.firsts:
                 place = torch.arange(self.firsts, device=self.device) - begin
                 mine = states.index_select(2, place.clamp(0, new - 1))
-                first.copy_(torch.where(((place >= 0) & (place < new))[:, None], mine, first))
+                mine = torch.where(((place >= 0) & (place < new))[:, None], mine, first)
+                first.index_copy_(2, torch.arange(self.firsts, device=self.device), mine)
             seen.append(half.read(first if self.firsts else None, read, start))
-            last.copy_(kept)
+            last.index_copy_(2, torch.arange(room, device=self.device), kept)
         return seen[0], seen[1]
 
     def _read(self, i: int, start: Tensor) -> Tensor:

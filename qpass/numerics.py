@@ -195,6 +195,9 @@ def choose_qparams(
     else:
         scale = high / (fmt.qmax - fmt.qmin) - low / (fmt.qmax - fmt.qmin)
     if spec.float_zero:
+        scale = torch.maximum(
+            scale, amax * 2.0**-15
+        )  # else a block of nearly one value has a zero point beyond float16
         amax = high - low  # a block of one value: the scale is 1, and the zero point holds the value
     row_scale = None
     if spec.double_quantized:

@@ -109,13 +109,14 @@ KV_FORMATS: dict[str, tuple[str, str]] = {
     name: (f"{name}:t32:zero=float:scale=fp16", f"{name}:g32:zero=float:scale=fp16")
     for name in ("int4", "int3", "int2")
 }
-#: What keys of "int4" are where there are no groups of tokens.
+#: What "int4" means where there are no groups of tokens.
 _SINGLY = "int4:g32:asym:rotated"
 
 
-def of_single_tokens(k: QuantSpec) -> QuantSpec:
-    """K's spec where tokens are written, or leave, one by one: in a sliding window, or in a cache that a module keeps itself."""
-    return parse_spec(_SINGLY) if str(k) == KV_FORMATS["int4"][0] else k
+def of_single_tokens(spec: QuantSpec) -> QuantSpec:
+    """That of keys or of values where tokens come or leave one by one: in a sliding window, the output of an encoder, a layer
+    with a state beside its keys, a cache that a module keeps itself, and in ONNX."""
+    return parse_spec(_SINGLY) if str(spec) in KV_FORMATS["int4"] else spec
 
 
 def kv_specs(k: SpecLike, v: SpecLike, both: SpecLike, where: str) -> tuple[QuantSpec | None, QuantSpec | None]:

@@ -99,6 +99,36 @@ def test_the_residual_window(window: int, steps: tuple[int, ...]) -> None:
     assert torch.equal(plain, expected) == (len(steps) == 1)  # a prefill sees all of its tokens as floats
 
 
+@pytest.mark.parametrize("other", [None, "int8"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_window_beside_layers_of_another_form(other: str | None, layer: int) -> None:
+    """All have room for as many tokens, since they share a mask; 50 are no whole blocks."""
+    model = build("llama")
+    made = [
+        qpass.KVCache(model.config, 50, k=KIVI[0], v=KIVI[1], layers=layers)
+        for layers in ({layer: other}, dict.fromkeys(range(BLOCKS), other))
+    ]
+    assert {la.max_cache_len for la in made[0].layers} == {64}
+    assert {la.max_cache_len for la in made[1].layers} == {64}
+    mixed, plain = (in_steps(model, cache, (40, 1, 9)) for cache in made)
+    torch.testing.assert_close(mixed, plain, rtol=0.1, atol=0.02)
+
+
+def test_a_number_that_is_none_leaves_codes_as_they_are() -> None:
+    """A block that leaves the window is quantized, both halves, before anything is written."""
+    layer = qpass.KVCache(build("llama").config, 128, k=KIVI[0], v=KIVI[1], window=32).layers[0]
+    states = torch.randn(1, 2, 63, 16)
+    values = states.clone()
+    values[0, 0, 3, 0] = torch.inf
+    for t in range(63):
+        layer.update(states[:, :, t : t + 1], values[:, :, t : t + 1])
+    before = [t.clone() for t in layer.tensors().values()]
+    with pytest.raises(qpass.QpassError, match="overflows"):
+        layer.update(states[:, :, :1], states[:, :, :1])
+    assert all(torch.equal(a, b) for a, b in zip(before, layer.tensors().values(), strict=True))
+    assert layer.get_seq_length() == 63
+
+
 def test_static_scales_come_from_calibration() -> None:
     """One scale for each head and channel, its largest magnitude / 127."""
     model = build("llama")
@@ -147,8 +177,7 @@ SINGLY: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("where", SINGLY)
 def test_where_there_are_no_groups_of_tokens_int4_means_rotated_groups(where: str) -> None:
-    assert {la.k.text for la in SINGLY[where]()} == {"int4:g32:asym:rotated"}
-    assert {la.v.text for la in SINGLY[where]()} == {"int4:g32:zero=float:scale=fp16"}
+    assert {half.text for la in SINGLY[where]() for half in (la.k, la.v)} == {"int4:g32:asym:rotated"}
 
 
 @pytest.mark.parametrize("spec", ["int2", "int3"])
@@ -167,8 +196,12 @@ def test_fewer_bits_need_groups_of_tokens(spec: str) -> None:
         ({"k": "int8", "format": None}, "k and v are one cache"),
         ({"format": "int8:t32"}, "for values: scales per channel and group of tokens are for keys"),
         ({"k": "int2:t64", "v": "int2:g8"}, "use t32"),
-        ({"k": "int2:t32", "v": "int2:g8", "window": 0}, "window is 32 or more"),
+        (
+            {"k": "int2:t32", "v": "int2:g8", "window": 0},
+            "wait in float for the others of their group; make it 32 or more",
+        ),
         ({"window": 20}, "use a multiple of 32"),
+        ({"window": 0, "firsts": 4}, r"window=0, but so are they with firsts=4"),
         ({"layers": {7: "int8"}}, "the model has layers 0 to 1"),
         ({"format": "int4:static"}, "static scales are for int8 and fp8"),
     ],
@@ -299,6 +332,23 @@ def test_the_kernel_rounds_as_the_reference_to_the_bit(spec: str, shape: tuple[i
         expected = torch.ops.qpass.quantize(x, spec)
     assert [p.dtype for p in found] == [p.dtype for p in expected]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("isa", [REFERENCE, *isas()])
+@pytest.mark.parametrize(
+    "spec", ["int4:t32:zero=float:scale=fp16", "int4:g32:zero=float:scale=fp16", "int2:t32:zero=float"]
+)
+def test_numbers_that_are_nearly_one_have_a_zero_point(isa: str, spec: str) -> None:
+    """As keys of one token many times over: a range far smaller than the numbers."""
+    x = 5 + torch.randn(1, 2, 64, 32) * 1e-6
+    expected = [p for p in quantize(x, parse_spec(spec)).parts if p is not None]
+    with use_isa(isa):
+        found = torch.ops.qpass.quantize(x, spec)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+        assert bool(ours.float().isfinite().all())
+    back = dequantize(quantize(x, parse_spec(spec)), parse_spec(spec), 32)
+    torch.testing.assert_close(back, x, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize(

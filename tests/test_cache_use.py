@@ -37,7 +37,7 @@ FORMATS = ["int8", "int4:g8:asym:rotated", "kivi"]
 
 def make(model: Any, spec: str, length: int = 96, **options: Any) -> Any:
     if spec == "kivi":
-        return qpass.KVCache(model.config, length, k="int2:t32", v="int2:g8", window=32, **options)
+        return qpass.KVCache(model.config, length, k="int2:t32", v="int2:g8", **{"window": 32, **options})
     return qpass.KVCache(model.config, length, spec, **options)
 
 
@@ -115,6 +115,8 @@ def test_save_and_restore(spec: str, tmp_path: Path) -> None:
     assert torch.equal(logits(model, IDS[:, 35:], restored), logits(model, IDS[:, 35:], cache))
     with pytest.raises(qpass.QpassError, match="holds a cache of another form"):
         make(model, spec, length=64).load_tokens(path)
+    with pytest.raises(qpass.QpassError, match="holds a cache of another form"):
+        make(model, spec, window=64 if spec == "kivi" else 32).load_tokens(path)
 
 
 @pytest.mark.parametrize("spec", FORMATS)

@@ -13,11 +13,14 @@ import qpass
 from qpass.made_caches import keep, made_and_changed
 from tests.models import build, tokens
 
+KIVI = ("int4:t32:zero=float", "int4:g16:zero=float")
 
-@pytest.mark.parametrize("kv", [None, "int8", "int4:channel:asym", "mxfp8"], ids=str)
-def test_after_the_first_call(kv: str | None) -> None:
+
+@pytest.mark.parametrize("kv", [None, "int8", "int4:channel:asym", "mxfp8", KIVI], ids=str)
+def test_after_the_first_call(kv: str | tuple[str, str] | None) -> None:
     model = qpass.quantize(build("llama").eval(), inner="eager")
-    cache: Any = StaticCache(model.config, 32) if kv is None else qpass.KVCache(model.config, 32, kv)
+    k, v = kv if isinstance(kv, tuple) else (kv, kv)
+    cache: Any = StaticCache(model.config, 32) if kv is None else qpass.KVCache(model.config, 32, k=k, v=v)
     with torch.no_grad():
         model(tokens(), past_key_values=cache, use_cache=True)
     for layer in cache.layers:

@@ -26,7 +26,7 @@ from qpass.graph.torch_private import original_module
 from qpass.graph.vocabulary import op_name
 from qpass.pretrained import load_pretrained
 from qpass.qtensor import QTensor
-from qpass.recipe import WEIGHT_KINDS, Recipe, resolve_recipe
+from qpass.recipe import WEIGHT_KINDS, Recipe, of_single_tokens, resolve_recipe
 from qpass.registry import FINISHED, captured
 from qpass.spec import QuantSpec, parse_spec
 from qpass_export.capture import Captured, capture
@@ -182,7 +182,7 @@ def _specs_of(recipe: Recipe) -> Iterable[tuple[str, str, QuantSpec]]:
         if getattr(recipe, kind) is not None:
             yield kind, "the recipe", getattr(recipe, kind)
     for spec in recipe.kv_specs or ():
-        yield "kv", "the recipe", spec
+        yield "kv", "the recipe", of_single_tokens(spec)
 
 
 def _open(folder: Path) -> nn.Module:
@@ -213,7 +213,7 @@ def _of_module(
     if recipe is None:
         found = capture(module, inputs, target.dtype)
         return found, found.program
-    target.check(("kv", "the cache", spec) for spec in recipe.kv_specs or ())
+    target.check(("kv", "the cache", of_single_tokens(spec)) for spec in recipe.kv_specs or ())
     if any(spec.static for spec in recipe.kv_specs or ()) and (cache is None or None in cache.scales):
         raise QpassError(
             "export_onnx: static scales of the cache come from data: cache = qpass.KVCache(model.config, n, 'int8:static'), "

@@ -35,13 +35,17 @@ def append_residual(
     window = floats[0].shape[2] - BLOCK
     held_from, start = quantized_before(length, window), quantized_before(length + 1, window)
     at, leaves = int(held_from), bool(start > held_from)
-    halves = ((k, keys, k_spec, k_scale), (v, values, v_spec, v_scale))
-    for (parts, states, spec, scale), last, first in zip(halves, floats[:2], floats[2:], strict=True):
+    quantized: list[list[Tensor]] = [[], []]
+    if leaves:  # both, before anything is written, for a number may be none
+        given = zip(floats[:2], (k_spec, v_spec), (k_scale, v_scale), strict=True)
+        quantized = [torch.ops.qpass.quantize(x[:, :, :BLOCK].contiguous(), spec, scale) for x, spec, scale in given]
+    for parts, codes, states, last, first in zip(
+        (k, v), quantized, (keys, values), floats[:2], floats[2:], strict=True
+    ):
         last[:, :, begin - at] = states[:, :, 0]
         if begin < first.shape[2]:
             first[:, :, begin] = states[:, :, 0]
         if leaves:
-            codes = torch.ops.qpass.quantize(last[:, :, :BLOCK].contiguous(), spec, scale)
             for part, code in zip(parts, codes, strict=True):
                 rows = code.shape[2]  # of codes as many as tokens, of scales perhaps one
                 place = at * rows // BLOCK

@@ -55,13 +55,14 @@ def find(
     """
     found: dict[Node, State] = {}
     skips: list[Skip] = []
+    specs = of_single_tokens(specs[0]), of_single_tokens(specs[1])
     for node, attention in flow.attentions.items():
         whole = read_whole(node)
         k, v = (attention.k, attention.v) if whole is None else (whole.k, whole.v)
         producers = flow.linears_behind(k)
         weight = flow.linears[producers[0]].weight if producers else node
         name = names.get(weight, f"cache of {node.name}")
-        for role, operand, spec in (("k", k, of_single_tokens(specs[0])), ("v", v, specs[1])):
+        for role, operand, spec in (("k", k, specs[0]), ("v", v, specs[1])):
             held = _held_behind(operand, set())
             if held is None or held not in candidates or held in found:
                 continue

@@ -70,8 +70,9 @@ template <int SCALE> INLINE void uniform_scales(const Spec& spec, const float* l
   bool symmetric = !spec.zero_point, floats = spec.zero_point == 2;
   float divisor = symmetric ? top : 2 * half - 1;
   SIMD for (int64_t g = 0; g < count; g++) {
-    float largest = floats ? high[g] - low[g] : -low[g] > high[g] ? -low[g] : high[g];
-    float scale = high[g] / divisor - (symmetric ? 0.0f : low[g] / divisor);
+    float furthest = -low[g] > high[g] ? -low[g] : high[g], largest = floats ? high[g] - low[g] : furthest;
+    float scale = high[g] / divisor - (symmetric ? 0.0f : low[g] / divisor), least = floats ? furthest * 0x1p-15f : 0.0f;
+    scale = scale < least ? least : scale;
     scale = as_stored(SCALE, scale);
     scale = scale < tiny ? tiny : scale;
     scales[g] = largest == 0.0f ? 1.0f : scale;

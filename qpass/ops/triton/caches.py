@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qpass.granularity import PerTokens
 from qpass.ops import reference
+from qpass.ops.residual import BLOCK
 from qpass.ops.triton.launching import HALVES, attempt, kernels_of, nf4_table, permutes_bytes, serves
 from qpass.ops.triton.stored import as_bytes, layout_of
 from qpass.ops.triton.table import FUSED, attention_tiles, device_of, token_parts
@@ -79,7 +80,7 @@ def half_of(parts: tuple[Tensor | None, ...], columns: int, text: str) -> Half |
     if spec.static:
         scale = None
     shared = spec.granularity.tokens if isinstance(spec.granularity, PerTokens) else 0
-    if shared and (spec.rotated or not (spec.float_zero or spec.symmetric)):
+    if shared not in (0, BLOCK) or (shared and (spec.rotated or not (spec.float_zero or spec.symmetric))):
         return None
     width, blocks, scale_types, kind = layout_of(text, columns)
     codes, group = 32 // spec.format.bits, spec.group_size if blocks > 1 else 0

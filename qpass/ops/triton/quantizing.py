@@ -114,12 +114,14 @@ def write_rows(
                 low = tl.min(tl.reshape(tl.where(real, values, float("inf")), (ROWS, BLOCKS, GROUP)), 2)
                 high = tl.max(tl.reshape(tl.where(real, values, -float("inf")), (ROWS, BLOCKS, GROUP)), 2)
                 largest = high - low
+                least = tl.maximum(-low, high) * 2.0**-15
             else:
                 low = tl.minimum(tl.min(grouped, 2), 0.0)
                 high = tl.maximum(tl.max(grouped, 2), 0.0)
                 largest = tl.maximum(-low, high)
+                least = 0.0 * largest
             span = tl.zeros_like(low) + (HIGH - LOW)
-            made = tl.div_rn(high, span) - tl.div_rn(low, span)
+            made = tl.maximum(tl.div_rn(high, span) - tl.div_rn(low, span), least)
         there = exists & (block < blocks)
         if SCALE == E8M0_SCALE:
             exponents = _exponents(largest, bad, HIGH, EMAX, CEIL)
