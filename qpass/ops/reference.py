@@ -291,9 +291,10 @@ def append(
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, H, S, D], in its dtype."""
-    first, second = x.chunk(2, -1)
-    return (x * cos + torch.cat((-second, first), -1) * sin).contiguous()
+    """Rotary embedding of x [B, H, S, D], in its dtype: rounded once, as compilers do."""
+    wide, cos, sin = (t.float() if t.dtype.itemsize == 2 else t for t in (x, cos, sin))
+    first, second = wide.chunk(2, -1)
+    return (wide * cos + torch.cat((-second, first), -1) * sin).to(x.dtype).contiguous()
 
 
 def append_rotated(

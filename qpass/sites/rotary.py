@@ -82,7 +82,7 @@ def _rewrite(graph: Graph, attention: Node, order: Order) -> Edit | None:
 def _rewrite_floats(graph: Graph, attention: Node, order: Order) -> Edit | None:
     args: Any = attention.args
     q, cache_k, cache_v = args[0], args[1], args[_V_DATA]
-    if args[_K_SPEC] != "fp32" or value_of(attention).device.type != "cpu" or cache_k is cache_v:
+    if args[_K_SPEC] not in ("fp32", "bf16") or value_of(attention).device.type != "cpu" or cache_k is cache_v:
         return None
     write_k, write_v = (_copied_into(cache, attention, order) for cache in (cache_k, cache_v))
     if write_k is None or write_v is None or write_k.args[2] is not write_v.args[2]:

@@ -32,17 +32,29 @@ struct Attention {
   int64_t group() const { return heads / key_heads; }
 };
 
+// Scales, or zero points that are floats, from number `first` on, and `added` to each.
+INLINE void stored_floats(const Spec& spec, const uint8_t* stored, int64_t first, int64_t count, float added, float* out) {
+  int32_t dtype = spec.scale == SCALE_FP32 ? X_FP32 : spec.scale == SCALE_FP16 ? X_FP16 : X_BF16;
+  from_dtype(stored + first * size_of(dtype), count, dtype, out);
+  if (added != 0.0f) SIMD for (int64_t i = 0; i < count; i++) out[i] += added;
+}
+
 // The usual case of row_to_float, for rows so short that preparing each of them would cost more than reading it.
 template <class Read, bool Zeros> INLINE void plain_rows(const Matrix& m, int64_t first, int64_t count, float* out) {
-  int64_t scale = first * m.blocks;
+  int64_t at = 0, numbers = count * m.blocks;
   const float* book = m.spec->codebook;
   int64_t group = m.blocks == 1 ? m.k : m.spec->group;
   F offset = all(offset_of(*m.spec));
+  float* scales = scratch<float>(SCALES, 2 * numbers);
+  float* zero_points = scales + numbers;
+  bool scaled = m.spec->scale != NO_SCALE, floats = Zeros && m.spec->zero_point == 2;
+  if (scaled) stored_floats(*m.spec, m.scale, first * m.blocks, numbers, 0.0f, scales);
+  if (floats) stored_floats(*m.spec, m.zero, first * m.blocks, numbers, offset_of(*m.spec), zero_points);
   for (int64_t t = 0; t < count; t++, out += m.k) {
     const uint8_t *row = m.row(first + t), *zeros = m.zero + (first + t) * m.zero_bytes;
-    for (int64_t start = 0, g = 0; start < m.k; start += group, g++) {
-      F s = all(m.spec->scale == NO_SCALE ? 1.0f : float_at(*m.spec, m.scale, scale++));
-      F zero = Zeros ? all(zero_at(m, zeros, g)) : offset;
+    for (int64_t start = 0, g = 0; start < m.k; start += group, g++, at++) {
+      F s = all(scaled ? scales[at] : 1.0f);
+      F zero = Zeros ? all(floats ? zero_points[at] : zero_at(m, zeros, g)) : offset;
       for (int64_t k = start; k < least(m.k, start + group); k += W) {
         F v = Read::at(row, k, book);
         store(out + k, mul(Zeros || Read::offset ? sub(v, zero) : v, s));
@@ -54,16 +66,15 @@ template <class Read, bool Zeros> INLINE void plain_rows(const Matrix& m, int64_
 // Rows whose scales and zero points are those of a column in a group of tokens.
 template <class Read> INLINE void rows_of_groups(const Cache& cache, int64_t head, int64_t begin, int64_t count, int64_t padded, float* out) {
   const Matrix& m = cache.rows;
-  int64_t size = m.spec->scale == SCALE_FP32 ? 4 : 2, whole = m.k / W * W;
+  int64_t whole = m.k / W * W;
   float* scales = scratch<float>(SCALES, 2 * padded);
   float* zeros = scales + padded;
   for (int64_t t = begin; t < begin + count; t++, out += padded) {
     if (t == begin || t % m.spec->tokens == 0) {
       int64_t group = head * m.scale_rows + t / m.spec->tokens;
-      for (int64_t k = 0; k < m.k; k++) {
-        scales[k] = float_at(*m.spec, m.scale + group * m.k * size, k);
-        zeros[k] = m.zero ? zero_at(m, m.zero + group * m.zero_bytes, k) : offset_of(*m.spec);
-      }
+      stored_floats(*m.spec, m.scale, group * m.k, m.k, 0.0f, scales);
+      if (m.spec->zero_point == 2) stored_floats(*m.spec, m.zero, group * m.k, m.k, offset_of(*m.spec), zeros);
+      else for (int64_t k = 0; k < m.k; k++) zeros[k] = m.zero ? zero_at(m, m.zero + group * m.zero_bytes, k) : offset_of(*m.spec);
       for (int64_t k = m.k; k < padded; k++) scales[k] = zeros[k] = 0.0f;
     }
     const uint8_t* row = m.row(head * cache.capacity + t);

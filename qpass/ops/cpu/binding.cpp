@@ -71,7 +71,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
                  std::string v_spec, const Part& mask, bool causal, std::optional<double> scale, const Part& k_first,
                  const Part& v_first, const Part& k_last, const Part& v_last, const Part& start, double soft_cap, const Part& sinks) {
   using torch::headeronly::ScalarType;
-  bool usual = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && q.scalar_type() == ScalarType::Float && q.is_contiguous() && q.numel();
+  bool usual = q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && is_computed(q) && q.is_contiguous() && q.numel();
   std::optional<std::vector<int64_t>> strides(std::vector<int64_t>(4, 0));
   int32_t mask_type = 0;  // enum MaskType of attention.h
   if (usual && mask) {
@@ -80,8 +80,10 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
     strides = strides_of(*mask, {q.size(0), q.size(1), q.size(2), k.size(2)});
     usual = usual && strides;
   }
-  for (const Part& part : {k_first, v_first, sinks}) usual = usual && (!part || (part->scalar_type() == ScalarType::Float && part->is_contiguous()));
-  for (const Part& part : {k_last, v_last}) usual = usual && (!part || (part->scalar_type() == ScalarType::Float && Gather::serves(*part)));
+  int32_t dtype = dtype_of(q);
+  usual = usual && (!sinks || (sinks->scalar_type() == ScalarType::Float && sinks->is_contiguous()));
+  for (const Part& part : {k_first, v_first}) usual = usual && (!part || (dtype_of(*part) == dtype && part->is_contiguous()));
+  for (const Part& part : {k_last, v_last}) usual = usual && (!part || (dtype_of(*part) == dtype && Gather::serves(*part)));
   std::pair<std::string, Layout> key;
   if (usual) {
     key.first = k_spec + "," + v_spec;
@@ -91,19 +93,23 @@ Tensor attention(const Tensor& q, const Tensor& k, const Part& k_scale, const Pa
     if (auto call = attention_calls.find(key); call && q.size(2) <= call->most_queries) {
       Tensor y = empty({q.size(0), q.size(1), q.size(2), v_columns}, type_of(q));
       auto run = [call = *call, batch = q.size(0), q_heads = q.size(1), queries = q.size(2), width = q.size(3), k_heads = k.size(1), tokens = k.size(2),
-                  v_columns, at = *strides, mask_type, causal, factor = scale ? float(*scale) : 1.0f / std::sqrt(float(q.size(3))),
+                  dtype, v_columns, at = *strides, mask_type, causal, factor = scale ? float(*scale) : 1.0f / std::sqrt(float(q.size(3))),
                   of_k_last = k_last ? std::optional(Gather(*k_last, 0)) : std::nullopt, of_v_last = v_last ? std::optional(Gather(*v_last, 1)) : std::nullopt,
                   firsts = k_first ? k_first->size(2) : 0, lasts = k_last ? k_last->size(2) : 0, cap = float(soft_cap)](
                      void* const* a, void* const* made) {
         auto floats = [&](int i) { return (const float*)a[i]; };
         const Change &kc = call.k_change, &vc = call.v_change;
         int64_t sizes[] = {batch, q_heads, k_heads, queries, tokens, call.k_capacity, call.v_capacity, at[0], at[1], at[2], at[3]};
-        auto last = [](const std::optional<Gather>& gather, const void* x) { return gather ? (const float*)(*gather)(x) : nullptr; };
-        Extras more{floats(10), floats(11), last(of_k_last, a[12]), last(of_v_last, a[13]), floats(15), firsts, lasts, a[14] ? *(const int64_t*)a[14] : 0, cap, kc.with(a[2]), vc.with(a[6])};
+        auto first = [&](int i, int64_t columns, int slot) { return in_float(a[i], batch * k_heads * firsts * columns, dtype, slot); };
+        auto last = [&](const std::optional<Gather>& gather, const void* x, int slot) {
+          return gather ? in_float((*gather)(x), gather->count(dtype ? 2 : 4), dtype, slot) : nullptr;
+        };
+        const float* query = in_float(a[0], batch * q_heads * queries * width, dtype, 0);
+        Extras more{first(10, width, 1), first(11, v_columns, 2), last(of_k_last, a[12], 3), last(of_v_last, a[13], 4), floats(15), firsts, lasts, a[14] ? *(const int64_t*)a[14] : 0, cap, kc.with(a[2]), vc.with(a[6])};
         const Stored &ks = call.keys, &vs = call.values;
         call.kernel(ks.spec, a[1], kc.heads ? nullptr : a[2], a[3], a[4], batch * k_heads * call.k_capacity, width, ks.scale_rows, ks.outer_rows, vs.spec,
-                    a[5], vc.heads ? nullptr : a[6], a[7], a[8], batch * k_heads * call.v_capacity, v_columns, vs.scale_rows, vs.outer_rows, floats(0), a[9],
-                    sizes, mask_type, causal, factor, made[0], 0, &more, int32_t(torch::stable::get_num_threads()));
+                    a[5], vc.heads ? nullptr : a[6], a[7], a[8], batch * k_heads * call.v_capacity, v_columns, vs.scale_rows, vs.outer_rows, query, a[9],
+                    sizes, mask_type, causal, factor, made[0], dtype, &more, int32_t(torch::stable::get_num_threads()));
         return true;
       };
       serve(run,

@@ -194,6 +194,34 @@ bool has_sizes(const Part& x, const std::vector<int64_t>& sizes, const Tensor& l
   return same;
 }
 
+// Numbers as floats and back, of the types that the code around the kernels computes with itself: float32, and bfloat16 as its bits.
+inline float as_float(float x) { return x; }
+inline float as_float(uint16_t bits) {
+  uint32_t wide = uint32_t(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof(x));
+  return x;
+}
+template <class T> T from_float(float x);
+template <> inline float from_float(float x) { return x; }
+template <> inline uint16_t from_float(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  return x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+// Whether x is of these types.
+inline bool is_computed(const Tensor& x) { return dtype_of(x) == 0 || dtype_of(x) == 1; }
+
+// Numbers in order, as float32. `slot`: of those that are needed at once.
+const float* in_float(const void* x, int64_t count, int32_t dtype, int slot) {
+  if (dtype == 0 || !x) return (const float*)x;
+  static thread_local std::vector<float> slots[5];
+  std::vector<float>& wide = slots[slot];
+  if (int64_t(wide.size()) < count) wide.resize(count);
+  for (int64_t i = 0; i < count; i++) wide[i] = as_float(((const uint16_t*)x)[i]);
+  return wide.data();
+}
+
 // Rows of x [B, H, S, D], each of whose numbers lie side by side, put in order. `slot`: of those that are needed at once.
 struct Gather {
   int64_t batch, heads, tokens, bytes, strides[3];  // bytes of a row, and from one to the next
@@ -217,6 +245,7 @@ struct Gather {
     }
     return rows.data();
   }
+  int64_t count(int64_t element) const { return batch * heads * tokens * bytes / element; }
 };
 
 }  // namespace

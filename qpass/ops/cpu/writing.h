@@ -156,34 +156,44 @@ Tensor append_residual(std::vector<Tensor> k, std::vector<Tensor> v, std::vector
 struct Rotation {
   int64_t batch, heads, tokens, width, strides[3];
   bool own_angles;  // of each sequence
+  int32_t dtype;
+
+  int64_t row_bytes() const { return width * (dtype == 0 ? 4 : 2); }
 
   // Head h of all of them and token t to place(h, t).
   template <class Place> void operator()(const void* x, const void* cos, const void* sin, Place&& place) const {
-    const float *from = (const float*)x, *c = (const float*)cos, *s = (const float*)sin;
+    if (dtype == 0) of<float>(x, cos, sin, place);
+    else of<uint16_t>(x, cos, sin, place);
+  }
+  void in_order(const void* x, const void* cos, const void* sin, void* y) const {
+    (*this)(x, cos, sin, [&](int64_t head, int64_t t) { return (char*)y + (head * tokens + t) * row_bytes(); });
+  }
+
+ private:
+  template <class T, class Place> void of(const void* x, const void* cos, const void* sin, Place&& place) const {
+    const T *from = (const T*)x, *c = (const T*)cos, *s = (const T*)sin;
     int64_t half = width / 2;
     for (int64_t row = 0; row < batch * heads * tokens; row++) {
       int64_t t = row % tokens, h = row / tokens % heads, b = row / tokens / heads, at = ((own_angles ? b : 0) * tokens + t) * width;
-      const float* in = from + b * strides[0] + h * strides[1] + t * strides[2];
-      float* to = place(row / tokens, t);
+      const T* in = from + b * strides[0] + h * strides[1] + t * strides[2];
+      T* to = (T*)place(row / tokens, t);
       for (int64_t i = 0; i < half; i++) {
-        to[i] = in[i] * c[at + i] - in[half + i] * s[at + i];
-        to[half + i] = in[half + i] * c[at + half + i] + in[i] * s[at + half + i];
+        float low = as_float(in[i]), high = as_float(in[half + i]);
+        to[i] = from_float<T>(low * as_float(c[at + i]) - high * as_float(s[at + i]));
+        to[half + i] = from_float<T>(high * as_float(c[at + half + i]) + low * as_float(s[at + half + i]));
       }
     }
-  }
-  void in_order(const void* x, const void* cos, const void* sin, void* y) const {
-    (*this)(x, cos, sin, [&](int64_t head, int64_t t) { return (float*)y + (head * tokens + t) * width; });
   }
 };
 
 std::optional<Rotation> rotation_of(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  bool rows = x.dim() == 4 && dtype_of(x) == 0 && x.numel() && x.stride(3) == 1 && x.size(3) % 2 == 0;
+  bool rows = x.dim() == 4 && is_computed(x) && x.numel() && x.stride(3) == 1 && x.size(3) % 2 == 0;
   for (const Tensor& t : {cos, sin}) {
-    rows = rows && t.dim() == 4 && dtype_of(t) == 0 && t.is_contiguous() && (t.size(0) == 1 || t.size(0) == x.size(0));
+    rows = rows && t.dim() == 4 && dtype_of(t) == dtype_of(x) && t.is_contiguous() && (t.size(0) == 1 || t.size(0) == x.size(0));
     rows = rows && t.size(1) == 1 && t.size(2) == x.size(2) && t.size(3) == x.size(3) && t.size(0) == cos.size(0);
   }
   if (!rows) return std::nullopt;
-  return Rotation{x.size(0), x.size(1), x.size(2), x.size(3), {x.stride(0), x.stride(1), x.stride(2)}, cos.size(0) > 1};
+  return Rotation{x.size(0), x.size(1), x.size(2), x.size(3), {x.stride(0), x.stride(1), x.stride(2)}, cos.size(0) > 1, dtype_of(x)};
 }
 
 // The same after rotary embedding of queries and keys.
@@ -212,7 +222,8 @@ Three append_rotated(std::vector<Tensor> k, std::vector<Tensor> v, Tensor length
 Tensor write_rotated(Tensor k, Tensor v, const Tensor& positions, const Tensor& queries, const Tensor& keys, const Tensor& values,
                      const Tensor& cos, const Tensor& sin) {
   auto holds = [&](const Tensor& cache, const Tensor& x) {
-    bool rows = x.dim() == 4 && dtype_of(x) == 0 && x.stride(3) == 1 && cache.dim() == 4 && dtype_of(cache) == 0 && cache.is_contiguous();
+    bool rows = x.dim() == 4 && x.stride(3) == 1 && cache.dim() == 4 && cache.is_contiguous();
+    rows = rows && dtype_of(x) == dtype_of(queries) && dtype_of(cache) == dtype_of(queries);
     for (int i : {0, 1, 3}) rows = rows && cache.size(i) == x.size(i);
     return rows && x.size(2) == keys.size(2);
   };
@@ -220,16 +231,17 @@ Tensor write_rotated(Tensor k, Tensor v, const Tensor& positions, const Tensor& 
   bool usual = of_q && of_k && holds(k, keys) && holds(v, values) && keys.size(0) == values.size(0) && positions.scalar_type() == torch::headeronly::ScalarType::Long;
   if (usual && positions.is_contiguous() && positions.numel() == keys.size(2)) {
     Tensor y = empty({queries.size(0), queries.size(1), queries.size(2), queries.size(3)}, type_of(queries));
-    auto run = [of_q = *of_q, of_k = *of_k, v_heads = v.size(1), v_width = v.size(3), k_rows = k.size(2), v_rows = v.size(2),
-                strides = std::vector<int64_t>{values.stride(0), values.stride(1), values.stride(2)}](void* const* a, void* const* made) {
+    int64_t size = values.element_size();
+    auto run = [of_q = *of_q, of_k = *of_k, v_heads = v.size(1), v_bytes = v.size(3) * size, k_rows = k.size(2), v_rows = v.size(2),
+                strides = std::vector<int64_t>{values.stride(0) * size, values.stride(1) * size, values.stride(2) * size}](void* const* a, void* const* made) {
       const int64_t* at = (const int64_t*)a[2];
       for (int64_t t = 0; t < of_k.tokens; t++)
         if (at[t] < 0 || at[t] >= k_rows || at[t] >= v_rows) return false;
-      of_k(a[4], a[6], a[7], [&](int64_t head, int64_t t) { return (float*)a[0] + (head * k_rows + at[t]) * of_k.width; });
+      of_k(a[4], a[6], a[7], [&](int64_t head, int64_t t) { return (char*)a[0] + (head * k_rows + at[t]) * of_k.row_bytes(); });
       for (int64_t head = 0; head < of_k.batch * v_heads; head++)
         for (int64_t t = 0; t < of_k.tokens; t++) {
-          const float* row = (const float*)a[5] + head / v_heads * strides[0] + head % v_heads * strides[1] + t * strides[2];
-          std::memcpy((float*)a[1] + (head * v_rows + at[t]) * v_width, row, v_width * sizeof(float));
+          const char* row = (const char*)a[5] + head / v_heads * strides[0] + head % v_heads * strides[1] + t * strides[2];
+          std::memcpy((char*)a[1] + (head * v_rows + at[t]) * v_bytes, row, v_bytes);
         }
       of_q.in_order(a[3], a[6], a[7], made[0]);
       return true;
