@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import qpass
 from tests.export.micro import decode, empty_cache, float_products
+from tests.models import hf
 from tests.zoo.configs import build
 
 SPECS = ["int8", "int8:g8", "int8:asym", "int4:g16:asym", "int4:g8:rotated", "int4:g8:asym:rotated", "int4:channel"]
@@ -79,6 +80,13 @@ def test_a_decoder_with_a_quantized_cache(kv: str, tmp_path: Path) -> None:
         assert error < (0.02 if kv == "int8" else 0.3)
     held = sum(v.nbytes for v in empty_cache(session, 1).values())
     assert held == 0
+
+
+def test_int4_is_rotated_groups_in_a_file(tmp_path: Path) -> None:
+    """Whose tokens come one by one."""
+    model = hf("LlamaForCausalLM", head_dim=32).eval()
+    exported = export_onnx(model, tmp_path, recipe=qpass.Recipe.uniform("int8:g16", kv="int4"))
+    assert [s.format for s in exported.sites if s.kind == "kv"] == ["int4:g32:asym:rotated"] * len(model.model.layers)
 
 
 def test_static_scales_are_constants_and_the_cache_is_codes_alone(tmp_path: Path) -> None:
