@@ -323,16 +323,16 @@ def stored(cache: Any) -> list[Tensor]:
 
 
 @pytest.mark.long
-def test_inductors_wrapper_in_cpp_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductors_wrapper_in_cpp_calls_it() -> None:
     """It passes lists of tensors, and takes no list back but through Python."""
     model = build("llama").eval()
     found = []
     for cpp in (False, True):
-        monkeypatch.setattr("torch._inductor.config.cpp_wrapper", cpp)
         torch._dynamo.reset()
         cache = qpass.KVCache(model.config, 16, "int8")
         compiled = torch.compile(model, backend=qpass.QPass("int4"))
-        with torch.no_grad():
+        # patch, for what monkeypatch takes back is gone from torch's config
+        with torch.no_grad(), torch._inductor.config.patch(cpp_wrapper=cpp):
             for _ in range(3):
                 logits = compiled(tokens(1, 1), past_key_values=cache, use_cache=True).logits
         found.append(logits)
