@@ -52,7 +52,7 @@ class KVCache(Cache):
     `k`, `v`: one for each half. `layers`: layer number -> another format, or None for floats. `window`, `firsts`: how many of
     the last and of the first tokens stay in float, in layers that hold all tokens; unless given none, but where keys are
     quantized in groups of tokens 32 ("int4") or 128 ("int3", "int2"), and 1. `scales`: of a calibrated cache, for static specs.
-    Raises `QpassError` for a format without a scale for each token, and for layers that keep something else than K and V.
+    Raises `QpassError` for a format with one scale for all tokens, and for layers that keep something else than K and V.
     """
 
     def __init__(

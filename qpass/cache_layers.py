@@ -16,7 +16,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
 from qpass.errors import QpassError, errors_through_cpp
-from qpass.granularity import PerGroup, PerTokens
+from qpass.granularity import PerGroup
 from qpass.ops.residual import BLOCK, quantized_before
 from qpass.packing import as_bytes
 from qpass.spec import QuantSpec, parse_spec
@@ -34,7 +34,7 @@ class Half:
         self.group_size = (
             spec.group_size if isinstance(spec.granularity, PerGroup) and spec.format.scale == "float" else 0
         )
-        self.tokens = spec.granularity.tokens if isinstance(spec.granularity, PerTokens) else 1
+        self.tokens = spec.tokens or 1
         self.stored = spec.stored_parts
         self.parts: list[Tensor] = []
 

@@ -111,6 +111,11 @@ class QuantSpec:
         return self.granularity.group_size if isinstance(self.granularity, PerGroup) else 0
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a cache that share the scales of their channels; 0 where each has its own."""
+        return self.granularity.tokens if isinstance(self.granularity, PerTokens) else 0
+
+    @property
     def qrange(self) -> tuple[float, float]:
         """The smallest and the largest code that quantization may give."""
         return (-self.format.symmetric_qmax if self.symmetric else self.format.qmin), self.format.qmax

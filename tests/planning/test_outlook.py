@@ -65,9 +65,8 @@ def test_whether_it_fits_is_not_said_without_the_cache() -> None:
 
 
 def test_the_next_format_down_saves_what_it_says() -> None:
-    planner = Planner(
-        t.LlamaConfig(**SMALL), context=4096, dtype=torch.float32
-    )  # tokens beside which the float ones are few
+    # tokens beside which those of the float window are few
+    planner = Planner(t.LlamaConfig(**SMALL), context=4096, dtype=torch.float32)
     found = outlook(planner, "int8", "int8", devices=[Device("d", 1e9, 1e12)])
     by_what = {saving.what: saving for saving in found.savings}
     for what, then in (("weights", planner.plan("int4", "int8")), ("cache", planner.plan("int8", "int4"))):

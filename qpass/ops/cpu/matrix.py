@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qpass.formats import Format
-from qpass.granularity import PerTokens
 from qpass.ops.around import Around
 from qpass.packing import packed_length
 from qpass.rotation import rotation
@@ -81,7 +80,7 @@ def cpu_spec(text: str) -> CpuSpec:
         _KINDS.get(fmt.name, _CODEBOOK if book else _CODES),
         fmt.bits,
         spec.group_size,
-        spec.granularity.tokens if isinstance(spec.granularity, PerTokens) else 0,
+        spec.tokens,
         scale,
         spec.has_zero_point + spec.float_zero,
         spec.scale_rounding != "floor",

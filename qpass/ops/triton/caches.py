@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.granularity import PerTokens
 from qpass.ops import reference
 from qpass.ops.residual import BLOCK
 from qpass.ops.triton.launching import HALVES, attempt, kernels_of, nf4_table, permutes_bytes, serves
@@ -39,11 +38,6 @@ class Half:
     def group(self) -> int:
         """Columns that share a scale; 0: all of a token."""
         return self.spec.group_size if self.blocks > 1 else 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that share scales of their channels; 0: a token has its own."""
-        return self.spec.granularity.tokens if isinstance(self.spec.granularity, PerTokens) else 0
 
     @property
     def fours(self) -> bool:
@@ -79,7 +73,7 @@ def half_of(parts: tuple[Tensor | None, ...], columns: int, text: str) -> Half |
         return None
     if spec.static:
         scale = None
-    shared = spec.granularity.tokens if isinstance(spec.granularity, PerTokens) else 0
+    shared = spec.tokens
     if shared not in (0, BLOCK) or (shared and (spec.rotated or not (spec.float_zero or spec.symmetric))):
         return None
     width, blocks, scale_types, kind = layout_of(text, columns)
@@ -176,7 +170,7 @@ def _halves(
 ) -> tuple[Half, Half] | None:  # fmt: skip
     """Keys and values, if the kernel takes them."""
     k, v = half_of(keys, q.shape[-1], k_spec), half_of(values, v_columns, v_spec)
-    if k is None or v is None or v.tokens or k.data.shape[:3] != v.data.shape[:3] or not k.data.numel():
+    if k is None or v is None or v.spec.tokens or k.data.shape[:3] != v.data.shape[:3] or not k.data.numel():
         return None
     batch, heads, _, _ = k.data.shape
     if batch != q.shape[0] or q.shape[1] % heads or max(q.shape[-1], v_columns) > 256:
@@ -215,8 +209,8 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
     device, rows = device_of(q.device), groups * queries
     tiles = attention_tiles(rows, queries)
     assert tiles is not None
-    if k.tokens:
-        tiles = replace(tiles, tokens=k.tokens)
+    if k.spec.tokens:
+        tiles = replace(tiles, tokens=k.spec.tokens)
     k_first, k_last, v_first, v_last = floats
     k_first, v_first = (None if f is None else f.contiguous() for f in (k_first, v_first))
     k_last, v_last = (None if f is None else _heads_in_a_row(f) for f in (k_last, v_last))
@@ -252,7 +246,7 @@ def _attend(q: Tensor, k: Half, v: Half, v_columns: int, mask: Tensor | None, is
         **k_constants, **v_constants, PRMT=permutes_bytes(q.device), MASK=kind, ONE_ROW=one_row, CAUSAL=is_causal,
         SOFT_CAP=soft_cap != 0, FLOATS=k_last is not None, PARTS=parts, QUERIES=queries, GROUPS=groups, D=columns,
         DV=v_columns, R=padded, S=tiles.tokens, BD=wide_k, BV=wide_v, SCAN=4096 if one_row else max(64, 16384 // padded),
-        JOIN=max(1, 8192 // (padded * wide_v)), K_TOKENS=k.tokens,
+        JOIN=max(1, 8192 // (padded * wide_v)), K_TOKENS=k.spec.tokens,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
