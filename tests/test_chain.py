@@ -46,9 +46,9 @@ def prompt(smollm2: Path) -> torch.Tensor:
     return torch.as_tensor(ids)
 
 
-def greedy(model: Any, ids: torch.Tensor, new: int = 24) -> list[int]:
+def greedy(model: Any, ids: torch.Tensor, new: int = 24, **options: Any) -> list[int]:
     with torch.no_grad():
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **options)
     return [int(token) for token in found[0, ids.shape[1] :]]
 
 
@@ -79,25 +79,34 @@ def test_saved_and_loaded_elsewhere_it_writes_the_same(by: str, smollm2: Path, t
     assert "Paris" in AutoTokenizer.from_pretrained(smollm2).decode(expected)
 
 
-def test_onnxruntime_genai_chats_as_qpass_does(smollm2: Path, tmp_path: Path) -> None:
-    """Five and six bits lie in eight there, with the same values, and it says in how many bytes."""
+@pytest.mark.parametrize("kv", [None, "int8:static"], ids=["float cache", "int8 cache"])
+def test_onnxruntime_genai_chats_as_qpass_does(kv: str | None, smollm2: Path, tmp_path: Path) -> None:
+    """Five and six bits lie in eight there, with the same values, and it says in how many bytes. Of caches in int8 it takes those
+    with static scales."""
     genai = pytest.importorskip("onnxruntime_genai")
     export = pytest.importorskip("qpass_export")
-    exported = export.export_onnx(in_float(smollm2), tmp_path, recipe="int4")
+    ids = prompt(smollm2)
+    model, cache = in_float(smollm2), None
+    if kv is not None:
+        text = (TEXTS / "calibration.txt").read_text()[:20_000]
+        batches = list(
+            AutoTokenizer.from_pretrained(smollm2)(text, return_tensors="pt").input_ids[:, :2048].split(512, 1)
+        )
+        cache = qpass.KVCache(model.config, ids.shape[1] + 24, kv).calibrate(model, batches)
+    exported = export.export_onnx(model, tmp_path, recipe="int4", cache=cache)
     assert sum(site.wider for site in exported.sites) > 10e6
     assert "int5 in 8 bits, int6 in 8 bits" in str(exported)
-    ids = prompt(smollm2)
-    model = genai.Model(str(tmp_path))
-    params = genai.GeneratorParams(model)
+    runtime = genai.Model(str(tmp_path))
+    params = genai.GeneratorParams(runtime)
     params.set_search_options(max_length=ids.shape[1] + 24)
-    generator = genai.Generator(model, params)
+    generator = genai.Generator(runtime, params)
     generator.append_tokens(ids[0].numpy().astype("int32"))
     found: list[int] = []
     while not generator.is_done():
         generator.generate_next_token()
         found.append(int(generator.get_next_tokens()[0]))
     with qpass.set_compute("float"):
-        expected = greedy(qpass.quantize(in_float(smollm2), "int4", inner="eager"), ids)
+        expected = greedy(qpass.quantize(in_float(smollm2), "int4", inner="eager"), ids, past_key_values=cache)
     assert len(found) >= 8
     assert found[: len(expected)] == expected[: len(found)]
 
