@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qpass.numerics import Quantized
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 from qpass.weights import quantize_weight
 

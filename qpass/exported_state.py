@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from qpass.graph.flow import analyze
 from qpass.graph.torch_private import fake_like
 from qpass.graph.vocabulary import value_of
-from qpass.numerics import PART_NAMES
 from qpass.packing import as_bytes
+from qpass.quantized import PART_NAMES
 from qpass.recipe import Recipe
 from qpass.sites.core import Edit, Skip
 from qpass.sites.state import Rewriter, State, find

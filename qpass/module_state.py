@@ -13,9 +13,9 @@ from torch.fx import Graph, GraphModule, Node
 from qpass.graph.flow import analyze, memory_behind
 from qpass.graph.torch_private import fake_mode_of, is_of_module, mark_static_input, source_name
 from qpass.graph.vocabulary import value_of, writes_to
-from qpass.numerics import PART_NAMES
 from qpass.passes import INPUT, StateInput
 from qpass.qstate import QState
+from qpass.quantized import PART_NAMES
 from qpass.sites.core import Edit, Site, Skip
 from qpass.sites.state import Rewriter, State, find
 from qpass.spec import QuantSpec, parse_spec

@@ -7,125 +7,26 @@ Tensors are [.., K]; scales have one entry a block along K (see granularity). Sc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from qpass.blocks import spread, value_range
 from qpass.errors import QpassError
 from qpass.formats import Format
-from qpass.granularity import Granularity, PerGroup, PerTensor, PerTokens
+from qpass.granularity import PerTensor
 from qpass.memory import outside_of_graphs
 from qpass.packing import pack, unpack
+from qpass.quantized import Quantized
 from qpass.rotation import rotate
 from qpass.spec import QuantSpec
 
 _E4M3_MAX = 448.0
 _E4M3_TINY = 2.0**-9  # the smallest E4M3 subnormal
 _E8M0_BIAS = 127  # OCP MX v1.0, section 5.4.1
-
-
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """A quantized tensor as it is stored: a row range of it is a row range of each part that has rows.
-
-    data: [.., packed K]. scale: [.., blocks], [.., token blocks, K] or [1, .., 1], None for a direct cast. zero_point: integer,
-    shaped like `data` over the blocks (packed below 8 bits), or a float like the scale; None if symmetric. outer_scale:
-    float32, what stored 8-bit scales are multiplied by: [1, .., 1] for nvfp4, [.., 1] for double quantization, otherwise None.
-    Of a weight, for the input that it multiplies: column_scale [1, K], by which the input is multiplied first (the columns
-    were divided by it before they were quantized); input_scale, input_zero_point [1, 1] of an input quantized statically.
-    """
-
-    data: Tensor
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
-    outer_scale: Tensor | None = None
-    column_scale: Tensor | None = None
-    input_scale: Tensor | None = None
-    input_zero_point: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes of all parts."""
-        return sum(part.nbytes for part in self.all_parts if part is not None)
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """(data, scale, zero_point, outer_scale): the order in which operators take them."""
-        return self.data, self.scale, self.zero_point, self.outer_scale
-
-    @property
-    def around(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What is done to the input: (column_scale, input_scale, input_zero_point)."""
-        return self.column_scale, self.input_scale, self.input_zero_point
-
-    def is_for_the_input_of(self, other: Quantized) -> bool:
-        """Whether both are multiplied by inputs that are prepared in the same way."""
-        pairs = zip(self.around, other.around, strict=True)
-        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
-
-    @property
-    def all_parts(self) -> tuple[Tensor | None, ...]:
-        """In the order of PART_NAMES."""
-        return *self.parts, *self.around
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Quantized:
-        """`function` applied to each part that is there."""
-        return Quantized(*(None if part is None else function(part) for part in self.all_parts))  # type: ignore[arg-type]
-
-
-PART_NAMES = ("data", "scale", "zero_point", "outer_scale", "column_scale", "input_scale", "input_zero_point")
-
-
-# --- blocks ---------------------------------------------------------------------------------------------------------
-
-
-def _blocks(x: Tensor, granularity: Granularity, edge: bool = False) -> Tensor:
-    """[.., K] -> [.., blocks, block]; the ragged end is padded with zeros, or (`edge`) with its last value."""
-    if isinstance(granularity, PerGroup):
-        g = granularity.group_size
-        missing = -x.shape[-1] % g
-        if missing:  # not by F.pad, which makes constants of symbolic sizes
-            shape = (*x.shape[:-1], missing)
-            x = torch.cat([x, x[..., -1:].expand(shape) if edge else x.new_zeros(shape)], -1)
-        return x.unflatten(-1, (x.shape[-1] // g, g))
-    return x.unsqueeze(-2)
-
-
-def _spread(per_block: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor:
-    """[.., blocks] -> [.., K], or the tensor itself where it broadcasts. `shape`: of what is quantized."""
-    if isinstance(spec.granularity, PerTokens):
-        return per_block.repeat_interleave(spec.granularity.tokens, dim=-2)[..., : shape[-2], :]
-    if not spec.group_size or per_block.shape[-1] == 1:
-        return per_block
-    return per_block.repeat_interleave(spec.group_size, dim=-1)[..., : shape[-1]]
-
-
-def block_sums(x: Tensor, granularity: Granularity) -> Tensor:
-    """[.., K] -> the sum over each block, shaped like the scales."""
-    if isinstance(granularity, PerTensor):
-        return x.sum().reshape(granularity.scale_shape(x.shape))
-    return _blocks(x, granularity).sum(-1)
-
-
-def value_range(x: Tensor, granularity: Granularity, with_zero: bool = True) -> tuple[Tensor, Tensor]:
-    """[.., K] -> (lowest, highest) value of each block in float32, both including 0 unless told; shaped like the scales."""
-    if isinstance(granularity, PerTokens):
-        low, high = value_range(x.mT, PerGroup(granularity.tokens), with_zero)
-        return low.mT, high.mT
-    if x.numel() == 0:
-        zeros = torch.zeros(granularity.scale_shape(x.shape), device=x.device)
-        return zeros, zeros
-    if isinstance(granularity, PerTensor):
-        low, high = torch.aminmax(x)
-        shape = granularity.scale_shape(x.shape)
-        low, high = low.reshape(shape), high.reshape(shape)
-    else:
-        low, high = torch.aminmax(_blocks(x, granularity, edge=not with_zero), dim=-1)
-    low, high = low.float(), high.float()
-    return (low.clamp(max=0), high.clamp(min=0)) if with_zero else (low, high)
 
 
 # --- scales ---------------------------------------------------------------------------------------------------------
@@ -190,14 +91,19 @@ def choose_qparams(
         outer = outer if outer.dim() == x.dim() else outer.reshape((1,) * x.dim())
         scale = (amax / fmt.qmax / outer).clamp(_E4M3_TINY, _E4M3_MAX)
         return scale.to(torch.float8_e4m3fn), None, outer
+    return _affine(low, high, spec, checked)
+
+
+def _affine(low: Tensor, high: Tensor, spec: QuantSpec, checked: bool) -> QParams:
+    """The scales and zero points that take each range [low, high] to the codes of the format."""
+    fmt, amax = spec.format, torch.maximum(-low, high)
     if spec.symmetric:
         scale = amax / fmt.symmetric_qmax
     else:
         scale = high / (fmt.qmax - fmt.qmin) - low / (fmt.qmax - fmt.qmin)
     if spec.float_zero:
-        scale = torch.maximum(
-            scale, amax * 2.0**-15
-        )  # else a block of nearly one value has a zero point beyond float16
+        # Not less, or the zero point of a block of nearly one value is beyond float16.
+        scale = torch.maximum(scale, amax * 2.0**-15)
         amax = high - low  # a block of one value: the scale is 1, and the zero point holds the value
     row_scale = None
     if spec.double_quantized:
@@ -309,8 +215,8 @@ def quantize_to(x: Tensor, spec: QuantSpec, qparams: QParams) -> Quantized:
     scale, zero_point, outer = qparams
     scaled = x.float()
     if scale is not None:
-        scaled = scaled / _spread(scale_values(scale, outer), spec, x.shape)
-    spread_zero = None if zero_point is None else _spread(zero_point, spec, x.shape)
+        scaled = scaled / spread(scale_values(scale, outer), spec.granularity, x.shape)
+    spread_zero = None if zero_point is None else spread(zero_point, spec.granularity, x.shape)
     data = _store(_encode(scaled, spec, spread_zero), spec.format)
     if zero_point is not None and not spec.float_zero:
         zero_point = _store(zero_point, spec.format)
@@ -320,8 +226,11 @@ def quantize_to(x: Tensor, spec: QuantSpec, qparams: QParams) -> Quantized:
 def grid_of(spec: QuantSpec, qparams: QParams, shape: Sequence[int]) -> Grid:
     """The representable values of each element of a tensor [.., K] with these scales."""
     scale, zero_point, outer = qparams
-    spread = None if scale is None else _spread(scale_values(scale, outer), spec, shape).expand(*shape)
-    return Grid(spec, spread, None if zero_point is None else _spread(zero_point, spec, shape).expand(*shape))
+
+    def over(per_block: Tensor | None) -> Tensor | None:
+        return None if per_block is None else spread(per_block, spec.granularity, shape).expand(*shape)
+
+    return Grid(spec, over(None if scale is None else scale_values(scale, outer)), over(zero_point))
 
 
 @dataclass(frozen=True)
@@ -358,9 +267,9 @@ def dequantize(q: Quantized, spec: QuantSpec, columns: int, dtype: torch.dtype =
     if q.zero_point is not None:
         assert q.scale is not None
         zero_point = q.zero_point if spec.float_zero else _load(q.zero_point, fmt, q.scale.shape[-1])
-        values = values - _spread(zero_point.float(), spec, values.shape)
+        values = values - spread(zero_point.float(), spec.granularity, values.shape)
     if q.scale is not None:
-        values = values * _spread(scale_values(q.scale, q.outer_scale), spec, values.shape)
+        values = values * spread(scale_values(q.scale, q.outer_scale), spec.granularity, values.shape)
     if q.column_scale is not None:
         values = values * q.column_scale
     return (rotate(values) if spec.rotated else values).to(dtype)

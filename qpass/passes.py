@@ -16,8 +16,8 @@ from torch.fx import Graph, GraphModule, Node
 from qpass.graph.provenance import stand_for
 from qpass.graph.torch_private import mark_static_input
 from qpass.graph.vocabulary import op_name
-from qpass.numerics import PART_NAMES
 from qpass.qtensor import QTensor
+from qpass.quantized import PART_NAMES
 from qpass.sites import fuse as fusing
 from qpass.sites import grouped, kv, rotary, weight
 from qpass.sites.core import Edit, Plan

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from qpass.algorithms.rounding import InputParts
-from qpass.numerics import PART_NAMES, Quantized, dequantize
+from qpass.numerics import dequantize
 from qpass.observers import Observed
+from qpass.quantized import PART_NAMES, Quantized
 from qpass.spec import QuantSpec, parse_spec
 from qpass.weights import as_rows, check_weight, from_rows, quantize_weight
 

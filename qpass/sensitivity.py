@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from qpass import ranks
+from qpass.blocks import block_sums
 from qpass.errors import QpassError
 from qpass.granularity import PerGroup
 from qpass.graph.calls import LinearCall
 from qpass.graph.vocabulary import value_of
-from qpass.numerics import block_sums, fake_quantize
+from qpass.numerics import fake_quantize
 from qpass.progress import track
 from qpass.replay import Run
 from qpass.sites.core import Match

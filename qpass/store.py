@@ -20,9 +20,9 @@ from qpass.algorithms.rounding import input_parts
 from qpass.errors import QpassError
 from qpass.graph.torch_private import WeakIdKeyDictionary
 from qpass.memory import into_huge_pages
-from qpass.numerics import Quantized
 from qpass.observers import InputStats
 from qpass.qtensor import Outcome, QTensor
+from qpass.quantized import Quantized
 from qpass.sites.group import WeightGroup
 from qpass.spec import QuantSpec
 from qpass.weights import as_rows, check_weight, concat_rows, measured_weight, row_range, weight_range

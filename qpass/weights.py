@@ -11,9 +11,10 @@ from torch import Tensor
 
 from qpass.algorithms.rounding import NO_INPUT_PARTS, InputParts, rounding_of, rounds_to_nearest
 from qpass.errors import QpassError
-from qpass.numerics import Power, Quantized, dequantize, power_of, quantize
+from qpass.numerics import Power, dequantize, power_of, quantize
 from qpass.observers import InputStats
 from qpass.ops.cpu import weights as kernel
+from qpass.quantized import Quantized
 from qpass.spec import QuantSpec
 
 #: Elements quantized at a time: the float temporaries of one step stay below ~32 MB.

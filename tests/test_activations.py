@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qpass
-from qpass.numerics import Quantized, dequantize, fake_quantize
+from qpass.numerics import dequantize, fake_quantize
 from qpass.ops.activations import multiplies_integers
 from qpass.ops.cpu.build import cpu_features
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 from qpass.weights import quantize_weight
 from tests.models import hf, tokens

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import qpass
-from qpass.numerics import Quantized, choose_qparams, dequantize, fake_quantize, quantize
+from qpass.numerics import choose_qparams, dequantize, fake_quantize, quantize
 from qpass.observers import InputStats
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 from qpass.store import quantize_group
 from qpass.weights import quantize_weight

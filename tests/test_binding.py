@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 import qpass
-from qpass.numerics import Quantized, quantize
+from qpass.numerics import quantize
 from qpass.ops import reference
 from qpass.ops.cpu import build
 from qpass.ops.cpu.build import REFERENCE, use_isa
 from qpass.ops.cpu.library import bind
 from qpass.packing import as_bytes
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 from tests.isas import isas
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 import qpass
-from qpass.numerics import Quantized, dequantize, fake_quantize, quantize
+from qpass.numerics import dequantize, fake_quantize, quantize
 from qpass.ops.cpu.build import REFERENCE, use_isa
+from qpass.quantized import Quantized
 from qpass.rotation import rotate, rotation
 from qpass.spec import parse_spec
 from tests.isas import isas

@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 import qpass
 from qpass.compute import compute_of, int8_by_default
-from qpass.numerics import Quantized, dequantize, quantize
+from qpass.numerics import dequantize, quantize
 from qpass.ops import reference
 from qpass.ops.cpu import build
 from qpass.ops.cpu.build import ISAS, Kernels, Missing, available_isas, use_isa
 from qpass.ops.cpu.library import c_functions
 from qpass.ops.cpu.matrix import SpecStruct
 from qpass.ops.cpu.weights import compare_weight, round_weight
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 from qpass.weights import quantize_weight
 from tests.isas import isas

@@ -16,8 +16,9 @@ from onnx.reference import ReferenceEvaluator
 
 from qpass.errors import QpassError
 from qpass.formats import E2M1_VALUES, FORMATS, NF4_VALUES
-from qpass.numerics import Quantized, choose_qparams, dequantize, fake_quantize, power_of, quantize, scale_values
+from qpass.numerics import choose_qparams, dequantize, fake_quantize, power_of, quantize, scale_values
 from qpass.packing import pack, packed_length, unpack
+from qpass.quantized import Quantized
 from qpass.spec import every_format, parse_spec
 
 # --- published figures ------------------------------------------------------------------------------------------------

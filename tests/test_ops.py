@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import qpass.ops
-from qpass.numerics import Quantized, dequantize, quantize
+from qpass.numerics import dequantize, quantize
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 
 SPECS = ["int8", "int8:asym", "int6", "int5", "int4:g32:asym", "int3:g32", "int2:g32:asym", "nf4:g32:dq", "fp4_e2m1", "mxfp8",

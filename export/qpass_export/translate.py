@@ -20,7 +20,7 @@ from qpass.errors import QpassError
 from qpass.exported import fill_values
 from qpass.graph.expand import drop_whole_slices
 from qpass.graph.torch_private import copy_captured, drop_input_guards
-from qpass.numerics import PART_NAMES
+from qpass.quantized import PART_NAMES
 from qpass.sites.grouped import rewrite_every
 from qpass.spec import parse_spec
 from qpass_export.capture import Captured

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.numerics import Grid, QParams, Quantized, dequantize, grid_of, quantize_to
+from qpass.numerics import Grid, QParams, dequantize, grid_of, quantize_to
+from qpass.quantized import Quantized
 from qpass.spec import QuantSpec
 
 #: Added to the diagonal, as a share of its mean.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.numerics import QParams, block_sums, choose_qparams, dequantize, grid_of, quantize_to
+from qpass.blocks import block_sums
+from qpass.numerics import QParams, choose_qparams, dequantize, grid_of, quantize_to
 from qpass.spec import QuantSpec
 
 #: Of the paper: the power of the error that counts, how strongly it is tied to the split, by how much more each time, and times.

@@ -11,8 +11,9 @@ from qpass.algorithms.columns import column_scale, output_error, some_rows
 from qpass.algorithms.hqq import hqq_qparams
 from qpass.algorithms.search import searched_qparams
 from qpass.errors import QpassError
-from qpass.numerics import QParams, Quantized, choose_qparams, quantize_to
+from qpass.numerics import QParams, choose_qparams, quantize_to
 from qpass.observers import InputStats, Observed, observed, static_qparams
+from qpass.quantized import Quantized
 from qpass.spec import QuantSpec
 
 #: Those that read what calibration collected.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpass.numerics import QParams, block_sums, choose_qparams, dequantize, quantize_to
+from qpass.blocks import block_sums
+from qpass.numerics import QParams, choose_qparams, dequantize, quantize_to
 from qpass.spec import QuantSpec
 
 #: Shares of the range that are tried: 1, 1 - 1/GRID, ..

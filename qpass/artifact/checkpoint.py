@@ -24,11 +24,11 @@ from qpass.backend import QPass
 from qpass.calibration import Data, batches_of
 from qpass.errors import QpassError
 from qpass.memory import give_back_large_blocks
-from qpass.numerics import PART_NAMES, Quantized
 from qpass.observers import Observed
 from qpass.packing import as_bytes
 from qpass.pretrained import load_pretrained
 from qpass.qtensor import Outcome
+from qpass.quantized import PART_NAMES, Quantized
 from qpass.recipe import WEIGHT_KINDS, Recipe
 from qpass.sites.group import WeightGroup
 from qpass.store import Kept, Made

@@ -26,10 +26,10 @@ from qpass.decisions import Decision
 from qpass.errors import QpassError
 from qpass.finish import finish
 from qpass.memory import return_freed_heap
-from qpass.numerics import PART_NAMES, Quantized
 from qpass.observers import Observed
 from qpass.ops import reference
 from qpass.qtensor import Outcome, QTensor
+from qpass.quantized import PART_NAMES, Quantized
 from qpass.recipe import resolve_recipe
 from qpass.sites.core import Site
 from qpass.spec import parse_spec

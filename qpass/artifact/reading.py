@@ -17,8 +17,8 @@ from qpass.artifact.manifest import FileEntry, Manifest, QpassFormatError, Tenso
 from qpass.artifact.save import DTYPES
 from qpass.errors import QpassError
 from qpass.memory import for_huge_pages
-from qpass.numerics import PART_NAMES
 from qpass.progress import track
+from qpass.quantized import PART_NAMES
 
 
 @contextmanager

@@ -36,10 +36,10 @@ from qpass.artifact.manifest import (
 from qpass.errors import QpassError
 from qpass.finish import RECIPE
 from qpass.graph.torch_private import original_module
-from qpass.numerics import PART_NAMES
 from qpass.packing import as_bytes
 from qpass.qstate import QState
 from qpass.qtensor import QTensor
+from qpass.quantized import PART_NAMES
 from qpass.registry import captured
 
 #: Bytes of one file of tensors.

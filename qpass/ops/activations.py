@@ -11,11 +11,12 @@ from torch import Tensor
 from qpass.compute import has_fp8_products
 from qpass.compute import multiplies_fp8 as multiplies_fp8
 from qpass.compute import multiplies_integers as multiplies_integers
-from qpass.numerics import Quantized, choose_qparams, codes_of, for_whole_tensor, quantize_to, round_to
+from qpass.numerics import choose_qparams, codes_of, for_whole_tensor, quantize_to, round_to
 from qpass.ops.cpu.build import cpu_features
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.launching import attempt, kernels_of, serves
 from qpass.ops.triton.table import INTEGER_TILE, INTEGERS
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 
 #: From so many rows of the input on the product of integers is faster on a CPU than a kernel that reads the weight for a few.

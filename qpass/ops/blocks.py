@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qpass.compute import has_block_products, multiplies_blocks
-from qpass.numerics import Quantized, constants, fake_quantize_rows, quantize_rows
+from qpass.numerics import constants, fake_quantize_rows, quantize_rows
 from qpass.ops.schemas import LIBRARY
 from qpass.ops.triton.launching import attempt
 from qpass.ops.triton.table import most_rows
 from qpass.packing import unpack
+from qpass.quantized import Quantized
 from qpass.spec import QuantSpec, parse_spec
 
 #: Rows and columns of a tile of scales, as cuBLAS reads them, and how many rows of it lie side by side.

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qpass.errors import QpassError
-from qpass.numerics import Quantized
 from qpass.numerics import dequantize as _dequantize
 from qpass.numerics import quantize as _quantize
 from qpass.ops.around import Around
 from qpass.ops.residual import append_residual, append_residual_fake
 from qpass.ops.schemas import BOUND, LIBRARY
 from qpass.packing import as_bytes, packed_length
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 from qpass.weights import row_range
 

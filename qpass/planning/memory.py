@@ -19,9 +19,9 @@ from qpass.backend import QPass
 from qpass.bits import takes_bits
 from qpass.errors import QpassError
 from qpass.graph.whole import trace_whole
-from qpass.numerics import Quantized
 from qpass.planning.skeleton import call_inputs, on_meta, read_config
 from qpass.printing import number_table, printed
+from qpass.quantized import Quantized
 from qpass.recipe import Recipe, SpecLike, kv_specs, resolve_recipe
 from qpass.sites.core import Site
 from qpass.sites.group import WeightGroup, each_once, group_weights

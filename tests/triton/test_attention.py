@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpass.numerics import Quantized, quantize
+from qpass.numerics import quantize
 from qpass.ops import reference
 from qpass.ops.triton import caches, operators, workspace
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 from tests.triton.test_linear import random, weight
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qpass.bits import LADDER
-from qpass.numerics import Quantized, dequantize, quantize
+from qpass.numerics import dequantize, quantize
 from qpass.ops import reference
 from qpass.ops.triton import operators, workspace
 from qpass.ops.triton.table import BITSTREAM, FUSED, MOST_ROWS, fused_kind
+from qpass.quantized import Quantized
 from qpass.spec import parse_spec
 
 FUSED_SPECS = ["int8", "int8:tensor", "int8:g64", "int8:g32:asym", "int8:asym:scale=bf16", "int4:g128", "int4:g32:asym",

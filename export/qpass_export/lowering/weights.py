@@ -14,8 +14,9 @@ from torch.nn.functional import pad
 
 from qpass.errors import QpassError
 from qpass.granularity import PerTensor
-from qpass.numerics import Quantized, codes_of, scale_values
+from qpass.numerics import codes_of, scale_values
 from qpass.packing import pack, unpack
+from qpass.quantized import Quantized
 from qpass.spec import QuantSpec, parse_spec
 from qpass_export.lowering.build import Build
 from qpass_export.lowering.codes import float8_type

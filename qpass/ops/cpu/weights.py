@@ -7,10 +7,11 @@ from torch import Tensor
 
 from qpass.granularity import PerTensor
 from qpass.memory import for_huge_pages
-from qpass.numerics import Power, Quantized, outer_scale_of, quantize
+from qpass.numerics import Power, outer_scale_of, quantize
 from qpass.ops import reference
 from qpass.ops.cpu.library import c_functions
 from qpass.ops.cpu.matrix import DTYPES, Matrix, cpu_spec, has_kernels
+from qpass.quantized import Quantized
 from qpass.spec import QuantSpec
 
 #: enum Work and enum Trouble of quantize.h.
