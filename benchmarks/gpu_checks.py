@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qpass.numerics import dequantize, quantize
-from qpass.ops import reference
+from qpass.ops import cache_reference, reference
 from qpass.ops.around import Around
 from qpass.ops.triton import operators
 from qpass.packing import as_bytes
@@ -53,7 +53,7 @@ def check_append(text: str, batch: int, new: int, shape: Shape, device: str, see
     caches = [[p.new_full((*p.shape[:2], 32, p.shape[3]), 77) for p in like] for _ in range(2)]
     length = torch.tensor(start, device=device)
     before, _, keys = operators.append_rotated(*caches, length, q, k, v, cos, sin, text, text)
-    exact = reference.rotated(k.double(), cos.double(), sin.double())
+    exact = cache_reference.rotated(k.double(), cos.double(), sin.double())
     if (int(before), int(length)) != (start, start + new):
         return f"the length was {int(before)} and is {int(length)}"
     if float((keys - exact).abs().max() / exact.abs().max()) > TOLERANCE[torch.bfloat16]:

@@ -246,7 +246,7 @@ def _discover(model: nn.Module, backend: QPass, inputs: Any, own: OwnState) -> l
             _call(torch.compile(model, backend=capture, **isolated()), model, inputs)
     finally:
         own.undo()
-    groups = each_once(backend.whole_groups(model), set()) or groups
+    groups = each_once(backend.planner.whole_groups(model), set()) or groups
     groups += _like_their_siblings(model, groups, backend)
     if not groups:
         raise QpassError(

@@ -7,8 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import CodeType
@@ -16,15 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 import qpass.ops  # noqa: F401  registers torch.ops.qpass
-from qpass.bits import spread_bits, with_bits
+from qpass.bits import with_bits
 from qpass.bundles import BundleInput, bundle_weights, input_sources
 from qpass.calibration import Recording, Seen
 from qpass.calling import Arguments, Held, Lookup, run_as_inference
-from qpass.decisions import Decision, Decisions
-from qpass.errors import Breach, QpassError, nearest
+from qpass.decisions import Decisions
+from qpass.errors import QpassError
 from qpass.graph.expand import expand
 from qpass.graph.torch_private import (
     captured_code,
@@ -45,9 +44,8 @@ from qpass.graph.torch_private import (
     uses_cuda_graphs,
 )
 from qpass.graph.vocabulary import DROPOUTS, SDPA, argument, op_name, value_of
-from qpass.graph.whole import trace_whole
 from qpass.made_caches import keep, made_and_changed
-from qpass.module_state import find_held, hold_parts, restored
+from qpass.module_state import hold_parts, restored
 from qpass.observers import InputStats
 from qpass.ops.cpu.library import bind
 from qpass.passes import (
@@ -60,14 +58,14 @@ from qpass.passes import (
     run_passes,
     share_key_heads,
 )
+from qpass.programs import Run
 from qpass.progress import track
 from qpass.qtensor import QTensor
 from qpass.ready import check_ready
 from qpass.recipe import Recipe, resolve_recipe
-from qpass.replay import Run, places_of, quantize_in_order
-from qpass.sites.classify import Context
-from qpass.sites.core import Edit, Match, Plan, Skip
-from qpass.sites.find import find_sites
+from qpass.replay import places_of, quantize_in_order
+from qpass.site_planner import SitePlanner
+from qpass.sites.core import Edit, Plan
 from qpass.sites.group import WeightGroup, group_weights
 from qpass.sites.once import keep_readers_apart, share_masks
 from qpass.sites.row import join_calls
@@ -79,9 +77,6 @@ from qpass.weights import as_rows, check_weight
 #: Every backend alive, so that `report(model)` finds the one that compiled it. Weak: nothing is kept by being listed.
 BACKENDS: weakref.WeakSet[QPass] = weakref.WeakSet()
 _clock = itertools.count(1)
-_KEPT_BY_MODULE = (
-    "the module keeps a float cache: model = qpass.quantize(model, recipe) stores quantized what is there before a call"
-)
 
 
 @dataclass(frozen=True)
@@ -115,22 +110,18 @@ class QPass:
         inner: str = "inductor",
         mode: str | None = None,
     ) -> None:
-        self.recipe, self.strict, self.inner, self.mode = resolve_recipe(recipe), strict, inner, mode
+        self.planner = SitePlanner(resolve_recipe(recipe), strict)
+        self.inner, self.mode = inner, mode
         self._given = recipe
         check_inner(inner)
         self.store = WeightStore()
         self.captures: list[Capture] = []
-        self.decisions = Decisions(self.recipe)
         self.last_used = 0
-        #: Models that were captured in fragments -> the weight groups of the whole, if it could be traced.
-        self._whole: weakref.WeakKeyDictionary[torch.nn.Module, list[WeightGroup] | None] = weakref.WeakKeyDictionary()
         self._ready: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._lock = threading.RLock()
         #: Code that was captured; what is recorded between the start and the end of `calibrate`.
         self._codes: set[CodeType] = set()
         self._recording: Recording | None = None
-        #: Whether calibration decides what the recipe leaves open.
-        self._with_data = False
         self.calibrated_in_pieces = False
         #: What the observers of the last `calibrate` saw, site by site.
         self.observed: tuple[Seen, ...] = ()
@@ -141,7 +132,17 @@ class QPass:
     @property
     def options(self) -> tuple[Recipe, bool, str, str | None]:
         """What it was made with: backends of equal options do the same."""
-        return self.recipe, self.strict, self.inner, self.mode
+        return self.recipe, self.planner.strict, self.inner, self.mode
+
+    @property
+    def recipe(self) -> Recipe:
+        """What a preset means may change when there is data: `use_data`."""
+        return self.planner.recipe
+
+    @property
+    def decisions(self) -> Decisions:
+        """What was decided for each Parameter."""
+        return self.planner.decisions
 
     def __repr__(self) -> str:
         return f"QPass({self.recipe.to_dict()}, inner={self.inner!r})"
@@ -165,10 +166,7 @@ class QPass:
 
     def use_data(self) -> None:
         """There will be calibration data: a preset that has another recipe for then is that from here on."""
-        self._with_data = True
-        recipe = resolve_recipe(self._given, calibrated=True)
-        if recipe != self.recipe:
-            self.recipe, self.decisions, self._whole = recipe, Decisions(recipe), weakref.WeakKeyDictionary()
+        self.planner = self.planner.for_data(resolve_recipe(self._given, calibrated=True))
 
     @contextmanager
     def calibrate(self, mask: str = "attention_mask") -> Iterator[QPass]:
@@ -182,7 +180,7 @@ class QPass:
             raise QpassError("calibrate: inside of calibrate; leave the first block before the next")
         for code in self._codes:
             forget_code(code)
-        before = self.recipe, self.decisions, self._whole, self._with_data
+        before = self.planner
         self.use_data()
         self._recording = recording = Recording(mask)
         done = False
@@ -196,7 +194,7 @@ class QPass:
             done = True
         finally:
             if not done:
-                self.recipe, self.decisions, self._whole, self._with_data = before
+                self.planner = before
             self._recording = None
             recording.runs.clear()
             for code in recording.codes:
@@ -238,85 +236,14 @@ class QPass:
             check_ready(call[0], quantized=True)
             self._ready.add(call[0])
         fragment = is_graph_fragment(gm)
-        if fragment:
-            self._see_whole()
+        if fragment and call is not None:
+            self.planner.see_whole(*call)
         parameters = parameter_nodes(gm, inputs)
         names = {
             node: self.decisions.name(param) or source_name(node) or node.name for node, param in parameters.items()
         }
-        held = self._held_in_float(gm.graph, parameters, names, keeping)
-        return self.plan_parameters(gm.graph, parameters, names, fragment, held)
-
-    def plan_parameters(
-        self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False,
-        held: Sequence[Skip] = (),
-    ) -> Plan:  # fmt: skip
-        """The plan of a graph whose Parameters are known. `fragment`: it is not all of the model. `held`: what is known of
-        caches that it holds and that stay in float."""
-        plan = self._plan(graph, parameters, names, fragment)
-        tried = {skip.site.name for skip in held}
-        others = (s for s in plan.skipped if s.site.kind != "kv" or s.site.name not in tried)
-        plan = replace(plan, skipped=(*others, *held))
-        self._check_coverage(plan, fragment, len(parameters))
-        return plan
-
-    def _plan(
-        self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False
-    ) -> Plan:
-        tables = self.decisions.tables()
-        for model in self._in_pieces():  # torch runs parts of these eagerly
-            weights = (m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding))
-            tables |= {id(anchor(weight)): weight.shape[0] for weight in weights}
-        context = Context(frozenset(tables.values()), frozenset(tables), fragment)
-        matches, skips = find_sites(graph, parameters, names, context, self.recipe.k is not None)
-        decided = [self.decisions.decide(match, parameters) for match in matches]
-        if self.recipe.bits is not None and not self._with_data:
-            first = _as_plan(matches, decided, skips)
-            by_name = {node.name: tensor for node, tensor in parameters.items()}
-            groups = [(g, [by_name[name] for name in g.weights]) for g, _ in group_weights(first, parameters)]
-            spread_bits(groups, self.recipe.bits, self.decisions)
-            decided = [self.decisions.decide(match, parameters) for match in matches]
-        self.decisions.remember(skips, names, parameters)
-        return _as_plan(matches, decided, skips)
-
-    def _held_in_float(
-        self, graph: Graph, parameters: Mapping[Node, Tensor], names: Mapping[Node, str], keeping: bool
-    ) -> list[Skip]:
-        """Why the caches that the module keeps are floats; `keeping`: those that can be are quantized soon."""
-        specs = self.recipe.kv_specs
-        states, skips = find_held(graph, parameters, names, specs)
-        if specs is None:
-            sites = [state.site for state in states] + [skip.site for skip in skips]
-            return [Skip(site, "the recipe leaves kv in float", expected=True) for site in sites]
-        return skips + [Skip(state.site, _KEPT_BY_MODULE, expected=keeping) for state in states]
-
-    def _see_whole(self) -> None:
-        """Decide every site of the module being compiled from its whole graph, once, before its first fragment."""
-        call = compiled_call()
-        if call is None or call[0] in self._whole:
-            return
-        model, args, kwargs = call
-        whole = trace_whole(model, args, kwargs)
-        if whole is None and getattr(model, "dummy_inputs", None):
-            whole = trace_whole(model, (), {**model.dummy_inputs, "use_cache": False})  # type: ignore[dict-item]
-        groups = []
-        if whole is not None:
-            plan = self._plan(whole.graph, whole.parameters, whole.names)
-            groups = [group for group, _ in group_weights(plan, whole.parameters)]
-        self._whole[model] = groups or None
-
-    @property
-    def in_pieces(self) -> list[str]:
-        """Classes of models captured in fragments whose whole graph could not be traced: kinds are those of each piece."""
-        return [type(model).__name__ for model in self._in_pieces()]
-
-    def _in_pieces(self) -> list[torch.nn.Module]:
-        return [model for model, groups in self._whole.items() if groups is None]
-
-    def whole_groups(self, model: torch.nn.Module) -> list[tuple[WeightGroup, list[Tensor]]]:
-        """The weight groups of a model seen as a whole because of graph breaks; nothing otherwise."""
-        params = dict(model.named_parameters(remove_duplicate=False))
-        return [(group, [params[name] for name in group.names]) for group in self._whole.get(model) or ()]
+        held = self.planner.held_in_float(gm.graph, parameters, names, keeping)
+        return self.planner.plan(gm.graph, parameters, names, fragment, held)
 
     def _convert(self, gm: GraphModule, inputs: Sequence[Any], mode: str | None) -> Callable[..., Any]:
         bind()
@@ -372,32 +299,6 @@ class QPass:
             pass_no_more(gm, kept.places)
         return partial(run_as_inference, compiled, pick, finish)
 
-    def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:
-        unexpected = [s for s in plan.skipped if not s.expected]
-        if self.strict and unexpected:
-            first = unexpected[0]
-            others = "".join(f"\n  {s.site.kind} {s.site.name}: {s.reason}" for s in unexpected[1:])
-            more = f"; so do {len(unexpected) - 1} more" if others else ""
-            raise Breach(f"{first.site.name}: stays in float, {first.reason}{more} (strict=True){others}")
-        names = [s.name for s in (*plan.specs, *(skip.site for skip in plan.skipped))]
-        for glob, _ in self.recipe.overrides:
-            if not fragment and not any(fnmatchcase(name, glob) for name in names):
-                raise QpassError(f"recipe: override {glob!r}: no site has such a name; {nearest(glob, names)}")
-        weights = [m for m in plan.matches if m.weight is not None]
-        if not fragment and not weights:
-            reasons = "".join(f"\n  {s.site.name}: {s.reason}" for s in plan.skipped)
-            raise QpassError(
-                f"nothing to quantize: no site of the captured graph ({parameters} Parameters) gets a format; "
-                f"give the recipe a format for a kind that the model has{reasons}"
-            )
-
-
-def _as_plan(matches: Sequence[Match], decided: Sequence[Decision], skips: Sequence[Skip]) -> Plan:
-    matches = [replace(m, site=d.site) for m, d in zip(matches, decided, strict=True)]
-    specs = {d.site: d.spec for d in decided if d.spec is not None}
-    left = list({d.site: d.skip for d in decided if d.skip is not None}.values())
-    return Plan(tuple(m for m in matches if m.site in specs), specs, (*skips, *left))
-
 
 def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:
     """Raises for what only makes sense in training: active dropout, an input that asks for its gradient."""
@@ -407,9 +308,7 @@ def _refuse_training(gm: GraphModule, inputs: Sequence[Any]) -> None:
             raise QpassError(f"{node.name}: active dropout; qpass compiles for inference: call model.eval() first")
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         leaf = isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter) and value.is_leaf
-        if (
-            leaf and value.requires_grad and value._base is None
-        ):  # a Parameter's view may be an input after a graph break
-            raise QpassError(
-                f"{node.name}: this input requires grad; qpass compiles for inference: pass input.detach()"
-            )
+        # After a graph break an input may be a Parameter's view.
+        if leaf and value.requires_grad and value._base is None:
+            told = "this input requires grad; qpass compiles for inference: pass input.detach()"
+            raise QpassError(f"{node.name}: {told}")

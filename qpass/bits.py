@@ -17,10 +17,10 @@ from torch import Tensor
 
 from qpass.decisions import Decision, Decisions
 from qpass.numerics import fake_quantize
+from qpass.programs import Program, Run
 from qpass.progress import track
 from qpass.qtensor import QTensor
 from qpass.recipe import Recipe
-from qpass.replay import Program, Run
 from qpass.sensitivity import GROUP, Sensitivity, measure
 from qpass.sites.group import WeightGroup, group_weights
 from qpass.spec import QuantSpec, parse_spec

@@ -30,7 +30,8 @@ from qpass.graph.torch_private import (
 from qpass.module_state import OwnState
 from qpass.passes import parameter_nodes
 from qpass.pretrained import load_tokenizer
-from qpass.replay import BUDGET, Key, Program, Run, tokens_of
+from qpass.programs import Program, Run, tokens_of
+from qpass.replay import BUDGET, Key
 from qpass.sites.core import Plan
 from qpass.texts import check_text, tokenized
 from qpass.weights import memory_of

@@ -57,7 +57,7 @@ def quantize_program(
     if data is not None:
         calibrate_program(program, module, parameters, names, data, backend)
     held = hold_quantized(program, module.graph, parameters, names, backend.recipe, _set_value, scales)
-    plan = backend.plan_parameters(module.graph, parameters, names, held=held.skips)
+    plan = backend.planner.plan(module.graph, parameters, names, held=held.skips)
     by_name = {node.name: tensor for node, tensor in parameters.items()}
 
     def parts_of(group: WeightGroup) -> Parts:

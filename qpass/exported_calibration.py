@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from qpass.backend import QPass
 from qpass.calibration import Batch, Data, batches_of, mask_of
 from qpass.errors import QpassError
-from qpass.replay import Program, Run, places_of, quantize_in_order
+from qpass.programs import Program, Run
+from qpass.replay import places_of, quantize_in_order
 
 
 def calibrate_program(
@@ -27,7 +28,7 @@ def calibrate_program(
 
     Raises `QpassError` if there is no batch, a batch does not fit the program, or what `quantize_in_order` raises.
     """
-    plan = backend.plan_parameters(module.graph, parameters, names)
+    plan = backend.planner.plan(module.graph, parameters, names)
     known = Program.of(module, plan, parameters)
     runs = []
     for batch in batches_of(data, torch.nn.Module()):

@@ -23,8 +23,8 @@ from qpass.granularity import PerGroup
 from qpass.graph.calls import LinearCall
 from qpass.graph.vocabulary import value_of
 from qpass.numerics import fake_quantize
+from qpass.programs import Run
 from qpass.progress import track
-from qpass.replay import Run
 from qpass.sites.core import Match
 from qpass.spec import QuantSpec
 from qpass.weights import CHUNK_ELEMENTS, as_rows, memory_of

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import qpass
 from qpass.errors import errors_through_cpp
 from qpass.graph.vocabulary import op_name
-from qpass.ops import reference
+from qpass.ops import cache_reference
 from qpass.ops.cpu.build import REFERENCE, use_isa
 from qpass.ops.cpu.library import bind
 from tests.models import build, logits_of, tokens
@@ -144,7 +144,7 @@ def test_the_operator_gives_what_the_reference_gives(dtype: torch.dtype, batch: 
     angles = torch.rand(batch, 1, length, WIDTH) * 6
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     results = []
-    for function in (torch.ops.qpass.append_rotated, reference.append_rotated):
+    for function in (torch.ops.qpass.append_rotated, cache_reference.append_rotated):
         parts = [[torch.zeros(2, 2, 12, WIDTH, dtype=torch.int8), torch.zeros(2, 2, 12, 1)] for _ in range(2)]
         count = torch.tensor(3)
         for _ in range(2):  # the second time without Python, where it can
@@ -264,7 +264,7 @@ def test_writing_without_python_gives_what_the_reference_gives(case: str) -> Non
     cos, sin = (torch.randn(2 if case == "a batch of angles" else 1, 1, 3, WIDTH).to(dtype) for _ in range(2))
     at = torch.tensor([6, 5, 4] if case == "in reverse" else [4, 5, 6])
     caches = [k.clone(), v.clone()]
-    expected = reference.write_rotated(*caches, at, *states, cos, sin)
+    expected = cache_reference.write_rotated(*caches, at, *states, cos, sin)
     found = torch.ops.qpass.write_rotated(k, v, at, *states, cos, sin)
     near = 1e-2 if dtype == torch.bfloat16 else 1e-6  # one place of its last bit
     for a, b in zip((found, k, v), (expected, *caches), strict=True):

@@ -25,9 +25,9 @@ from qpass.measuring.evaluate import POSITIONS, ids_and_mask, kl_of, logits_of
 from qpass.measuring.walk import Form, Script, State, Walk
 from qpass.module_state import OwnState
 from qpass.passes import parameter_nodes
+from qpass.programs import Program
 from qpass.progress import track
 from qpass.recipe import Recipe
-from qpass.replay import Program
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from qpass.graph.vocabulary import value_of
 from qpass.measuring.evaluate import CHUNK
 from qpass.numerics import fake_quantize
 from qpass.ops.residual import quantized_before
+from qpass.programs import Program, Run
 from qpass.qtensor import QTensor
-from qpass.replay import Program, Run
 from qpass.sites.core import Match
 from qpass.spec import QuantSpec
 

@@ -13,7 +13,7 @@ from qpass.compute import multiplies_fp8 as multiplies_fp8
 from qpass.compute import multiplies_integers as multiplies_integers
 from qpass.numerics import choose_qparams, codes_of, for_whole_tensor, quantize_to, round_to
 from qpass.ops.cpu.build import cpu_features
-from qpass.ops.schemas import LIBRARY
+from qpass.ops.schemas import LIBRARY, register
 from qpass.ops.triton.launching import attempt, kernels_of, serves
 from qpass.ops.triton.table import INTEGER_TILE, INTEGERS
 from qpass.quantized import Quantized
@@ -158,7 +158,6 @@ def _fp8_product(
     return y if bias is None else (y.float() + bias.float()).to(dtype)
 
 
-LIBRARY.impl("integer_linear", integer_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("qpass::integer_linear", _integer_linear_fake, lib=LIBRARY)
+register("integer_linear", integer_linear, _integer_linear_fake)
 for _name, _written_out in (("quantize_input", quantize_input), ("round_input", round_input)):
     LIBRARY.impl(_name, _written_out, "CompositeImplicitAutograd")

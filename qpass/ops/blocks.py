@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from qpass.compute import has_block_products, multiplies_blocks
 from qpass.numerics import constants, fake_quantize_rows, quantize_rows
-from qpass.ops.schemas import LIBRARY
+from qpass.ops.schemas import register
 from qpass.ops.triton.launching import attempt
 from qpass.ops.triton.table import most_rows
 from qpass.packing import unpack
@@ -98,7 +98,5 @@ def _fake(x: Tensor, data: Tensor, *rest: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], data.shape[0]))
 
 
-LIBRARY.impl("round_blocks", round_blocks, "CompositeExplicitAutograd")
-LIBRARY.impl("block_linear", block_linear, "CompositeExplicitAutograd")
-torch.library.register_fake("qpass::round_blocks", lambda x, spec: torch.empty_like(x), lib=LIBRARY)
-torch.library.register_fake("qpass::block_linear", _fake, lib=LIBRARY)
+register("round_blocks", round_blocks, lambda x, spec: torch.empty_like(x))
+register("block_linear", block_linear, _fake)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qpass.errors import QpassError
 from qpass.ops.bundle import unbundle
-from qpass.ops.schemas import LIBRARY, SCHEMAS
+from qpass.ops.schemas import SCHEMAS, register
 
 #: Calls that only look at a tensor in another way, with sizes, strides and offset, or as another type of as many bytes.
 VIEW, TYPED = "view", "typed"
@@ -168,5 +168,4 @@ def _filled(argument: Any, kind: str, registers: list[Tensor]) -> Any:
     return registers[argument] if "Tensor" in kind and argument is not None else argument
 
 
-LIBRARY.impl("row", run, "CompositeExplicitAutograd")
-torch.library.register_fake("qpass::row", _fake, lib=LIBRARY)
+register("row", run, _fake)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 _PARTS = "Tensor {0}data, Tensor? {0}scale, Tensor? {0}zero_point, Tensor? {0}outer_scale"
@@ -97,3 +100,14 @@ for _name, _schema in SCHEMAS.items():
     if _name == "experts" and hasattr(torch.Tag, "cudagraph_unsafe"):
         _tags.append(torch.Tag.cudagraph_unsafe)
     LIBRARY.define(_name + _schema, tags=_tags)
+
+#: What each operator gives, whatever the device.
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
+
+def register(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """`reference`: what an operator gives, wherever it has no kernel; `fake`: empty results of the same shapes."""
+    REFERENCES[name] = reference
+    if name not in BOUND:  # for these ops/cpu chooses by device
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qpass::{name}", fake, lib=LIBRARY)

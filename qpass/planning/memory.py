@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qpass.backend import QPass
 from qpass.bits import takes_bits
 from qpass.errors import QpassError
 from qpass.graph.whole import trace_whole
@@ -23,6 +22,7 @@ from qpass.planning.skeleton import call_inputs, on_meta, read_config
 from qpass.printing import number_table, printed
 from qpass.quantized import Quantized
 from qpass.recipe import Recipe, SpecLike, kv_specs, resolve_recipe
+from qpass.site_planner import SitePlanner
 from qpass.sites.core import Site
 from qpass.sites.group import WeightGroup, each_once, group_weights
 from qpass.spec import QuantSpec
@@ -150,7 +150,7 @@ class Planner:
     def groups(self, recipe: Recipe) -> list[tuple[Site, WeightGroup, list[Tensor]]]:
         """What will be quantized together: the site of its first weight, the group, its Parameters; tied ones once."""
         assert self._whole is not None
-        plan = QPass(recipe).plan_parameters(self._whole.graph, self._whole.parameters, self._whole.names)
+        plan = SitePlanner(recipe).plan(self._whole.graph, self._whole.parameters, self._whole.names)
         by_name = {node.name: p for node, p in self._whole.parameters.items()}
         found = [(g, [by_name[name] for name in g.weights]) for g, _ in group_weights(plan, self._whole.parameters)]
         sites = {m.weight.name: m.site for m in plan.matches if m.weight is not None}

@@ -253,7 +253,7 @@ def _notes(backend: QPass, params: list[tuple[str, Tensor]], quantized: bool) ->
         notes.append(
             'the float weights stay in memory beside the quantized ones; model = qpass.quantize(model, "...") frees them'
         )
-    for name in backend.in_pieces:
+    for name in backend.planner.in_pieces:
         notes.append(
             f"{name}: captured in pieces, and its whole graph could not be traced: a site may have the wrong kind"
         )

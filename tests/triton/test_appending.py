@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qpass.ops import reference
+from qpass.ops import cache_reference, reference
 from qpass.ops.triton import operators, workspace, writing
 from qpass.packing import as_bytes
 from tests.triton.compiling import Launch, launches  # noqa: F401  a fixture
@@ -107,7 +107,7 @@ def test_rotated_tokens(
     )
     assert (int(before), int(length), len(served)) == (5, 5 + new, 1)
     for found, x in ((found_q, q), (found_k, k)):
-        exact = reference.rotated(x.double(), cos.double(), sin.double())
+        exact = cache_reference.rotated(x.double(), cos.double(), sin.double())
         assert (found.dtype, found.shape) == (dtype, x.shape)
         assert found.is_contiguous()
         assert (found.cpu().double() - exact).abs().max() <= TOLERANCE[dtype] * exact.abs().max()
@@ -121,7 +121,7 @@ def test_rotated_tokens_of_other_formats(text: str, device: str, served: list[in
     q, k, v = (states(h, 2, 48, torch.float32, i) for i, h in enumerate((6, 3, 3)))
     phase = torch.rand(1, 1, 2, 48, generator=torch.Generator().manual_seed(5)) * 6
     results = []
-    for function in (operators.append_rotated, reference.append_rotated):
+    for function in (operators.append_rotated, cache_reference.append_rotated):
         parts = [[p.to(device) for p in empty_parts(x, text, None)] for x in (k, v)]
         length = torch.tensor(5, device=device)
         made = function(*parts, length, *(x.to(device) for x in (q, k, v, phase.cos(), phase.sin())), text, text)

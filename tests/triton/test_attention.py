@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qpass.numerics import quantize
-from qpass.ops import reference
+from qpass.ops import cache_reference
 from qpass.ops.triton import caches, operators, workspace
 from qpass.quantized import Quantized
 from qpass.spec import parse_spec
@@ -53,7 +53,7 @@ def check(q: Tensor, k: Quantized, v: Quantized, text: str, columns: int, device
     """extra: k_first, v_first, k_last, v_last, start, soft_cap, sinks."""
     arguments = (*k.parts, text, *v.parts, columns, text, mask, causal, None, *extra)
     found = operators.attention(q.to(device), *on(device, arguments))
-    expected = reference.attention(q.float(), *arguments).nan_to_num(0)  # a query that sees nothing gives zeros
+    expected = cache_reference.attention(q.float(), *arguments).nan_to_num(0)  # a query that sees nothing gives zeros
     assert (found.dtype, found.shape) == (q.dtype, expected.shape)
     error = (found.cpu().float() - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     assert float(error) <= TOLERANCE[q.dtype]
@@ -120,7 +120,7 @@ def test_scales_of_channels_over_tokens(
         for floats in ((), (*new, torch.tensor(64))):
             arguments = (*k.parts, k_text, *v.parts, columns[1], v_text, mask, False, None, *floats)
             found = operators.attention(q.to(device), *on(device, arguments))
-            expected = reference.attention(q.float(), *arguments)
+            expected = cache_reference.attention(q.float(), *arguments)
             assert float((found.cpu().float() - expected).abs().max() / expected.abs().max()) <= TOLERANCE[dtype]
     assert len(served) == 6
 
@@ -191,7 +191,7 @@ def test_only_the_part_that_is_seen_is_read(mask: str, device: str, served: list
     given = seen if mask == "bool" else torch.where(seen, 0.0, -torch.inf).bfloat16()
     found = operators.attention(q.to(device), *on(device, (*k.parts, "int8", *v.parts, 64, "int8", given, False, None)))
     part_k, part_v = (half.map(lambda p: p[:, :, 130:301]) for half in (k, v))
-    expected = reference.attention(q.float(), *part_k.parts, "int8", *part_v.parts, 64, "int8", None, False, None)
+    expected = cache_reference.attention(q.float(), *part_k.parts, "int8", *part_v.parts, 64, "int8", None, False, None)
     torch.testing.assert_close(found.cpu().float(), expected, rtol=1e-2, atol=1e-2)
     assert served
 
@@ -249,5 +249,5 @@ def test_the_reference_serves_the_rest(
     k = cache((1, 2, 70, 64), text).map(lambda p: p.to(device))
     q = random(1, 4, queries, 64, seed=2).to(dtype).to(device)
     arguments = (*k.parts, text, *k.parts, 64, text, None, False, None)
-    assert torch.equal(operators.attention(q, *arguments), reference.attention(q, *arguments))
+    assert torch.equal(operators.attention(q, *arguments), cache_reference.attention(q, *arguments))
     assert not served

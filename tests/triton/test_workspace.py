@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qpass.ops.reference import put_inside
+from qpass.ops.cache_reference import put_inside
 from qpass.ops.triton import workspace
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qpass.ops import reference
+from qpass.ops import cache_reference
 from qpass.ops.cpu.library import c_functions, remember
 from qpass.ops.cpu.matrix import DTYPES, CpuSpec, Frame, FrameStruct, Matrix, contiguous, cpu_spec, fits, has_kernels
 
@@ -99,7 +99,7 @@ def attention(
         ).contiguous()
     readable = has_kernels(k_spec) and has_kernels(v_spec)
     if not readable or not _serves(q, keys, cpu_spec(k_spec), values, v_columns, cpu_spec(v_spec)):
-        return reference.attention(
+        return cache_reference.attention(
             q, *keys, k_spec, *values, v_columns, v_spec, mask, is_causal, scale, *floats, start, soft_cap, sinks
         )
     k_known, v_known = cpu_spec(k_spec), cpu_spec(v_spec)

@@ -19,7 +19,7 @@ from qpass.ops.cpu.attention import attention
 from qpass.ops.cpu.build import Kernels, cpu_features, kernels
 from qpass.ops.cpu.library import c_functions, remember
 from qpass.ops.cpu.matrix import DTYPES, Frame, Matrix, around_struct, cpu_spec, fits
-from qpass.ops.schemas import BOUND, LIBRARY
+from qpass.ops.schemas import BOUND, LIBRARY, REFERENCES
 from qpass.spec import parse_spec
 
 #: From this many rows of x on, a product in float goes through tiles of the dequantized weight and torch's own product.
@@ -223,7 +223,7 @@ for _name, _function in (("embedding", embedding), ("dequantize", dequantize)):
     LIBRARY.impl(_name, _function, "CPU")
 _on_cpu_here: dict[str, Callable[..., Any]] = {"linear": linear, "attention": attention, "quantize": quantize}
 for _name in BOUND:  # the CPU's own key is binding.cpp's
-    _reference = getattr(reference, _name)
+    _reference = REFERENCES[_name]
     _on_cpu = _on_cpu_here.get(_name, _reference)
     _gpu = getattr(on_gpu.operators, _name, _reference)
     LIBRARY.impl(_name, _on_any_device(_on_cpu, _gpu, _reference), "CompositeExplicitAutograd")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpass.ops import reference
+from qpass.ops import cache_reference
 from qpass.ops.residual import BLOCK
 from qpass.ops.triton.launching import HALVES, attempt, kernels_of, nf4_table, permutes_bytes, serves
 from qpass.ops.triton.stored import as_bytes, layout_of
@@ -147,7 +147,7 @@ def attention(
         )
         if y is not None:
             return y
-    return reference.attention(
+    return cache_reference.attention(
         q, *keys, k_spec, *values, v_columns, v_spec, mask, is_causal, scale, *floats, start, soft_cap, sinks
     )
 

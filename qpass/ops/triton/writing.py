@@ -13,7 +13,7 @@ from torch import Tensor
 from qpass import numerics
 from qpass.granularity import PerTensor, PerTokens
 from qpass.numerics import constants_on
-from qpass.ops import reference
+from qpass.ops import cache_reference, reference
 from qpass.ops.triton.launching import FLOATS, attempt, code_kind, kernels_of, serves
 from qpass.ops.triton.stored import as_bytes, layout_of
 from qpass.ops.triton.workspace import counters
@@ -171,7 +171,7 @@ def append(
     No scale is checked, which would ask the device: one that overflows is infinite."""
     given = (k, v, length, keys, values, k_spec, v_spec, k_scale, v_scale)
     made = _appended(*given, None)
-    return reference.append(*given) if made is None else made[0]
+    return cache_reference.append(*given) if made is None else made[0]
 
 
 def append_rotated(
@@ -194,7 +194,7 @@ def append_rotated(
         made = _appended(k, v, length, keys, values, *rest, _Rotary.of(queries, cos, sin))
         if made is not None:
             return made[0], made[1], made[2]
-    return reference.append_rotated(k, v, length, queries, keys, values, cos, sin, *rest)
+    return cache_reference.append_rotated(k, v, length, queries, keys, values, cos, sin, *rest)
 
 
 def _are_rotated_together(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> bool:
