@@ -168,9 +168,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, source: Path) -> None:
         qpass.quantize_checkpoint(source, tmp_path / "mine")
 
 
-@pytest.mark.parametrize("recipe", [
-    "int8", pytest.param("int8:smooth@int8", marks=pytest.mark.long), pytest.param("int4:g128:gptq", marks=pytest.mark.long),
-])  # fmt: skip
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["int8", "int8:smooth@int8", "int4:g128:gptq"])
 def test_memory_is_the_quantized_model_one_block_and_what_was_recorded(recipe: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.checkpoint_probe", str(tmp_path), recipe]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

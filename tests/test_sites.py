@@ -118,7 +118,12 @@ def add_breaks(model: nn.Module, family: str, where: str) -> None:
 
 @pytest.mark.parametrize("how", ["compile", "quantize"])
 @pytest.mark.parametrize(
-    "where", ["after v", pytest.param("after attention", marks=pytest.mark.long), "before the head", "each block"]
+    "where",
+    [
+        *(pytest.param(w, marks=pytest.mark.long) for w in ("after v", "after attention")),
+        "before the head",
+        "each block",
+    ],
 )
 @pytest.mark.parametrize("family", MODULES)
 def test_graph_breaks_change_nothing(family: str, where: str, how: str) -> None:

@@ -22,6 +22,7 @@ def quantized(family: str = "llama") -> torch.nn.Module:
     return qpass.quantize(build(family), "int4:g16:asym", inner="eager")
 
 
+@pytest.mark.long
 def test_first_calls_of_different_lengths_at_once() -> None:
     model, alone = quantized(), quantized()
     batches = [tokens(2, length, seed=length) for length in LENGTHS]

@@ -25,7 +25,7 @@ DECODERS = [
 ENCODERS = ["BertForMaskedLM", "DistilBertForMaskedLM", "ModernBertForMaskedLM"]
 LONG = {
     "GPTNeoXForCausalLM", "PhiForCausalLM", "MistralForCausalLM", "Gemma3ForCausalLM", "Qwen3ForCausalLM", "BloomForCausalLM",
-    "DistilBertForMaskedLM", "Gemma2ForCausalLM", "OPTForCausalLM",
+    "DistilBertForMaskedLM", "Gemma2ForCausalLM", "OPTForCausalLM", "GptOssForCausalLM",
 }  # fmt: skip
 #: float32 sums in another order, over the largest logit.
 CLOSE = 1e-5
