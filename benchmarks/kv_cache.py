@@ -56,10 +56,15 @@ class Rounded(DynamicCache):
         return k, v
 
 
+def halves_of(text: str) -> dict[str, str]:
+    """Arguments of KVCache."""
+    return dict(part.split("=", 1) for part in text.split(",")) if text.startswith("k=") else {"format": text}
+
+
 def new_cache(config: Any, length: int, text: str | None, calibration: Any, chunk: int = 1) -> Any:
     if text is None:
         return DynamicCache(config=config)
-    halves = dict(part.split("=", 1) for part in text.split(",")) if text.startswith("k=") else {"format": text}
+    halves = halves_of(text)
     if not chunk:
         return Rounded(config, halves.get("k"), halves.get("v"), halves.get("format"))
     cache = qpass.KVCache(config, length, **halves)
@@ -135,6 +140,8 @@ def main() -> None:
     parser.add_argument("--recall", type=int, nargs="*", default=[])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    for halves in map(halves_of, args.formats):  # before time is spent on others
+        kv_specs(halves.get("k"), halves.get("v"), halves.get("format"), "--formats")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     if not args.chunk and (args.recall or any("static" in text for text in args.formats)):
