@@ -140,14 +140,14 @@ def main() -> None:
     parser.add_argument("--recall", type=int, nargs="*", default=[])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    for halves in map(halves_of, args.formats):  # before time is spent on others
-        kv_specs(halves.get("k"), halves.get("v"), halves.get("format"), "--formats")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     if not args.chunk and (args.recall or any("static" in text for text in args.formats)):
         parser.error("--chunk 0 rounds tokens as they come: no static scales, no recall")
     if not args.calibration and any("static" in text for text in args.formats):
         parser.error("static scales come from data: give --calibration, other documents than --text")
+    for halves in map(halves_of, args.formats):
+        kv_specs(halves.get("k"), halves.get("v"), halves.get("format"), "--formats")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     if args.outliers != 1:
         with_key_outliers(model, args.outliers)
 

@@ -136,7 +136,7 @@ class QPass:
 
     @property
     def recipe(self) -> Recipe:
-        """What a preset means may change when there is data: `use_data`."""
+        """What each site gets. Of a preset it may be another one with calibration data: `use_data`."""
         return self.planner.recipe
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from qpass.granularity import Granularity, PerGroup, PerTensor, PerTokens
 
 
-def in_blocks(x: Tensor, granularity: Granularity, edge: bool = False) -> Tensor:
+def as_blocks(x: Tensor, granularity: Granularity, edge: bool = False) -> Tensor:
     """[.., K] -> [.., blocks, block]; the ragged end is padded with zeros, or (`edge`) with its last value."""
     if isinstance(granularity, PerGroup):
         g = granularity.group_size
@@ -35,7 +35,7 @@ def block_sums(x: Tensor, granularity: Granularity) -> Tensor:
     """[.., K] -> the sum over each block, shaped like the scales."""
     if isinstance(granularity, PerTensor):
         return x.sum().reshape(granularity.scale_shape(x.shape))
-    return in_blocks(x, granularity).sum(-1)
+    return as_blocks(x, granularity).sum(-1)
 
 
 def value_range(x: Tensor, granularity: Granularity, with_zero: bool = True) -> tuple[Tensor, Tensor]:
@@ -51,6 +51,6 @@ def value_range(x: Tensor, granularity: Granularity, with_zero: bool = True) -> 
         shape = granularity.scale_shape(x.shape)
         low, high = low.reshape(shape), high.reshape(shape)
     else:
-        low, high = torch.aminmax(in_blocks(x, granularity, edge=not with_zero), dim=-1)
+        low, high = torch.aminmax(as_blocks(x, granularity, edge=not with_zero), dim=-1)
     low, high = low.float(), high.float()
     return (low.clamp(max=0), high.clamp(min=0)) if with_zero else (low, high)

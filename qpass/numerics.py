@@ -91,12 +91,12 @@ def choose_qparams(
         outer = outer if outer.dim() == x.dim() else outer.reshape((1,) * x.dim())
         scale = (amax / fmt.qmax / outer).clamp(_E4M3_TINY, _E4M3_MAX)
         return scale.to(torch.float8_e4m3fn), None, outer
-    return _affine(low, high, spec, checked)
+    return _affine(low, high, amax, spec, checked)
 
 
-def _affine(low: Tensor, high: Tensor, spec: QuantSpec, checked: bool) -> QParams:
-    """The scales and zero points that take each range [low, high] to the codes of the format."""
-    fmt, amax = spec.format, torch.maximum(-low, high)
+def _affine(low: Tensor, high: Tensor, amax: Tensor, spec: QuantSpec, checked: bool) -> QParams:
+    """The scales and zero points that take each range [low, high] to the codes of the format. `amax`: the larger magnitude."""
+    fmt = spec.format
     if spec.symmetric:
         scale = amax / fmt.symmetric_qmax
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,7 +29,6 @@ _KEPT_BY_MODULE = (
 )
 
 
-@dataclass(eq=False)
 class SitePlanner:
     """Plans graphs by one recipe, and remembers what it decided for each Parameter.
 
@@ -37,21 +36,18 @@ class SitePlanner:
     the recipe leaves open.
     """
 
-    recipe: Recipe
-    strict: bool = False
-    with_data: bool = False
-
-    def __post_init__(self) -> None:
+    def __init__(self, recipe: Recipe, strict: bool = False, with_data: bool = False) -> None:
+        self.recipe, self.strict, self.with_data = recipe, strict, with_data
         #: What was decided for each Parameter.
-        self.decisions = Decisions(self.recipe)
+        self.decisions = Decisions(recipe)
         #: Models that were captured in fragments -> the weight groups of the whole, if it could be traced.
-        self.wholes: weakref.WeakKeyDictionary[torch.nn.Module, list[WeightGroup] | None] = weakref.WeakKeyDictionary()
+        self._wholes: weakref.WeakKeyDictionary[torch.nn.Module, list[WeightGroup] | None] = weakref.WeakKeyDictionary()
 
     def for_data(self, recipe: Recipe) -> SitePlanner:
         """The same from here on with calibration data; with nothing decided, if `recipe` is another then."""
         planner = SitePlanner(recipe, self.strict, with_data=True)
         if recipe == self.recipe:
-            planner.decisions, planner.wholes = self.decisions, self.wholes
+            planner.decisions, planner._wholes = self.decisions, self._wholes
         return planner
 
     def plan(
@@ -60,14 +56,14 @@ class SitePlanner:
     ) -> Plan:  # fmt: skip
         """The plan of a graph whose Parameters are known. `fragment`: it is not all of the model. `held`: what is known of
         caches that it holds and that stay in float. Raises `QpassError` where the recipe fits nothing, `Breach` if strict."""
-        plan = self._decide(graph, parameters, names, fragment)
+        plan = self._plan(graph, parameters, names, fragment)
         tried = {skip.site.name for skip in held}
         others = (s for s in plan.skipped if s.site.kind != "kv" or s.site.name not in tried)
         plan = replace(plan, skipped=(*others, *held))
         self._check_coverage(plan, fragment, len(parameters))
         return plan
 
-    def _decide(
+    def _plan(
         self, graph: Graph, parameters: Mapping[Node, Tensor], names: dict[Node, str], fragment: bool = False
     ) -> Plan:
         tables = self.decisions.tables()
@@ -99,16 +95,16 @@ class SitePlanner:
 
     def see_whole(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decide every site of a module from its whole graph, once, before its first fragment."""
-        if model in self.wholes:
+        if model in self._wholes:
             return
         whole = trace_whole(model, args, kwargs)
         if whole is None and getattr(model, "dummy_inputs", None):
             whole = trace_whole(model, (), {**model.dummy_inputs, "use_cache": False})  # type: ignore[dict-item]
         groups = []
         if whole is not None:
-            plan = self._decide(whole.graph, whole.parameters, whole.names)
+            plan = self._plan(whole.graph, whole.parameters, whole.names)
             groups = [group for group, _ in group_weights(plan, whole.parameters)]
-        self.wholes[model] = groups or None
+        self._wholes[model] = groups or None
 
     @property
     def in_pieces(self) -> list[str]:
@@ -116,12 +112,12 @@ class SitePlanner:
         return [type(model).__name__ for model in self._in_pieces()]
 
     def _in_pieces(self) -> list[torch.nn.Module]:
-        return [model for model, groups in self.wholes.items() if groups is None]
+        return [model for model, groups in self._wholes.items() if groups is None]
 
     def whole_groups(self, model: torch.nn.Module) -> list[tuple[WeightGroup, list[Tensor]]]:
         """The weight groups of a model seen as a whole because of graph breaks; nothing otherwise."""
         params = dict(model.named_parameters(remove_duplicate=False))
-        return [(group, [params[name] for name in group.names]) for group in self.wholes.get(model) or ()]
+        return [(group, [params[name] for name in group.names]) for group in self._wholes.get(model) or ()]
 
     def _check_coverage(self, plan: Plan, fragment: bool, parameters: int) -> None:
         unexpected = [s for s in plan.skipped if not s.expected]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qpass
-from qpass import replay
+from qpass import programs, replay
 from qpass.calibration import batches_of
 from qpass.numerics import dequantize
 from qpass.observers import InputStats
@@ -346,14 +346,14 @@ def test_a_small_budget_computes_again_and_gives_the_same(how: str, monkeypatch:
 def test_a_small_budget_holds_the_residual_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model of several blocks no run holds the inside of a feed-forward network, nor begins again at its start."""
     goes: list[tuple[int, int]] = []  # (where a run goes back to, from where)
-    back = replay.Run.back
+    back = programs.Run.back
 
     def watched(run: Any) -> None:
         before = run.at
         back(run)
         goes.append((run.at, before))
 
-    monkeypatch.setattr(replay.Run, "back", watched)
+    monkeypatch.setattr(programs.Run, "back", watched)
     monkeypatch.setattr(replay, "BUDGET", 0)
     model = hf("LlamaForCausalLM", intermediate_size=256, num_hidden_layers=3, num_key_value_heads=2)
     calibrated(model, "int4:g16:gptq", [tokens(batch=4, length=12)])

@@ -120,7 +120,8 @@ def add_breaks(model: nn.Module, family: str, where: str) -> None:
 @pytest.mark.parametrize(
     "where",
     [
-        *(pytest.param(w, marks=pytest.mark.long) for w in ("after v", "after attention")),
+        pytest.param("after v", marks=pytest.mark.long),
+        pytest.param("after attention", marks=pytest.mark.long),
         "before the head",
         "each block",
     ],

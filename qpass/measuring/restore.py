@@ -173,11 +173,11 @@ class Pieces:
         self.caches: list[str] = []
         self.seen: list[tuple[str, Any, Any]] = []
         self.watching = False
-        planner = QPass(Recipe.uniform("int8"), inner="eager")
+        backend = QPass(Recipe.uniform("int8"), inner="eager")
 
         def capture(captured: GraphModule, args: Sequence[Any]) -> Any:
             module = copy_captured(captured)
-            plan = planner.plan_graph(module, args, keeping=True)
+            plan = backend.plan_graph(module, args, keeping=True)
             script = Script.of(Program.of(module, plan, parameter_nodes(module, args)))
             return lambda *given: self._run(script, given)
 

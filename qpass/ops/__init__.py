@@ -1,8 +1,8 @@
 """The operators that quantized graphs call: `torch.ops.qpass.*`.
 
-`schemas.py` says what they take; `reference.py` (weights), `cache_reference.py`, `activations.py` and `blocks.py` (quantized
-inputs) what they give, on every device. `around.py` is what a linear does beside its product, `row.py` several of them as one
-call. `cpu/` has the kernels for CPU tensors, `triton/` those for GPU tensors.
+`schemas.py` says what they take; `reference.py`, `cache_reference.py` with `residual.py`, `activations.py` and `blocks.py`
+(quantized inputs) what they give, on every device. `around.py` is what a linear does beside its product, `row.py` several of
+them as one call, whose weights `bundle.py` holds. `cpu/` has the kernels for CPU tensors, `triton/` those for GPU tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The reference for the operators of a KV cache: tokens are appended quantized, and read dequantized by attention."""
+"""The reference for the operators of a KV cache: tokens are appended quantized, and read dequantized by attention.
+
+Results are contiguous, as those of reference.py.
+"""
 
 from __future__ import annotations
 

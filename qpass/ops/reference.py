@@ -1,4 +1,4 @@
-"""The reference for operators of weights: dequantize, then the float operation. Exact, on every device, not fast.
+"""The reference for all operators but those of a cache: dequantize, then the float operation. Exact, on every device, not fast.
 
 Results are contiguous whatever the strides of the inputs: Inductor checks them against the fakes.
 """

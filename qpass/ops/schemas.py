@@ -101,7 +101,7 @@ for _name, _schema in SCHEMAS.items():
         _tags.append(torch.Tag.cudagraph_unsafe)
     LIBRARY.define(_name + _schema, tags=_tags)
 
-#: What each operator gives, whatever the device.
+#: What operators give, whatever the device: those that are registered here.
 REFERENCES: dict[str, Callable[..., Any]] = {}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qpass.compute import compute_of
 from qpass.errors import kept_for_cpp
+from qpass.ops import cache_reference as cache_reference  # gives REFERENCES its own
 from qpass.ops import reference
 from qpass.ops import triton as on_gpu
 from qpass.ops.around import Around

@@ -1,4 +1,4 @@
-// Stored parts of a quantized matrix (see qpass.numerics.Quantized), and its rows as floats.
+// Stored parts of a quantized matrix (see qpass.quantized.Quantized), and its rows as floats.
 #pragma once
 #include <vector>
 
