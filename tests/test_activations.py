@@ -133,8 +133,10 @@ def test_a_model_computes_with_rounded_inputs(text: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("text", ["int8:smooth@int8", "int8:smooth@int8:static", "int8@int8:static:asym", "int4:g32:awq:gptq",
-                                  "int4:g32:awq@int8:g32"])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "int8:smooth@int8:static", "int8@int8:static:asym", "int4:g32:awq@int8:g32",
+    *(pytest.param(text, marks=pytest.mark.long) for text in ("int8:smooth@int8", "int4:g32:awq:gptq")),
+])  # fmt: skip
 @pytest.mark.parametrize("name", ["plain", "bf16", "tied", "experts", "conv1d", "post-norm"])
 def test_calibrated_inputs_of_every_kind_of_linear(name: str, text: str) -> None:
     """Close to the float model; closer than rounding to nearest where that is rough."""

@@ -34,7 +34,9 @@ def kl(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("how", ["compile", "quantize"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("rank", [4, 16, 31])
+@pytest.mark.parametrize(
+    "rank", [pytest.param(4, marks=pytest.mark.long), 16, pytest.param(31, marks=pytest.mark.long)]
+)
 def test_base_quantized_adapter_float(rank: int, dropout: float, how: str) -> None:
     model = with_adapter(rank, dropout)
     merged = copy.deepcopy(model).merge_and_unload()

@@ -164,7 +164,7 @@ def test_what_torch_runs_eagerly_is_reported() -> None:
     assert {row.kind for row in rows.values()} == {"embedding", "qkv", "attn_out", "ffn", "vocab"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
 @families
 def test_logits_equal_a_model_with_dequantized_weights(family: str, dtype: torch.dtype) -> None:
     model = build(family).to(dtype)
