@@ -328,7 +328,15 @@ def compile_in_place(
 
     `keep_guards`: Dynamo's guards (with `name`, `value`, `guard_type`) -> for each, whether it is checked at every call.
     """
-    options: dict[str, Any] = {"backend": backend, "options": {"guard_filter_fn": keep_guards}, **isolated()}
+
+    def kept(guards: Sequence[Any]) -> Any:
+        for (
+            guard
+        ) in guards:  # they are built again now: torch 2.11 wants the same object then, which one made on access is not
+            guard.orig_guard.obj_weakref = None
+        return keep_guards(guards)
+
+    options: dict[str, Any] = {"backend": backend, "options": {"guard_filter_fn": kept}, **isolated()}
     if type(module).__module__.startswith(
         "torch.nn"
     ):  # Dynamo skips the frames of torch's own containers, unless inlined
