@@ -151,18 +151,16 @@ class WeightStore:
                 continue
             weights = [p for p in members if isinstance(p, Tensor) and p.dim() > 1]
             rows = [p.numel() // columns for p in weights if (columns := p.shape[-1])]
-            if (
-                len(weights) == 1 or sum(rows) != scale.shape[0]
-            ):  # alone; or a scale for all of them, or transposed ones
+            # Alone; or a scale for all of them, or transposed ones.
+            if len(weights) == 1 or sum(rows) != scale.shape[0]:
                 return scale, outer
             cut = slice(sum(rows[:position]), sum(rows[: position + 1]))
             return scale[cut], outer[cut] if outer is not None and outer.shape[0] == scale.shape[0] else outer
         return None
 
     def _make(self, params: Sequence[Tensor], group: WeightGroup) -> Parts:
-        with torch.autocast(
-            params[0].device.type, enabled=False
-        ):  # which has no place for scales in other types than its own
+        # Autocast has no place for scales in other types than its own.
+        with torch.autocast(params[0].device.type, enabled=False):
             return self._made(params, group)
 
     def _made(self, params: Sequence[Tensor], group: WeightGroup) -> Parts:

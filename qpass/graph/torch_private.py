@@ -293,9 +293,8 @@ def compile_inner(gm: GraphModule, inputs: Sequence[Any], inner: str, mode: str 
         from torch._inductor.compile_fx import compile_fx
 
         patches = list_mode_options(mode) if mode else {}
-        if (
-            "TORCHINDUCTOR_SIZE_ASSERTS" not in os.environ
-        ):  # of every input, at every call: a twentieth of a small model's step
+        # Of every input, at every call: a twentieth of a small model's step.
+        if "TORCHINDUCTOR_SIZE_ASSERTS" not in os.environ:
             patches = {"size_asserts": False} | patches
         return compile_fx(gm, list(inputs), config_patches=patches)  # type: ignore[return-value]
     if inner == "eager":
@@ -330,16 +329,14 @@ def compile_in_place(
     """
 
     def kept(guards: Sequence[Any]) -> Any:
-        for (
-            guard
-        ) in guards:  # they are built again now: torch 2.11 wants the same object then, which one made on access is not
+        # They are built again behind this. torch 2.11 then wants the same object, which one that is made on access is not.
+        for guard in guards:
             guard.orig_guard.obj_weakref = None
         return keep_guards(guards)
 
     options: dict[str, Any] = {"backend": backend, "options": {"guard_filter_fn": kept}, **isolated()}
-    if type(module).__module__.startswith(
-        "torch.nn"
-    ):  # Dynamo skips the frames of torch's own containers, unless inlined
+    # Dynamo skips the frames of torch's own containers, unless inlined.
+    if type(module).__module__.startswith("torch.nn"):
         module._compiled_call_impl = torch.compile(wrap_inline(module._call_impl), **options)
     else:
         module.compile(**options)

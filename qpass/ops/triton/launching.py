@@ -75,9 +75,8 @@ def attempt(what: str, device: torch.device, call: Callable[[], Result]) -> Resu
     if what in failed:
         return None
     try:
-        with (
-            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        ):  # Triton launches on the current one
+        # Triton launches on the current one.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return call()
     except torch.OutOfMemoryError:
         raise
